@@ -1,0 +1,1 @@
+"""Checkpoint folders (orbax), and PyTorch files in both directions."""

@@ -1,0 +1,227 @@
+"""Typed settings, and how a command line reads a config file with overrides.
+
+A config file under configs/ holds a `get_config()` that returns an `ml_collections.ConfigDict`. At
+the edge of the program its groups become the frozen dataclasses below; nothing further in reads a
+config or a flag.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from instdiff_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of the dataclasses below: strict conversion from and to plain dicts."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
+        """Builds the settings from a mapping; lists become tuples.
+
+        Raises:
+            InputError: for a key that nothing reads, a missing one, or a value of another type.
+        """
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                raise InputError(f"{where}.{key}: nothing reads this key; expected one of {', '.join(fields)}")
+        kwargs = {}
+        for name, field in fields.items():
+            if name in values:
+                kwargs[name] = _convert(values[name], hints[name], f"{where}.{name}")
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise InputError(f"{where}.{name}: missing")
+        return cls(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON-ready values (tuples stay tuples)."""
+        return dataclasses.asdict(self)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and issubclass(hint, Settings):
+        if not isinstance(value, (Mapping, ConfigDict)):
+            raise InputError(f"{where}: expected a group of settings, got {value!r}")
+        return hint.from_dict(value, where)
+    if origin is Literal:
+        if value not in args:
+            raise InputError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(arg for arg in args if arg is not type(None)), where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where}: expected a list of {args[0].__name__}, got {value!r}")
+        return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(Settings):
+    """Sizes of the UNet; attention resolutions are downsampling factors (1 is the latent grid itself)."""
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    num_heads: int
+    context_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UniFusionConfig(Settings):
+    """Sizes of UniFusion; `map_size` is the side in pixels to which instance maps are resized."""
+
+    mid_dim: int
+    trunk_depths: tuple[int, ...]
+    trunk_dims: tuple[int, ...]
+    map_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig(Settings):
+    """Sizes of the KL autoencoder; latents are posterior samples times `scale_factor`."""
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    z_channels: int
+    scale_factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig(Settings):
+    """Sizes of the CLIP text encoder; `tokenizer` is a folder or a hub name."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    max_length: int
+    tokenizer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig(Settings):
+    """Noise schedule: betas = linspace(√linear_start, √linear_end, timesteps)²."""
+
+    linear_start: float
+    linear_end: float
+    timesteps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Settings):
+    """Every size of one model: what a checkpoint folder's config.json describes."""
+
+    unet: UNetConfig
+    unifusion: UniFusionConfig
+    autoencoder: AutoencoderConfig
+    text_encoder: TextEncoderConfig
+    schedule: ScheduleConfig
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent pixel: the autoencoder's downsampling."""
+        return 2 ** (len(self.autoencoder.ch_mult) - 1)
+
+    @property
+    def canvas_stride(self) -> int:
+        """Both sides of a canvas must be multiples of this many pixels."""
+        return self.latent_stride * 2 ** (len(self.unet.channel_mult) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig(Settings):
+    """How pictures are sampled; defaults are the released ones.
+
+    `alpha` is the fraction of steps the fusers are on, or three fractions (ones, linear decay, zeros)
+    that sum to 1. `mis` is the fraction of steps of the multi-instance sampler.
+    """
+
+    steps: int = 50
+    sampler: Literal["plms", "ddim", "dpm++"] = "plms"
+    guidance_scale: float = 7.5
+    alpha: tuple[float, ...] = (0.75, 0.0, 0.25)
+    mis: float = 0.36
+    merge: Literal["mean", "crop"] = "mean"
+    negative_prompt: str = ""
+    masked_attention: Literal["none", "correct", "official"] = "none"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.sampling") -> Self:
+        values = dict(values)
+        alpha = values.get("alpha")
+        if isinstance(alpha, (int, float)) and not isinstance(alpha, bool):
+            values["alpha"] = (float(alpha), 0.0, 1.0 - float(alpha))
+        settings = super().from_dict(values, where)
+        settings.validate(where)
+        return settings
+
+    def validate(self, where: str = "sampling") -> None:
+        """Raises InputError for a value out of its range."""
+        checks = {
+            "steps": (1 <= self.steps <= 1000, "a whole number from 1 to 1000"),
+            "guidance_scale": (0 <= self.guidance_scale < 1e4, "a number that is not negative"),
+            "alpha": (
+                len(self.alpha) == 3 and min(self.alpha) >= 0 and abs(sum(self.alpha) - 1) < 1e-6,
+                "a fraction from 0 to 1, or three fractions that sum to 1",
+            ),
+            "mis": (0 <= self.mis <= 1, "a fraction from 0 to 1"),
+        }
+        for name, (ok, expected) in checks.items():
+            if not ok:
+                raise InputError(f"{where}.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, list[str]]:
+    """Reads `--config=FILE` and `--config.key=value` overrides from a command line.
+
+    Args:
+        argv: arguments without the program's name.
+        default: the config file when --config is not given; looked up from the working folder, then
+            beside the package.
+
+    Returns:
+        The config, and the arguments that are not about it.
+
+    Raises:
+        InputError: for a missing file, a key that the config does not have, or a value of another type.
+    """
+    if default is not None and not Path(default).exists():
+        default = str(Path(__file__).resolve().parent.parent / default)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", default=default, flag_values=values)
+    config_args, rest = [], []
+    take_value = False
+    for arg in argv:
+        is_config = take_value or arg.lstrip("-").split("=")[0].split(".")[0] == "config" and arg.startswith("-")
+        take_value = is_config and not take_value and "=" not in arg
+        (config_args if is_config else rest).append(arg)
+    try:
+        values(["", *config_args])
+        config = values["config"].value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        raise InputError(f"--config: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError("--config: expected a config file, for example configs/sd15.py")
+    return config, rest

@@ -1,0 +1,1 @@
+"""Datasets: the COCO builder, the official training JSON, transforms and the loader."""

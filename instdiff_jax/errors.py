@@ -1,0 +1,22 @@
+"""The error for input that a user can mend, and how a command line reports it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class InputError(ValueError):
+    """Bad input: a layout, a flag, a config, a checkpoint or a dataset.
+
+    The message is one line that names the file, the field and what was expected.
+    """
+
+
+@contextlib.contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """Ends the process with one line on stderr and exit code 2 where an `InputError` arises inside."""
+    try:
+        yield
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
