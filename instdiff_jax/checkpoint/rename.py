@@ -1,0 +1,117 @@
+"""Renames PyTorch state dicts to our parameter tree and back.
+
+The tables (see tables.py) list every key. Keys match whole or not at all, both ways, so a key is used
+exactly once and anything else is an error that names it. Turning an array is a view: nothing is copied,
+and memory-mapped arrays stay on disk.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from instdiff_jax.checkpoint.tables import PARTS, rename_table
+from instdiff_jax.config import ModelConfig
+from instdiff_jax.errors import InputError
+
+# What other writers of the same networks store beside the weights; nothing here is a parameter.
+IGNORED = {
+    "model": (),
+    "autoencoder": (r"loss\..*", r"model_ema\..*"),
+    "text_encoder": (r"transformer\.text_model\.embeddings\.position_ids",),
+}
+
+
+def parameter_shapes(config: ModelConfig, absent: Collection[str] = ()) -> dict[str, Any]:
+    """The whole parameter tree of a model with a shape (a tuple) for every leaf."""
+    entries = [entry for part in PARTS for entry in rename_table(part, config, absent).values()]
+    return unflatten({entry.path: entry.shape for entry in entries})
+
+
+def from_state_dict(
+    part: str,
+    state_dict: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    absent: Collection[str] = (),
+    source: str = "state dict",
+) -> dict[str, Any]:
+    """Turns one state dict of the released checkpoint into our nested dict; leaves are views of its arrays.
+
+    Args:
+        part: one of PARTS.
+        state_dict: arrays by key.
+        config: the model's sizes.
+        absent: which of the adapters (tables.ADAPTERS) the state dict does not have.
+        source: the file, for the error.
+
+    Returns:
+        Our tree: {"unet": …, "unifusion": …}, {"autoencoder": …} or {"text_encoder": …}.
+
+    Raises:
+        InputError: that lists the keys that are missing, extra or of another shape.
+    """
+    table = rename_table(part, config, absent)
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items() if not is_ignored(part, key)}
+    check_keys(shapes, {key: entry.torch_shape for key, entry in table.items()}, f"{source}: {part}")
+    return unflatten({entry.path: entry.to_ours(state_dict[key]) for key, entry in table.items()})
+
+
+def to_state_dict(
+    part: str, params: Mapping[str, Any], config: ModelConfig, absent: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """The inverse of `from_state_dict`: same keys, shapes, dtypes and numbers; the arrays are views.
+
+    Raises:
+        InputError: that lists the parameters that are missing, extra or of another shape.
+    """
+    table = rename_table(part, config, absent)
+    roots = {entry.path[0] for entry in table.values()}
+    flat = flatten({root: params[root] for root in roots if root in params})
+    shapes = {"/".join(path): tuple(np.shape(leaf)) for path, leaf in flat.items()}
+    check_keys(shapes, {"/".join(entry.path): entry.shape for entry in table.values()}, f"parameters of {part}")
+    return {key: entry.to_torch(np.asarray(flat[entry.path])) for key, entry in table.items()}
+
+
+def is_ignored(part: str, key: str) -> bool:
+    """Whether a key of a state dict is known to hold no parameter."""
+    return any(re.fullmatch(pattern, key) for pattern in IGNORED[part])
+
+
+def check_keys(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises InputError unless both hold the same keys with the same shapes; it names the first few of each kind."""
+    missing = [key for key in expected if key not in found]
+    extra = [key for key in found if key not in expected]
+    shapes = [
+        f"{key} (file {list(found[key])}, config {list(shape)})"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    problems = [("of another shape", shapes), ("missing", missing), ("extra", extra)]
+    texts = [f"{len(keys)} {kind}: {_first_few(keys)}" for kind, keys in problems if keys]
+    if texts:
+        raise InputError(f"{where}: keys do not match the config's sizes; {'; '.join(texts)}")
+
+
+def _first_few(keys: list[str], count: int = 5) -> str:
+    return ", ".join(keys[:count]) + (", …" if len(keys) > count else "")
+
+
+def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The leaves of a nested dict by path."""
+    leaves = {}
+    for name, value in tree.items():
+        path = (*prefix, name)
+        leaves.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
+    return leaves
+
+
+def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
