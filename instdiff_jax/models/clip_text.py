@@ -1,0 +1,108 @@
+"""The CLIP text encoder whose states are the UNet's context and the phrases' embeddings.
+
+Radford et al. 2021, section 2.4, in the form of CLIP ViT-L/14: pre-norm transformer, causal attention, quick-GELU.
+
+Axes: b batch, n tokens, c width, h heads, d width of one head; q and k number tokens as queries and as keys.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from instdiff_jax.config import TextEncoderConfig
+from instdiff_jax.models.layers import LayerNorm
+
+
+class CLIPTextEncoder(nn.Module):
+    """Token ids to the states of the last layer and one pooled state for each row."""
+
+    config: TextEncoderConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b n"]) -> tuple[Float[Array, "b n c"], Float[Array, "b c"]]:
+        """Encodes rows of token ids.
+
+        Padding needs no mask: it follows the first end token, and attention is causal.
+
+        Args:
+            ids: rows of at most `max_length` ids, each with an end token (id vocab_size − 1). Nothing is truncated.
+
+        Returns:
+            The states after the final LayerNorm, and of these the state at each row's first end token, neither
+            projected nor normalised.
+
+        Raises:
+            ValueError: for rows longer than `max_length`.
+        """
+        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        length = ids.shape[1]
+        if length > config.max_length:
+            raise ValueError(f"ids: expected at most {config.max_length} tokens a row, got {length}")
+
+        def embed(count: int, std: float, name: str) -> nn.Embed:
+            init = nn.initializers.normal(std)
+            return nn.Embed(count, config.hidden_size, embedding_init=init, name=name, **dtypes)
+
+        x = embed(config.vocab_size, 0.02, "token_embedding")(ids)
+        x = x + embed(config.max_length, 0.01, "position_embedding")(jnp.arange(length)[None])
+        for i in range(config.num_layers):
+            x = _Layer(config.num_heads, config.intermediate_size, name=f"layer_{i}", **dtypes)(x)
+        x = LayerNorm(name="final_norm", **dtypes)(x)
+        first_end = jnp.argmax(ids == config.vocab_size - 1, axis=1)
+        pooled = jnp.take_along_axis(x, first_end[:, None, None], axis=1)[:, 0]
+        return x, pooled
+
+
+class _Layer(nn.Module):
+    """One transformer layer: x += attention(norm(x)), then x += mlp(norm(x))."""
+
+    num_heads: int
+    intermediate_size: int
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = x + _CausalAttention(self.num_heads, name="attn", **dtypes)(LayerNorm(name="norm1", **dtypes)(x))
+        return x + _Mlp(self.intermediate_size, name="mlp", **dtypes)(LayerNorm(name="norm2", **dtypes)(x))
+
+
+class _CausalAttention(nn.Module):
+    """Self-attention in which a token sees itself and what is before it; softmax in float32."""
+
+    num_heads: int
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        batch, length, width = x.shape
+
+        def dense(name: str) -> nn.Dense:
+            return nn.Dense(width, name=name, dtype=self.dtype, param_dtype=self.param_dtype)
+
+        q, k, v = (dense(name)(x).reshape(batch, length, self.num_heads, -1) for name in "qkv")
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        weights = jax.nn.softmax(jnp.where(causal, logits, -jnp.inf), axis=-1).astype(self.dtype)
+        return dense("out")(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width))
+
+
+class _Mlp(nn.Module):
+    """Linear, quick-GELU, linear."""
+
+    intermediate_size: int
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        hidden = nn.Dense(self.intermediate_size, name="in", **dtypes)(x)
+        # OpenAI's CLIP was trained with this approximation of GELU; the exact one gives other states.
+        hidden = hidden * nn.sigmoid(1.702 * hidden)
+        return nn.Dense(x.shape[-1], name="out", **dtypes)(hidden)
