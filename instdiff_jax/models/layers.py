@@ -6,6 +6,7 @@ Axes: b batch, h height, w width, c channels, g groups.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 GROUPS = 32
@@ -51,8 +52,9 @@ class LayerNorm(nn.Module):
 def timestep_embedding(timesteps: Int[Array, " b"] | Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
     """[cos ‖ sin] of t·exp(−ln(10000)·i/(dim/2)), float32 (DDPM, as in the official code)."""
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None]
+    # Rounded as PyTorch rounds: an error of one unit in a frequency is a thousand times that in t·f.
+    exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = timesteps.astype(jnp.float32)[:, None] * np.exp(exponents)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

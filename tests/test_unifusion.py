@@ -1,0 +1,74 @@
+"""UniFusion against the official code's tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import common
+from instdiff_jax.models.unifusion import UniFusion, fourier_features
+
+MODULE_TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return common.parity("unifusion_mask")
+
+
+def tokens(grounding: dict, size: str = "full", use_maps: bool = True) -> np.ndarray:
+    model = UniFusion(common.model_config(size).unifusion)
+    params = {"params": common.model_params(size, "unifusion")}
+    return np.asarray(jax.jit(model.apply, static_argnums=2)(params, grounding, use_maps))
+
+
+def test_fourier_features():
+    data = common.parity("primitives")
+    assert common.relative_error(fourier_features(jnp.asarray(data["fourier_in"])), data["fourier_out"]) < 2e-5
+
+
+@pytest.mark.parametrize("format", ["box", "mask", "point", "scribble"])
+def test_tokens_equal_the_official_ones(format, inputs):
+    grounding = common.grounding_arrays(inputs, common.DROPPED[format])
+    expected = common.parity(f"unifusion_{format}")["tokens"]
+    assert common.relative_error(tokens(grounding), expected) < MODULE_TOLERANCE
+
+
+def test_null_tokens_need_no_trunk(inputs):
+    null = common.null_grounding_arrays(common.grounding_arrays(inputs))
+    expected = common.parity("unifusion_mask")["null_tokens"]
+    assert common.relative_error(tokens(null), expected) < MODULE_TOLERANCE
+    assert common.relative_error(tokens(null, use_maps=False), expected) < MODULE_TOLERANCE
+
+
+def test_trunk_is_not_in_the_program_without_maps(inputs):
+    model = UniFusion(common.model_config("small").unifusion)
+    params = {"params": common.model_params("small", "unifusion")}
+    grounding = common.grounding_arrays(inputs)
+    with_trunk, without = (str(jax.make_jaxpr(lambda g: model.apply(params, g, use))(grounding)) for use in (True, False))
+    assert "conv_general_dilated" in with_trunk
+    assert "conv_general_dilated" not in without
+
+
+def test_every_slot_keeps_its_own_formats(inputs):
+    """A slot's tokens depend on its own has_* alone."""
+    grounding = common.grounding_arrays(inputs, common.DROPPED["box"])
+    full = tokens(grounding, "small")
+    mixed = {key: value.copy() for key, value in grounding.items()}
+    mixed["has_box"][0, 1] = 0
+    changed = np.abs(tokens(mixed, "small") - full).max(-1)[0] > 0
+    assert changed[1] and changed.sum() == 1
+
+
+def test_small_map_sizes():
+    """64 map tokens whatever the side of the maps is."""
+    import dataclasses
+
+    config = dataclasses.replace(
+        common.model_config("small").unifusion, trunk_depths=(1, 1, 1, 1), trunk_dims=(8, 16, 32, 64), map_size=128
+    )
+    null = common.null_grounding_arrays(common.grounding_arrays(common.parity("unifusion_mask")))
+    null["maps"] = np.ones((1, 128, 128), np.uint32)
+    null["has_map"] = np.ones(1, np.float32)
+    model = UniFusion(config)
+    assert model.init_with_output(jax.random.key(0), null)[0].shape == (1, 184, 768)
