@@ -1,0 +1,177 @@
+"""The official training JSON as the same dataset that COCO becomes.
+
+    python -m instdiff_jax.data.official_json --input FOLDER_OR_FILES … --data_dir data/official
+
+Each file holds one image: {"image": base64, "caption", "data_id", "is_det", "annos": [{"bbox": [x, y, w, h], "mask":
+RLE, "category_name", "caption", "text_embedding_before": base64 float32, "blip_clip_embeddings": base64 float32}]}.
+A .txt file lists such files, one a line, as the official --train_file does. The embeddings are kept in a table beside
+the dataset, see `phrases`.
+"""
+
+import argparse
+import base64
+import binascii
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from instdiff_jax.data.coco import make_instance, read_json
+from instdiff_jax.data.dataset import Instance, Record, Report, caption_phrase, check_output, write_dataset
+from instdiff_jax.data.phrases import ImportedEmbeddings
+from instdiff_jax.data.transforms import load_image
+from instdiff_jax.errors import InputError, exit_on_input_error
+
+
+def find_files(inputs: Sequence[Path]) -> list[Path]:
+    """The JSON files of folders (searched through), lists (.txt) and single files, in a fixed order.
+
+    Raises:
+        InputError: where an input does not exist or there is no file.
+    """
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            files += sorted(path.rglob("*.json"))
+        elif path.suffix == ".txt" and path.is_file():
+            lines = (line.strip() for line in path.read_text().splitlines())
+            files += [path.parent / line for line in lines if line]
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise InputError(f"{path}: expected a folder, a .json file or a .txt list, found nothing")
+    if not files:
+        raise InputError(f"{inputs[0]}: expected official training JSON files, found none")
+    return files
+
+
+def decode_embedding(text: Any, where: str) -> Float[np.ndarray, " width"] | None:
+    """An embedding from base64 of float32; None where it is absent or empty.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if text is None or text == "":
+        return None
+    try:
+        row = np.frombuffer(base64.b64decode(text, validate=True), np.float32)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise InputError(f"{where}: expected float32 in base64: {error}") from error
+    if not len(row) or not np.isfinite(row).all():
+        raise InputError(f"{where}: expected finite float32 numbers in base64")
+    return row
+
+
+def read_record(path: Path, number: int, report: Report, split: str, embeddings: ImportedEmbeddings) -> Record:
+    """One official file as a record; broken annotations go to the report, embeddings to the table.
+
+    Raises:
+        InputError: for a file that cannot be used at all.
+    """
+    item = read_json(path)
+    if not isinstance(item, dict) or not isinstance(item.get("annos"), list):
+        raise InputError(f"{path}: expected an object with image and annos, as the official training JSON")
+    try:
+        data = base64.b64decode(item.get("image"), validate=True)
+        image = load_image(data)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise InputError(f"{path}: image: expected an image file in base64: {error}") from error
+    instances = []
+    for i, anno in enumerate(item["annos"]):
+        where = f"annos[{i}]"
+        try:
+            instance, remark = _read_instance(anno, image.size, where, embeddings)
+        except InputError as error:
+            report.skip("annotation", split, f"{path.name} {where}", str(error))
+            continue
+        if remark:
+            report.skip("mask", split, f"{path.name} {where}", remark)
+        instances.append(instance)
+    if item["annos"] and not instances:
+        raise InputError(f"{path}: not one of its {len(item['annos'])} annotations can be used")
+    caption, data_id = item.get("caption"), item.get("data_id")
+    return Record(
+        image=data,
+        width=image.width,
+        height=image.height,
+        image_id=data_id if type(data_id) is int else number,
+        file_name=str(item.get("file_name") or path.name),
+        captions=(" ".join(caption.split()),) if isinstance(caption, str) and caption.strip() else (),
+        instances=tuple(instances),
+        detection=bool(item.get("is_det", False)),
+    )
+
+
+def _read_instance(
+    anno: Any, size: tuple[int, int], where: str, embeddings: ImportedEmbeddings
+) -> tuple[Instance, str]:
+    if not isinstance(anno, dict):
+        raise InputError(f"{where}: expected an object, got {type(anno).__name__}")
+    category = anno.get("category_name")
+    if not isinstance(category, str):
+        raise InputError(f"{where}.category_name: expected a string, got {category!r}")
+    plain = decode_embedding(anno.get("text_embedding_before"), f"{where}.text_embedding_before")
+    own = decode_embedding(anno.get("blip_clip_embeddings"), f"{where}.blip_clip_embeddings")
+    # Without its embedding an instance's caption was never trained on (small instances there repeat the category).
+    text = anno.get("caption")
+    caption = " ".join(text.split()) if own is not None and isinstance(text, str) else ""
+    number = anno.get("category_id")
+    instance, remark = make_instance(
+        anno.get("bbox"),
+        anno.get("mask"),
+        size,
+        category,
+        where,
+        crowd=bool(anno.get("iscrowd", 0)),
+        caption=caption,
+        category_id=number if type(number) is int else -1,
+        annotation_id=anno["id"] if type(anno.get("id")) is int else -1,
+    )
+    if plain is not None:
+        embeddings.add(category, plain)
+    if caption:
+        embeddings.add(caption_phrase(category, caption), own)
+    return instance, remark
+
+
+def read_records(
+    files: Sequence[Path], report: Report, split: str, embeddings: ImportedEmbeddings
+) -> Iterator[Record]:
+    """The records of official files; files that cannot be used go to the report."""
+    for number, path in enumerate(files):
+        try:
+            yield read_record(path, number, report, split, embeddings)
+        except InputError as error:
+            report.skip("file", split, path.name, str(error))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: see the top of this file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instdiff_jax.data.official_json", description="official training JSON to a training dataset"
+    )
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="folders, .json files or .txt lists")
+    parser.add_argument("--data_dir", type=Path, required=True, help="where the dataset goes")
+    parser.add_argument("--split", default="train", help="name of the split")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is in data_dir")
+    args = parser.parse_args(argv)
+    report, embeddings = Report(), ImportedEmbeddings()
+    check_output(args.data_dir, args.overwrite)
+    files = find_files(args.input)
+    records = read_records(files, report, args.split, embeddings)
+    splits = {args.split: (len(files), records)}
+    meta = write_dataset(args.data_dir, splits, report, "official_json", args.overwrite, finish=embeddings.write)
+    facts = meta["splits"][args.split]
+    print(f"{args.split}: {facts['images']} images, {facts['instances']} instances, {meta['phrases']} phrases")
+    print(report.summary())
+    if embeddings.conflicts:
+        print(f"{embeddings.conflicts} phrases came with several embeddings; the first was kept", file=sys.stderr)
+    print(f"written: {args.data_dir}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,167 @@
+"""Phrase embeddings: each phrase of a dataset embedded once, in a table beside it.
+
+    DATA_DIR/phrases/KEY/embeddings.npy    float32 [phrases, width], row i for phrase i of phrases.json
+    DATA_DIR/phrases/imported/             embeddings that came with the data (official training JSON), and their rows
+
+KEY is the text encoder's fingerprint, so a table is never read with another encoder.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from instdiff_jax.data.dataset import read_meta
+from instdiff_jax.errors import InputError
+
+EmbedFunction = Callable[[list[str]], Float[np.ndarray, "n width"]]
+
+
+class PhraseTable:
+    """Rows of an embedding table, memory-mapped; cheap to send to another process.
+
+    Attributes:
+        path: the table's file.
+        width: length of an embedding.
+    """
+
+    def __init__(self, path: Path):
+        """Opens embeddings.npy.
+
+        Raises:
+            InputError: where it is missing or not such a table.
+        """
+        self.path = path
+        self._rows = None
+        self.width: int = self._open().shape[1]
+
+    def lookup(self, numbers: Int[np.ndarray, "*n"]) -> Float[np.ndarray, "*n width"]:
+        """The embeddings of phrases by number; zeros where the number is negative."""
+        rows = self._open()
+        return np.where((numbers >= 0)[..., None], rows[np.maximum(numbers, 0)], np.float32(0))
+
+    def _open(self) -> np.ndarray:
+        if self._rows is None:
+            try:
+                self._rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise InputError(f"{self.path}: expected a table of phrase embeddings: {error}") from error
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self._open())
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_rows": None}
+
+
+def read_phrases(data_dir: str | Path) -> list[str]:
+    """The phrases of a dataset; records refer to them by number.
+
+    Raises:
+        InputError: where the file is missing or does not fit the dataset.
+    """
+    path = Path(data_dir) / "phrases.json"
+    try:
+        phrases = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected the phrases of a dataset: {error}") from error
+    count = read_meta(data_dir)["phrases"]
+    if not isinstance(phrases, list) or len(phrases) != count:
+        raise InputError(f"{path}: expected a list of {count} phrases as dataset.json says")
+    return phrases
+
+
+def phrase_table(
+    data_dir: str | Path,
+    fingerprint: str,
+    embed: EmbedFunction | None = None,
+    use_imported: bool = False,
+    batch_size: int = 256,
+) -> PhraseTable:
+    """Opens the table of a text encoder, made first where it is not there yet.
+
+    Safe to call from several processes at once: each writes its own file and the last rename wins.
+
+    Args:
+        data_dir: the dataset's folder.
+        fingerprint: names the text encoder and its weights.
+        embed: embeds a list of phrases (pooled text features, one row each); only called for a missing table.
+        use_imported: take the embeddings that came with the data where there are any, and embed the others only.
+        batch_size: phrases in one call of `embed`.
+
+    Raises:
+        InputError: where the table is missing and `embed` is None, or the dataset has no imported embeddings.
+    """
+    key = fingerprint + ("-imported" if use_imported else "")
+    path = Path(data_dir) / "phrases" / key / "embeddings.npy"
+    phrases = read_phrases(data_dir)
+    if path.exists():
+        table = PhraseTable(path)
+        if len(table) != len(phrases):
+            raise InputError(f"{path}: expected {len(phrases)} rows as in phrases.json, got {len(table)}; delete it")
+        return table
+    if embed is None:
+        raise InputError(f"{path}: missing; the phrases of this dataset are not embedded for this text encoder yet")
+    known = _read_imported(Path(data_dir)) if use_imported else {}
+    missing = [i for i in range(len(phrases)) if i not in known]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    os.close(handle)
+    try:
+        first = next(iter(known.values())) if known else embed([phrases[missing[0]]])[0]
+        rows = np.lib.format.open_memmap(name, "w+", np.float32, (len(phrases), len(first)))
+        for i, row in known.items():
+            rows[i] = row
+        for start in tqdm(range(0, len(missing), batch_size), desc="phrases", unit="batch", disable=not missing):
+            block = missing[start : start + batch_size]
+            rows[block] = embed([phrases[i] for i in block])
+        rows.flush()
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return PhraseTable(path)
+
+
+class ImportedEmbeddings:
+    """Collects the embeddings that come with data, one a phrase.
+
+    The same phrase with another embedding keeps the first; `conflicts` counts those further off than rounding.
+    """
+
+    def __init__(self):
+        self._rows: dict[str, Float[np.ndarray, " width"]] = {}
+        self.conflicts = 0
+
+    def add(self, phrase: str, row: Float[np.ndarray, " width"]) -> None:
+        """Adds a phrase's embedding."""
+        first = self._rows.setdefault(phrase, row)
+        if first.shape != row.shape or np.abs(first - row).max() > 1e-2 * np.abs(first).max():
+            self.conflicts += 1
+
+    def write(self, data_dir: Path, phrases: Sequence[str]) -> None:
+        """Writes phrases/imported/ for the phrases that the dataset has."""
+        held = [(i, self._rows[phrase]) for i, phrase in enumerate(phrases) if phrase in self._rows]
+        if not held:
+            return
+        folder = data_dir / "phrases" / "imported"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        np.save(folder / "embeddings.npy", np.stack([row for _, row in held]).astype(np.float32))
+        np.save(folder / "numbers.npy", np.array([i for i, _ in held], np.int64))
+
+
+def _read_imported(data_dir: Path) -> dict[int, Float[np.ndarray, " width"]]:
+    folder = data_dir / "phrases" / "imported"
+    try:
+        numbers = np.load(folder / "numbers.npy", allow_pickle=False)
+        rows = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: expected embeddings that came with the data: {error}") from error
+    return {int(number): row for number, row in zip(numbers, rows, strict=True)}
