@@ -1,0 +1,332 @@
+"""Packed rows against the multi-instance sampler stated one image and one instance at a time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import relative_error
+
+from instdiff_jax.config import ScheduleConfig
+from instdiff_jax.diffusion import multi_instance as mi
+from instdiff_jax.diffusion import schedule as schedules
+from instdiff_jax.diffusion.solvers import solver_table
+
+SCHEDULE = ScheduleConfig(linear_start=0.00085, linear_end=0.012, timesteps=1000)
+H, W, C, UNIQUE = 5, 7, 4, 24
+TRACES = []
+
+
+def fake_eps(params, latents, timesteps, conditions, alpha):
+    """A cheap stand-in for the UNet; the order of `conditions` decides what it reads, as in the UNet."""
+    TRACES.append(latents.shape)
+    assert (alpha is None) == ("grounding" not in conditions)
+    t = (timesteps.astype(jnp.float32) / 1000)[:, None, None, None]
+    y = jnp.einsum("nhwc,cd->nhwd", latents, params) + t * conditions["text"]["key"][:, None, None]
+    if alpha is not None:
+        y = y + alpha * conditions["grounding"][:, None, None]
+    return jnp.tanh(y) + 0.2 * jnp.roll(latents, 1, axis=2)
+
+
+def make_inputs(num_images, seed=0):
+    rng = np.random.default_rng(seed)
+    params = rng.standard_normal((C, C)).astype(np.float32) * 0.4
+    noise = rng.standard_normal((num_images, H, W, C)).astype(np.float32)
+    conditions = {
+        "text": {"key": jnp.asarray(rng.standard_normal((UNIQUE, C)), jnp.float32)},
+        "grounding": jnp.asarray(rng.standard_normal((UNIQUE, C)), jnp.float32),
+    }
+    return jnp.asarray(params), jnp.asarray(noise), conditions
+
+
+def make_images(counts, seed=1):
+    """Images with these numbers of instances, each row with its own condition; entry 0 is the negative one."""
+    rng, entry, images = np.random.default_rng(seed), 1, []
+    for count in counts:
+        low = rng.uniform(0, 0.6, (count, 2))
+        boxes = np.concatenate([low, low + rng.uniform(0.2, 0.4, (count, 2))], axis=1)
+        images.append(mi.ImageRows(entry, 0, tuple(range(entry + 1, entry + 1 + count)), boxes.tolist()))
+        entry += 1 + count
+    return images
+
+
+def sequential(params, noise, conditions, image, steps, fractions, mis_steps, guidance, known=None):
+    """The released algorithm for one image: the global layout and each instance in turn, mean, the rest."""
+    params = np.asarray(params, np.float64)
+    text, grounding = np.asarray(conditions["text"]["key"]), np.asarray(conditions["grounding"])
+    cumprod = schedules.alphas_cumprod(SCHEDULE)
+    times = schedules.uniform_timesteps(steps, 1000)
+    scales = schedules.alpha_schedule(len(times), fractions)
+    evaluations = 0
+
+    def model(x, t, entry, scale):
+        nonlocal evaluations
+        evaluations += 1
+        y = x @ params + t / 1000 * text[entry] + scale * grounding[entry]
+        return np.tanh(y) + 0.2 * np.roll(x, 1, axis=1)
+
+    def guided(x, t, entry, scale):
+        eps = model(x, t, entry, scale)
+        if guidance == 1:
+            return eps
+        negative = model(x, t, image.negative, scale)
+        return negative + guidance * (eps - negative)
+
+    def run(x, entry, past, begin, end):
+        for i in range(begin, end):
+            t, now = times[i], cumprod[times[i]]
+            if known is not None:
+                clean, keep, fixed = (np.asarray(a, np.float64) for a in known)
+                x = keep * (np.sqrt(now) * clean + np.sqrt(1 - now) * fixed) + (1 - keep) * x
+            after = cumprod[times[i + 1]] if i + 1 < len(times) else cumprod[0]
+
+            def move(eps, x=x, now=now, after=after):
+                return np.sqrt(after) * (x - np.sqrt(1 - now) * eps) / np.sqrt(now) + np.sqrt(1 - after) * eps
+
+            eps = guided(x, t, entry, scales[i])
+            if not past:
+                used = (eps + guided(move(eps), times[min(i + 1, len(times) - 1)], entry, scales[i])) / 2
+            elif len(past) == 1:
+                used = (3 * eps - past[-1]) / 2
+            elif len(past) == 2:
+                used = (23 * eps - 16 * past[-1] + 5 * past[-2]) / 12
+            else:
+                used = (55 * eps - 59 * past[-1] + 37 * past[-2] - 9 * past[-3]) / 24
+            x = move(used)
+            past.append(eps)
+        return x
+
+    x, past = np.asarray(noise, np.float64), []
+    if mis_steps:
+        rows = [run(x, image.layout, past, 0, mis_steps)]
+        rows += [run(x, entry, [], 0, mis_steps) for entry in image.instances]
+        x = np.mean(rows, axis=0)
+    return run(x, image.layout, past, mis_steps, len(times)), evaluations
+
+
+CASES = [  # steps, α, M, guidance
+    (1, (1.0, 0.0, 0.0), 1, 3.0),
+    (2, (0.5, 0.0, 0.5), 1, 3.0),
+    (3, (1.0, 0.0, 0.0), 0, 7.5),
+    (7, (0.0, 0.0, 1.0), 3, 2.0),
+    (20, (0.8, 0.0, 0.2), 7, 7.5),
+    (30, (0.2, 0.0, 0.8), 12, 3.0),  # α ends before M
+    (37, (0.5, 0.25, 0.25), 5, 1.0),
+    (50, (0.8, 0.0, 0.2), 18, 3.0),
+    (20, (0.35, 0.0, 0.65), 7, 3.0),  # α ends with M
+    (10, (0.8, 0.0, 0.2), 10, 3.0),  # M is all steps
+]
+
+
+@pytest.mark.parametrize("steps, fractions, mis_steps, guidance", CASES)
+def test_packed_rows_equal_the_sequential_sampler(steps, fractions, mis_steps, guidance):
+    params, noise, conditions = make_inputs(4)
+    images = make_images((1, 4, 0, 6))
+    table = solver_table("plms", steps, SCHEDULE, fractions)
+    actual = mi.sample_rows(
+        fake_eps, params, noise, conditions, images, table, mis_steps=mis_steps, guidance_scale=guidance
+    )
+    evaluations = 0
+    for i, image in enumerate(images):
+        expected, count = sequential(
+            params, noise[i], conditions, image, steps, fractions, mis_steps, guidance
+        )
+        evaluations += count
+        assert relative_error(actual[i], expected) <= 1e-5
+        # The count of the paper's algorithm: 2[(n+1)(M+1) + (S−M)] for M ≥ 1, 2(S+1) without.
+        n = len(image.instances)
+        formula = (n + 1) * (mis_steps + 1) + table.steps - mis_steps if mis_steps else table.steps + 1
+        assert count == (1 + (guidance != 1)) * formula
+    assert mi.count_evaluations(mi.plan_pieces(table, mis_steps), images, guidance != 1) == evaluations
+
+
+def test_pieces():
+    table = solver_table("plms", 50, SCHEDULE, (0.8, 0.0, 0.2))
+    assert mi.plan_pieces(table, 18) == [(0, 19, True, True), (19, 41, False, True), (41, 51, False, False)]
+    assert mi.plan_pieces(table, 0) == [(0, 41, False, True), (41, 51, False, False)]
+    assert mi.plan_pieces(table, 45) == [(0, 41, True, True), (41, 46, True, False), (46, 51, False, False)]
+    full = solver_table("plms", 50, SCHEDULE)
+    assert mi.plan_pieces(full, 0) == [(0, 51, False, True)]
+    for n, expected in ((4, 254), (6, 330), (30, 1242)):
+        pieces = mi.plan_pieces(table, 18)
+        assert mi.count_evaluations(pieces, [mi.ImageRows(0, 0, (1,) * n)], guided=True) == expected
+
+
+def test_nothing_compiles_again():
+    params, noise, conditions = make_inputs(3)
+    images = make_images((2, 3, 1))
+    first = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
+    mi.sample_rows(fake_eps, params, noise, conditions, images, first, mis_steps=7)
+    traces, compiled = len(TRACES), mi.denoise._cache_size()
+    for sampler, steps, alpha, mis_steps, guidance in (
+        ("plms", 50, (0.5, 0.25, 0.25), 18, 5.0), ("ddim", 1000, (0.3, 0.0, 0.7), 20, 2), ("dpm++", 12, (0.5, 0.0, 0.5), 3, 7.5),
+    ):  # fmt: skip
+        table = solver_table(sampler, steps, SCHEDULE, alpha)
+        mi.sample_rows(
+            fake_eps, params, noise, make_inputs(3, seed=5)[2], make_images((2, 3, 1), seed=3), table,
+            mis_steps=mis_steps, guidance_scale=guidance, progress=lambda done, total: None,
+        )  # fmt: skip
+    assert (len(TRACES), mi.denoise._cache_size()) == (traces, compiled)
+
+
+def test_an_image_is_the_same_in_any_batch():
+    params, noise, conditions = make_inputs(3)
+    images = make_images((1, 4, 13))
+    table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
+    together = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7)
+    for i in range(3):
+        alone = mi.sample_rows(
+            fake_eps, params, noise[i : i + 1], conditions, images[i : i + 1], table, mis_steps=7
+        )
+        assert relative_error(together[i], alone[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("merge", ["mean", "crop"])
+@pytest.mark.parametrize("max_rows", [1, 3, 10, 16])
+def test_chunks_equal_one_batch(merge, max_rows):
+    params, noise, conditions = make_inputs(4)
+    images = make_images((1, 4, 0, 6))
+    table = solver_table("plms", 10, SCHEDULE, (0.3, 0.0, 0.7))
+    settings = dict(mis_steps=5, merge=merge)
+    whole = mi.sample_rows(fake_eps, params, noise, conditions, images, table, **settings)
+    chunked = mi.sample_rows(fake_eps, params, noise, conditions, images, table, max_rows=max_rows, **settings)
+    assert relative_error(chunked, whole) <= 1e-5
+
+
+def test_progress_counts_every_evaluation():
+    params, noise, conditions = make_inputs(4)
+    images = make_images((1, 4, 0, 6))
+    table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
+    calls = []
+    quiet = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7, max_rows=10)
+    shown = mi.sample_rows(
+        fake_eps, params, noise, conditions, images, table, mis_steps=7, max_rows=10,
+        progress=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    assert relative_error(shown, quiet) <= 1e-6
+    total = mi.count_evaluations(mi.plan_pieces(table, 7), images, guided=True)
+    assert calls[-1] == (total, total) and all(a[0] < b[0] for a, b in zip(calls, calls[1:], strict=False))
+
+
+@pytest.mark.parametrize("devices", [1, 4, 8])
+def test_buckets_waste_little(devices):
+    for rows in range(1, 400):
+        size = mi.bucket_size(rows, devices)
+        each = -(-rows // devices)
+        assert size >= rows and size % devices == 0
+        assert size == each * devices if each <= 8 else size <= 1.2 * each * devices
+    assert mi.bucket_size(21) == 25
+
+
+def test_rows_of_a_batch():
+    rows = mi.pack_rows(make_images((1, 0, 7)), instances=True, guided=True, devices=4)
+    assert (rows.count, rows.chunk, len(rows.image)) == (11, 12, 12)
+    np.testing.assert_array_equal(rows.segment, [0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3])
+    np.testing.assert_array_equal(rows.slot, [0, 1, 0, 0, 1, 2, 3, 4, 5, 6, 7, -1])
+    np.testing.assert_array_equal(rows.conditions[:4], [[1, 0], [2, 0], [3, 0], [4, 0]])
+    alone = mi.pack_rows(make_images((1, 0, 7)), instances=False, guided=False)
+    np.testing.assert_array_equal(alone.conditions, [[1], [3], [4]])
+    for max_rows in range(1, 80):
+        rows = mi.pack_rows(make_images((3,) * 18), instances=True, guided=True, max_rows=max_rows)
+        assert rows.chunk <= max_rows and len(rows.image) % rows.chunk == 0
+        assert 0 <= len(rows.image) - rows.count < rows.chunk
+
+
+def test_padding_takes_no_part_in_a_merge():
+    rows = mi.pack_rows(make_images((1, 2)), instances=True, guided=True, devices=8)
+    latents = np.random.default_rng(0).standard_normal((8, H, W, C)).astype(np.float32)
+    latents[rows.count :] = np.nan
+    for weights in (mi.mean_weights(rows), mi.crop_weights(rows, H, W)):
+        assert np.isfinite(mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, weights)).all()
+    merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, mi.mean_weights(rows))
+    np.testing.assert_allclose(merged, [latents[:2].mean(0), latents[2:5].mean(0)], atol=1e-6)
+
+
+def test_crop_merge_pastes_boxes_on_the_right_axes():
+    height, width = 8, 12
+    boxes = [(0.0, 0.5, 0.25, 1.0), (0.1, 0.4, 0.5, 0.8), (0.0, 0.0, 0.0, 0.0), (0.3, 0.3, 0.31, 0.31)]
+    images = [mi.ImageRows(0, 0), mi.ImageRows(0, 0, (1, 2, 3, 4), boxes)]
+    rows = mi.pack_rows(images, instances=True, guided=False, devices=8)
+    latents = np.random.default_rng(0).standard_normal((len(rows.image), height, width, C)).astype(np.float32)
+    weights = mi.crop_weights(rows, height, width)
+    merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, weights)
+    expected = latents[1].copy()
+    expected[4:8, 0:3] = latents[2, 4:8, 0:3]
+    expected[3:6, 1:6] = latents[3, 3:6, 1:6]  # 0.4·8 = 3.2 and 0.8·8 = 6.4; 0.1·12 = 1.2
+    np.testing.assert_array_equal(merged, [latents[0], expected])
+
+
+def test_inpainting_follows_the_released_blend():
+    params, noise, conditions = make_inputs(2)
+    images = make_images((2, 0))
+    rng = np.random.default_rng(7)
+    keep = (rng.uniform(size=(2, H, W, 1)) < 0.5).astype(np.float32)
+    clean, fixed = (rng.standard_normal((2, H, W, C)).astype(np.float32) for _ in range(2))
+    table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
+    actual = mi.sample_rows(
+        fake_eps, params, noise, conditions, images, table, mis_steps=7, guidance_scale=3.0,
+        inpaint=mi.Inpaint(*map(jnp.asarray, (clean, keep, fixed))),
+    )  # fmt: skip
+    for i, image in enumerate(images):
+        known = clean[i], keep[i], fixed[i]
+        expected, _ = sequential(params, noise[i], conditions, image, 20, (0.8, 0.0, 0.2), 7, 3.0, known)
+        assert relative_error(actual[i], expected) <= 1e-5
+
+
+def test_low_precision_networks_keep_a_float32_solver():
+    params, noise, conditions = make_inputs(1)
+    rows = mi.pack_rows(make_images((0,)), instances=False, guided=True)
+    seen = []
+
+    def bfloat16_eps(params, latents, timesteps, conditions, alpha):
+        seen.append(latents.dtype)
+        return fake_eps(params, latents, timesteps, conditions, alpha).astype(jnp.bfloat16)
+
+    given = jax.tree.map(lambda a: a[rows.conditions], conditions)
+    state = mi.denoise(
+        bfloat16_eps, params, mi.start_state(noise), given, solver_table("plms", 5, SCHEDULE).coefficients,
+        0, 6, 7.5, use_fusers=True,
+    )  # fmt: skip
+    assert {*seen, *(leaf.dtype for leaf in state)} == {jnp.dtype(jnp.float32)}
+
+
+MESH_SCRIPT = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import test_multi_instance as t
+from instdiff_jax.diffusion import multi_instance as mi
+from common import relative_error
+assert jax.device_count() == 8
+sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp")), P(("data", "fsdp")))
+replicated = NamedSharding(sharding.mesh, P())
+table = t.solver_table("plms", 10, t.SCHEDULE, (0.8, 0.0, 0.2))
+for counts, max_rows in (((1, 4, 0, 6), None), ((2,), None), ((1, 4, 0, 6), 8)):
+    params, noise, conditions = t.make_inputs(len(counts))
+    images = t.make_images(counts)
+    plain = mi.sample_rows(t.fake_eps, params, noise, conditions, images, table, mis_steps=4)
+    split = mi.sample_rows(t.fake_eps, jax.device_put(params, replicated), noise, conditions, images, table,
+                           mis_steps=4, sharding=sharding, max_rows=max_rows)
+    assert relative_error(split, plain) <= 1e-5
+state = jax.device_put(mi.start_state(np.zeros((16, t.H, t.W, t.C), np.float32)), sharding)
+given = jax.device_put(jax.tree.map(lambda a: a[np.zeros((16, 2), int)], conditions), sharding)
+args = jax.device_put((params, table.coefficients, 0, 3, 7.5), replicated)
+compiled = mi.denoise.lower(t.fake_eps, args[0], state, given, *args[1:], use_fusers=True, sharding=sharding).compile()
+text = compiled.as_text()
+assert "all-" not in text and "collective" not in text, "rows must not talk to each other"
+assert f"f32[4,{t.H},{t.W},{t.C}]" in text and f"f32[32,{t.H},{t.W},{t.C}]" not in text, "the work must be split"
+print("same")
+"""
+
+
+def test_eight_devices_give_the_same_and_split_the_work():
+    here = Path(__file__).resolve().parent
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", MESH_SCRIPT], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "same" in done.stdout, done.stderr
