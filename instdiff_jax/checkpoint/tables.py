@@ -14,7 +14,8 @@ import numpy as np
 from instdiff_jax.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
 
 PARTS = ("model", "autoencoder", "text_encoder")  # the state dicts of the released checkpoint
-ADAPTERS = ("fusers", "scaleu", "unifusion")  # what InstanceDiffusion adds to Stable Diffusion 1.5
+# What InstanceDiffusion adds to Stable Diffusion 1.5; "trunk" is the ConvNeXt inside UniFusion, "unifusion" the rest.
+ADAPTERS = ("fusers", "scaleu", "unifusion", "trunk")
 
 SLOTS, MAP_TOKENS = 30, 64
 FOURIER = 2 * 16  # sine and cosine of 16 frequencies, per coordinate
@@ -70,7 +71,7 @@ class _Table:
         parts = tuple(path.split("/"))
         group = "base"
         if parts[0] == "unifusion":
-            group = "unifusion"
+            group = "trunk" if parts[1] == "trunk" else "unifusion"
         elif parts[0] == "unet" and "fuser" in parts:
             group = "fusers"
         elif parts[0] == "unet" and parts[1].startswith("scaleu_"):

@@ -1,0 +1,290 @@
+"""Checkpoint folders: config.json, tokenizer/ and params/ (orbax, one checkpoint per top-level part).
+
+config.json holds the model's sizes, sampling defaults, which adapters are absent, and the number and
+size of the files of every part, so that an incomplete copy is noticed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from instdiff_jax.checkpoint.rename import check_keys, flatten, parameter_shapes, unflatten
+from instdiff_jax.checkpoint.tables import ADAPTERS
+from instdiff_jax.config import ModelConfig, SamplingConfig
+from instdiff_jax.errors import InputError
+
+FORMAT, VERSION = "instdiff_jax checkpoint", 1
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+CONCURRENT_GB = 1  # how much orbax may hold in flight; bounds the memory beside the parameters themselves
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # Without OCDBT every array is its own file, written as it is read: with it, all are gathered in memory first.
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, save_concurrent_gb=CONCURRENT_GB, restore_concurrent_gb=CONCURRENT_GB
+    )
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps orbax from warning at every save that there is no OCDBT to merge."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def find_tokenizer(name: str, vocab_size: int | None = None) -> Path:
+    """The folder of a CLIP tokenizer, on this machine only.
+
+    Args:
+        name: a folder, or a name on the hub whose files are in the hub's cache.
+        vocab_size: the text encoder's vocabulary, which the tokenizer's must not exceed.
+
+    Raises:
+        InputError: where it is not there, is damaged or is too large for the text encoder.
+    """
+    where = "config.model.text_encoder.tokenizer"
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _cached_tokenizer(name)
+    missing = [file for file in TOKENIZER_FILES[:2] if not (folder / file).is_file()]
+    if missing:
+        raise InputError(f"{where}: {folder}: no {' and no '.join(missing)} there")
+    try:
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        largest = max(vocabulary.values())
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids by token ({error})") from error
+    if vocab_size is not None and largest >= vocab_size:
+        raise InputError(f"{where}: {folder}: ids up to {largest}, but the text encoder has {vocab_size}")
+    return folder
+
+
+def _cached_tokenizer(name: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, TOKENIZER_FILES[0])
+    except ValueError:  # the hub's word for a name that cannot be one
+        found = None
+    if not isinstance(found, str):
+        raise InputError(
+            f"config.model.text_encoder.tokenizer: {name}: neither a folder here nor in the hub's cache; "
+            "give a folder with --config.model.text_encoder.tokenizer=DIR"
+        )
+    return Path(found).parent
+
+
+def check_output(directory: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raises InputError where `save_folder` must not write: a file, or a folder that would be lost."""
+    directory = Path(directory)
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if not directory.is_dir() or directory.is_symlink():
+        raise InputError(f"{directory}: exists and is not a folder")
+    if not any(directory.iterdir()):
+        return
+    try:
+        read_config(directory)
+    except InputError as error:
+        raise InputError(f"{directory}: not empty and not a checkpoint folder; nothing is written there") from error
+    if not overwrite:
+        raise InputError(f"{directory}: a checkpoint is there already; --overwrite replaces it")
+
+
+@contextlib.contextmanager
+def _replaced_when_done(directory: Path) -> Iterator[Path]:
+    """Gives a folder beside `directory` that takes its place at the end, and vanishes on an error."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    beside.mkdir()
+    try:
+        yield beside
+        if directory.exists():
+            directory.rename(old)
+        beside.rename(directory)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            old.rename(directory)
+
+
+def save_folder(
+    directory: str | os.PathLike,
+    params: Mapping[str, Any],
+    model_config: ModelConfig,
+    sampling_config: SamplingConfig,
+    tokenizer_dir: str | os.PathLike,
+    absent: Collection[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint folder; it appears whole or not at all.
+
+    Args:
+        directory: where; missing, empty, or a checkpoint folder and `overwrite`.
+        params: the parameter tree, numpy (memory-mapped stays so) or jax arrays.
+        model_config: its sizes; the tokenizer's name is replaced by the folder's own copy.
+        sampling_config: defaults for sampling.
+        tokenizer_dir: where the tokenizer's files are.
+        absent: those of ADAPTERS that the tree lacks.
+        overwrite: replace a checkpoint folder.
+
+    Raises:
+        InputError: where it must not write, or the tree does not have the sizes of `model_config`.
+    """
+    directory = Path(directory).absolute()
+    check_output(directory, overwrite)
+    _check_tree({path: np.shape(leaf) for path, leaf in flatten(params).items()}, model_config, absent, "parameters")
+    with _replaced_when_done(directory) as beside:
+        (beside / "tokenizer").mkdir()
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer_dir) / name).is_file():
+                shutil.copyfile(Path(tokenizer_dir) / name, beside / "tokenizer" / name)
+        files = {}
+        for part, tree in params.items():
+            with _without_warnings(), ocp.Checkpointer(_handler()) as checkpointer:
+                checkpointer.save(beside / "params" / part, args=ocp.args.PyTreeSave(dict(tree)))
+            files[part] = _file_count(beside / "params" / part)
+        model = model_config.to_dict()
+        model["text_encoder"]["tokenizer"] = "tokenizer"
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "absent": [group for group in ADAPTERS if group in absent],
+            "model": model,
+            "sampling": sampling_config.to_dict(),
+            "params": files,
+        }
+        (beside / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _file_count(folder: Path) -> dict[str, int]:
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return {"files": len(sizes), "bytes": sum(sizes)}
+
+
+def _read_json(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{directory}: not a checkpoint folder: no config.json there")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: not the config.json of a checkpoint folder: format is not {FORMAT!r}")
+    if content.get("version") != VERSION:
+        raise InputError(f"{path}: version: expected {VERSION}, got {content.get('version')!r}")
+    absent = content.get("absent")
+    if not isinstance(absent, list) or not all(group in ADAPTERS for group in absent):
+        raise InputError(f"{path}: absent: expected a list of {', '.join(ADAPTERS)}, got {absent!r}")
+    for name in ("model", "sampling", "params"):
+        if not isinstance(content.get(name), dict):
+            raise InputError(f"{path}: {name}: expected a group of settings, got {content.get(name)!r}")
+    return content
+
+
+def read_config(directory: str | os.PathLike) -> tuple[ModelConfig, SamplingConfig, tuple[str, ...]]:
+    """What a checkpoint folder says of itself; reads no weights.
+
+    Returns:
+        The model's sizes (the tokenizer is the folder's own), the sampling defaults, and which adapters are absent.
+
+    Raises:
+        InputError: for a folder that is no checkpoint, or a damaged config.json.
+    """
+    directory = Path(directory)
+    content = _read_json(directory)
+    path = directory / "config.json"
+    model = ModelConfig.from_dict(content["model"], f"{path}: model")
+    sampling = SamplingConfig.from_dict(content["sampling"], f"{path}: sampling")
+    text = dataclasses.replace(model.text_encoder, tokenizer=str(directory / model.text_encoder.tokenizer))
+    return dataclasses.replace(model, text_encoder=text), sampling, tuple(content["absent"])
+
+
+def restore_params(
+    directory: str | os.PathLike,
+    parts: Collection[str] | None = None,
+    dtype: Any = np.float32,
+    sharding: Any = None,
+    as_numpy: bool = False,
+) -> dict[str, Any]:
+    """Reads parameters from a checkpoint folder, each array straight to its place and type.
+
+    Args:
+        directory: the checkpoint folder.
+        parts: top-level keys of the tree to read (unet, unifusion, autoencoder, text_encoder); all by default.
+        dtype: type of the leaves with two axes or more; vectors and scalars are float32. None: all as stored.
+        sharding: one sharding for all leaves, or a tree of shardings; the default device otherwise.
+        as_numpy: give numpy arrays instead of jax arrays.
+
+    Raises:
+        InputError: for a part that is absent, and for missing, damaged or mismatched files.
+    """
+    directory = Path(directory).absolute()
+    config, _, absent = read_config(directory)
+    shapes = parameter_shapes(config, absent)
+    counts = _read_json(directory)["params"]
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = {}
+    for part in parts or shapes:
+        folder = directory / "params" / part
+        if part not in shapes or part not in counts:
+            raise InputError(f"{directory}: {part}: this checkpoint does not have it (absent: {', '.join(absent)})")
+        if _file_count(folder) != counts[part]:
+            raise InputError(f"{folder}: incomplete or changed: expected {counts[part]}, got {_file_count(folder)}")
+        try:
+            params[part] = _restore_part(folder, part, shapes[part], dtype, sharding, as_numpy)
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError) as error:
+            raise InputError(f"{folder}: damaged ({str(error).splitlines()[0][:200]})") from error
+    return params
+
+
+def _restore_part(folder: Path, part: str, shapes: dict[str, Any], dtype: Any, sharding: Any, as_numpy: bool) -> Any:
+    expected = flatten({part: shapes})
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        stored = flatten({part: checkpointer.metadata(folder).item_metadata.tree})
+        found = {"/".join(path): tuple(leaf.shape) for path, leaf in stored.items()}
+        check_keys(found, {"/".join(path): shape for path, shape in expected.items()}, str(folder))
+        places = flatten(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(expected, sharding)
+        restore_args = {}
+        for path, shape in expected.items():
+            leaf_dtype = stored[path].dtype if dtype is None else (dtype if len(shape) >= 2 else np.float32)
+            if as_numpy:
+                leaf_args = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf_dtype)
+            else:
+                leaf_args = ocp.ArrayRestoreArgs(sharding=places[path], dtype=leaf_dtype, global_shape=shape)
+            restore_args[path] = leaf_args
+        tree = unflatten(restore_args)[part]
+        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=tree))
+
+
+def _check_tree(
+    found: Mapping[tuple[str, ...], tuple[int, ...]], config: ModelConfig, absent: Collection[str], where: str
+) -> None:
+    expected = flatten(parameter_shapes(config, absent))
+    check_keys(
+        {"/".join(path): tuple(shape) for path, shape in found.items()},
+        {"/".join(path): shape for path, shape in expected.items()},
+        where,
+    )

@@ -1,0 +1,257 @@
+"""Reads and writes PyTorch checkpoint files: the zip files of `torch.save`, and .safetensors.
+
+Reading needs no torch and executes nothing. Arrays are read-only views of the memory-mapped file: what
+is not used is never read from disk.
+"""
+
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from instdiff_jax.checkpoint.unpickle import Global, Inert, read_pickle
+from instdiff_jax.errors import InputError
+
+_STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+_SAFETENSORS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+_MAX_PICKLE = 500_000_000  # bytes; real ones hold a few hundred thousand names and shapes
+
+
+def read_file(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a .pth, .ckpt or .safetensors file; which one it is, its content tells.
+
+    Returns:
+        Nested dicts whose tensors are memory-mapped, read-only numpy arrays (bfloat16 by ml_dtypes), in
+        PyTorch's order of axes.
+
+    Raises:
+        InputError: for a missing, damaged or unknown file.
+    """
+    path = Path(path)
+    try:
+        data = np.memmap(path, np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if bytes(data[:4]) == b"PK\x03\x04":
+        return _read_zip(path, data)
+    if bytes(data[8:9]) == b"{":
+        return _read_safetensors(path, data)
+    if bytes(data[:1]) == b"\x80":
+        raise InputError(f"{path}: a file of torch.save before 1.6; load it with torch and save it again")
+    raise InputError(f"{path}: neither a zip file of torch.save nor a .safetensors file")
+
+
+class _Storage:
+    """The bytes of one stored tensor storage and the type of its elements."""
+
+    def __init__(self, data: np.ndarray, dtype: np.dtype, name: str):
+        self.data, self.dtype, self.name = data, dtype, name
+
+
+def _read_zip(path: Path, data: np.ndarray) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise InputError(f"{path}: not a file of torch.save: it holds {len(pickles)} data.pkl, expected one")
+            info = entries[pickles[0]]
+            if info.file_size > min(_MAX_PICKLE, data.size) or info.compress_type != zipfile.ZIP_STORED:
+                raise InputError(f"{path}: {pickles[0]} is compressed or too large")
+            pickle_bytes = archive.read(info)
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, struct.error, OSError, ValueError, NotImplementedError, OverflowError, EOFError,
+            RuntimeError) as error:  # fmt: skip
+        raise InputError(f"{path}: damaged or cut off ({error})") from error
+    prefix = pickles[0].removesuffix("data.pkl")
+    order = entries.get(f"{prefix}byteorder")
+    if order is not None and bytes(_record(path, data, order)) != b"little":
+        raise InputError(f"{path}: its byte order is not little-endian")
+
+    def persistent_load(identifier: Any) -> Any:
+        kind, storage_type, key = identifier[:3]
+        if kind != "storage" or not isinstance(storage_type, Global):
+            raise ValueError("a storage of unknown kind")
+        dtype = _STORAGES.get(storage_type.name.removeprefix("torch."))
+        if dtype is None:
+            return Inert(storage_type.name)
+        name = f"{prefix}data/{key}"
+        if name not in entries:
+            raise InputError(f"{path}: {name} is missing")
+        return _Storage(_record(path, data, entries[name]), np.dtype(dtype), f"{path}: {name}")
+
+    functions = {
+        "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+        "torch._utils._rebuild_tensor": _rebuild_tensor,
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+        "torch.nn.parameter.Parameter": lambda tensor, *_: tensor,
+        "collections.OrderedDict": _ordered_dict,
+        "torch.Size": lambda sizes=(): sizes,
+    }
+    content = read_pickle(pickle_bytes, functions, persistent_load, str(path))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a dict of weights, got {type(content).__name__}")
+    return content
+
+
+def _record(path: Path, data: np.ndarray, info: zipfile.ZipInfo) -> np.ndarray:
+    """The bytes of one uncompressed zip entry."""
+    start = info.header_offset
+    header = bytes(data[start : start + 30])
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise InputError(f"{path}: {info.filename} is compressed, expected it stored as torch.save does")
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise InputError(f"{path}: damaged or cut off at {info.filename}")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    start += 30 + name_length + extra_length
+    if start + info.file_size > data.size:
+        raise InputError(f"{path}: cut off inside {info.filename}")
+    return data[start : start + info.file_size]
+
+
+def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Any:
+    """A tensor as a view of its storage; PyTorch counts offset and strides in elements."""
+    if isinstance(storage, Inert):
+        return storage
+    numbers = (offset, *size, *stride)
+    if not isinstance(storage, _Storage) or len(size) != len(stride) or len(size) > 32:
+        raise ValueError("a tensor of unknown form")
+    if not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
+        raise InputError(f"{storage.name}: a tensor with a negative or huge size")
+    itemsize, count = storage.dtype.itemsize, 1
+    for n in size:
+        count *= n
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else offset - 1
+    if (last + 1) * itemsize > storage.data.size or count >= 2**48:
+        raise InputError(f"{storage.name}: a tensor of shape {list(size)} claims more than its storage holds")
+    if not count:
+        return np.zeros(size, storage.dtype)
+    strides = tuple(step * itemsize for step in stride)
+    return np.ndarray(size, storage.dtype, buffer=storage.data, offset=offset * itemsize, strides=strides)
+
+
+def _ordered_dict(items: Any = ()) -> dict:
+    result = {}
+    for key, value in items:
+        if isinstance(key, (str, int)):
+            result[key] = value
+    return result
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _read_safetensors(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
+    length = int.from_bytes(bytes(data[:8]), "little")
+    if not 2 <= length <= min(_MAX_HEADER, data.size - 8):
+        raise InputError(f"{path}: damaged or cut off: its header claims {length} bytes")
+    try:
+        header = json.loads(bytes(data[8 : 8 + length]).decode(), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its header is damaged ({error})") from error
+    tensors, body = {}, data[8 + length :]
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = np.dtype(_SAFETENSORS[entry["dtype"]]), entry["shape"]
+            begin, end = entry["data_offsets"]
+            if not all(type(n) is int and 0 <= n < 2**48 for n in (begin, end, *shape)) or len(shape) > 32:
+                raise ValueError("a negative or huge number")
+            count = 1
+            for n in shape:
+                count *= n
+            if not begin <= end <= body.size or end - begin != count * dtype.itemsize:
+                raise ValueError(f"bytes {begin} to {end} of {body.size} for a shape of {shape}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: {name}: damaged, cut off or of unknown type ({error})") from error
+        tensors[name] = body[begin:end].view(dtype).reshape(shape)
+    return tensors
+
+
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as a .safetensors file, one array in memory at a time; written beside, then moved into place."""
+    names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, array in tensors.items():
+        end = offset + array.size * array.dtype.itemsize
+        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for array in tensors.values():
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_torch(path: str | os.PathLike, content: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Writes dicts of arrays with `torch.save`; written beside, then moved into place.
+
+    Raises:
+        InputError: where torch is not installed.
+    """
+    path = Path(path)
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"{path}: writing .pth needs torch; write .safetensors, or install torch") from error
+
+    def tensor(array: np.ndarray) -> "torch.Tensor":
+        array = np.require(array, requirements=["C", "W"])
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        torch.save({part: {key: tensor(array) for key, array in group.items()} for part, group in content.items()},
+                   beside)  # fmt: skip
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
