@@ -49,7 +49,7 @@ def encode_mask(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def box_from_mask(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "4"] | None:
+def box_from_mask(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, " 4"] | None:
     """The tightest box (x0, y0, x1, y1) around a mask, edges of pixels; None for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
@@ -118,11 +118,11 @@ def resample_scribble(
         at = np.linspace(0.0, length[-1], count)
         points = np.stack([np.interp(at, length, points[:, axis]) for axis in (0, 1)], axis=1)
     order = np.argsort(_norm(points / size), kind="stable")
-    return points[order].astype(np.float32)
+    return points[order]
 
 
 def resize_map(mask: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "size size"]:
-    """A mask as a square map by nearest neighbour, the whole canvas squeezed into it, as the official evaluation does."""
+    """A mask as a square map by nearest neighbour, the whole canvas squeezed into it as in official evaluation."""
     if mask.shape == (size, size):
         return mask.astype(bool)
     image = Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
@@ -139,7 +139,16 @@ def order_by_origin(points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"
     return points[np.argsort(_norm(np.asarray(points, np.float64)), kind="stable")]
 
 
-def _norm(vectors: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n"]:
+def short(value: Any) -> str:
+    """A value for an error message: one line of at most 60 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _norm(vectors: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, " n"]:
     # Not hypot, which rounds otherwise: distances that tie in the official code would no longer tie.
     return np.sqrt(vectors[:, 0] ** 2 + vectors[:, 1] ** 2)
 
@@ -165,7 +174,7 @@ def _inside_points(
     return np.stack([columns + x0, rows + y0], axis=1)
 
 
-def _at_ranks(values: Float[np.ndarray, "n"], ranks: Int[np.ndarray, "k"]) -> Int[np.ndarray, "k"]:
+def _at_ranks(values: Float[np.ndarray, " n"], ranks: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
     """`argsort(values, kind="stable")[ranks]` for values >= 0, sorting only the buckets that hold those ranks."""
     buckets = 16 * len(ranks)
     bucket = (values * ((buckets - 1) / max(values.max(), 1e-9))).astype(np.int32)
@@ -183,11 +192,11 @@ def _decode_rle(rle: Mapping, height: int, width: int, where: str) -> Bool[np.nd
     """Decodes run lengths with our own code: pycocotools writes past its buffer where runs exceed the size."""
     counts, size = rle.get("counts"), rle.get("size")
     if "counts" not in rle or "size" not in rle:
-        raise InputError(f"{where}: expected RLE with the keys size and counts, got {', '.join(map(str, rle)) or 'none'}")
+        raise InputError(f"{where}: expected RLE with the keys size and counts, got {short(list(rle))}")
     if not isinstance(size, (list, tuple)) or len(size) != 2 or any(type(side) is not int for side in size):
-        raise InputError(f"{where}.size: expected [height, width], got {_short(size)}")
+        raise InputError(f"{where}.size: expected [height, width], got {short(size)}")
     if tuple(size) != (height, width):
-        raise InputError(f"{where}.size: expected [{height}, {width}] (height, width of the canvas), got {_short(size)}")
+        raise InputError(f"{where}.size: expected the canvas' [{height}, {width}] (height, width), got {short(size)}")
     if isinstance(counts, (str, bytes)):
         runs = _unpack_counts(counts, where)
     elif isinstance(counts, (list, tuple)):
@@ -201,7 +210,7 @@ def _decode_rle(rle: Mapping, height: int, width: int, where: str) -> Bool[np.nd
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def _unpack_counts(counts: str | bytes, where: str) -> Int[np.ndarray, "runs"]:
+def _unpack_counts(counts: str | bytes, where: str) -> Int[np.ndarray, " runs"]:
     """COCO's compressed run lengths: 5 bits a character, low ones first, each run from the third as a difference."""
     raw = counts.encode("utf-8") if isinstance(counts, str) else counts
     codes = np.frombuffer(raw, np.uint8).astype(np.int64) - 48
@@ -241,8 +250,3 @@ def _decode_polygons(polygons: list, height: int, width: int, where: str) -> Boo
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

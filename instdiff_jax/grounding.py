@@ -1,0 +1,195 @@
+"""Groundings: a layout as arrays for 30 slots, in fractions of the canvas, with which features each slot has."""
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+import numpy as np
+from jaxtyping import Float, UInt32
+
+from instdiff_jax.config import ModelConfig
+from instdiff_jax.errors import InputError
+from instdiff_jax.geometry import box_from_mask, mask_points, normalize_points, resample_scribble, resize_map
+from instdiff_jax.layout import MAX_INSTANCES, Instance, Layout
+
+Format = Literal["auto", "box", "point", "scribble", "mask"]
+Orientation = Literal["official", "correct"]
+
+# What each released config keeps; it drops the others (reference configs test_box, test_point, ...).
+KEPT = {
+    "box": ("box", "point"),
+    "point": ("point",),
+    "scribble": ("box", "point", "scribble", "mask"),
+    "mask": ("box", "point", "mask"),
+}
+FORMATS = ("auto", *KEPT)
+
+# Bit of a word that means "seen by all" in instance-masked attention.
+EVERYWHERE = np.uint32(1 << 31)
+
+
+class Grounding(TypedDict):
+    """One layout for the model; a stack of them has a leading batch axis.
+
+    Coordinates are fractions of the canvas, x before y. `valid` says that a slot holds an instance. `has_*` is 1 where
+    the features of that format are used and 0 where the learned null vector stands in; `has_map` counts for the whole
+    layout. Bit i of `maps` is slot i's mask. `phrase_embeddings` are zeros until the text encoder has run.
+    """
+
+    boxes: Float[np.ndarray, "30 4"]
+    points: Float[np.ndarray, "30 2"]
+    scribbles: Float[np.ndarray, "30 40"]
+    mask_points: Float[np.ndarray, "30 512"]
+    maps: UInt32[np.ndarray, "s s"]
+    phrase_embeddings: Float[np.ndarray, "30 e"]
+    valid: Float[np.ndarray, " 30"]
+    has_box: Float[np.ndarray, " 30"]
+    has_point: Float[np.ndarray, " 30"]
+    has_scribble: Float[np.ndarray, " 30"]
+    has_mask: Float[np.ndarray, " 30"]
+    has_map: Float[np.ndarray, ""]
+
+
+def null_grounding(map_size: int, context_dim: int) -> Grounding:
+    """The grounding of no instances at all: the unconditional pass."""
+    slots = np.zeros(MAX_INSTANCES, np.float32)
+    return Grounding(
+        boxes=np.zeros((MAX_INSTANCES, 4), np.float32),
+        points=np.zeros((MAX_INSTANCES, 2), np.float32),
+        scribbles=np.zeros((MAX_INSTANCES, 40), np.float32),
+        mask_points=np.zeros((MAX_INSTANCES, 512), np.float32),
+        maps=np.zeros((map_size, map_size), np.uint32),
+        phrase_embeddings=np.zeros((MAX_INSTANCES, context_dim), np.float32),
+        valid=slots.copy(),
+        has_box=slots.copy(),
+        has_point=slots.copy(),
+        has_scribble=slots.copy(),
+        has_mask=slots.copy(),
+        has_map=np.float32(0),
+    )
+
+
+def make_grounding(layout: Layout, config: ModelConfig, format: Format = "auto") -> Grounding:
+    """Turns a layout into arrays.
+
+    Args:
+        layout: a checked layout.
+        config: of the model; `unifusion.map_size` and `unet.context_dim` count.
+        format: "auto" uses what each instance has, plus its box from a mask and its centre point from a box; what it
+            lacks is null. The four others reproduce the released configs: formats that the config drops are null for
+            all; one that it keeps but an instance lacks is Fourier of zeros, but for points, which fall back to the
+            centre of the box.
+
+    Raises:
+        InputError: for an unknown format.
+    """
+    if format not in FORMATS:
+        raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    grounding = null_grounding(config.unifusion.map_size, config.unet.context_dim)
+    kept = KEPT.get(format, KEPT["scribble"])
+    for slot, instance in enumerate(layout.instances):
+        grounding["valid"][slot] = 1
+        places = _places(instance, layout, from_mask=format == "auto")
+        for name, array in (("box", "boxes"), ("point", "points"), ("scribble", "scribbles"), ("mask", "mask_points")):
+            if name in kept and places[name] is not None:
+                grounding[array][slot] = places[name].ravel()
+            # Released rule: null only where dropped, or where coordinates + valid sum to nothing.
+            present = name in kept and (format != "auto" or places[name] is not None)
+            grounding[f"has_{name}"][slot] = present
+        if "mask" in kept and instance.mask is not None:
+            grounding["maps"] |= resize_map(instance.mask, len(grounding["maps"])).astype(np.uint32) << np.uint32(slot)
+    grounding["has_map"] = np.float32(grounding["maps"].any())
+    return grounding
+
+
+def instance_groundings(grounding: Grounding) -> list[Grounding]:
+    """Each valid instance of a grounding alone, in slot 0: what the multi-instance sampler denoises by itself."""
+    alone = []
+    for slot in np.flatnonzero(grounding["valid"]):
+        single = {}
+        for key, values in grounding.items():
+            if key == "maps":
+                single[key] = (values >> np.uint32(slot)) & np.uint32(1)
+            elif key != "has_map":
+                single[key] = np.zeros_like(values)
+                single[key][0] = values[slot]
+        single["has_map"] = np.float32(single["maps"].any())
+        alone.append(single)
+    return alone
+
+
+def stack(groundings: Sequence[Grounding]) -> Grounding:
+    """Groundings as one, with a leading batch axis."""
+    return {key: np.stack([grounding[key] for grounding in groundings]) for key in groundings[0]}
+
+
+def region_words(
+    grounding: Grounding, height: int, width: int, orientation: Orientation, num_map_tokens: int = 64
+) -> tuple[UInt32[np.ndarray, " h*w"], UInt32[np.ndarray, " tokens"]]:
+    """Who may see whom in instance-masked attention, as one 32-bit word per token (paper section 3.1).
+
+    Bit i stands for instance i's region: its box, edges rounded half to even on the latent grid. A visual token with
+    word q attends to a token with word k where (q | EVERYWHERE) & k is not zero, and always to itself.
+
+    Args:
+        grounding: of one layout.
+        height: of the latent grid.
+        width: of the latent grid.
+        orientation: "official" fills x along rows and y along columns, as the released code does. "correct" fills the
+            box itself; a box that rounds to nothing keeps the cell it lies in, and instances without a box (point or
+            scribble only) are not masked.
+        num_map_tokens: tokens after the four times 30 of the slots.
+
+    Returns:
+        Words of the visual tokens, row by row, and of the grounding tokens in UniFusion's order. Box and mask tokens
+        have their slot's bit, or 0 for a slot that is hidden; all others are seen everywhere. Where no instance has a
+        region, or box and mask are both dropped, everything is seen everywhere.
+    """
+    tokens = np.full(4 * MAX_INSTANCES + num_map_tokens, EVERYWHERE, np.uint32)
+    visual = np.zeros((height, width), np.uint32)
+    masked = np.zeros(MAX_INSTANCES, np.uint32)
+    for slot, box in enumerate(grounding["boxes"]):
+        if not grounding["valid"][slot]:
+            continue
+        if orientation == "official":
+            rows, columns = _cells(box[[0, 2]], height), _cells(box[[1, 3]], width)
+        else:
+            rows, columns = _cells(box[[1, 3]], height, keep_one=True), _cells(box[[0, 2]], width, keep_one=True)
+        bit = np.uint32(1 << slot)
+        if box[2] > box[0] and box[3] > box[1]:
+            visual[rows, columns] |= bit
+            masked[slot] = bit
+        elif orientation == "correct":
+            masked[slot] = EVERYWHERE
+    if not visual.any() or not (grounding["has_box"].any() or grounding["has_mask"].any()):
+        return np.full(height * width, EVERYWHERE, np.uint32), tokens
+    tokens[:MAX_INSTANCES] = masked
+    tokens[3 * MAX_INSTANCES : 4 * MAX_INSTANCES] = masked
+    return visual.ravel(), tokens
+
+
+def _places(instance: Instance, layout: Layout, from_mask: bool) -> dict[str, np.ndarray | None]:
+    """The instance's coordinates as fractions of the canvas; None for what it lacks."""
+    size = layout.width, layout.height
+    box = instance.box
+    if box is None and from_mask and instance.mask is not None:
+        box = box_from_mask(instance.mask)
+    corners = None if box is None else np.reshape(box, (2, 2)) / size
+    if instance.point is not None:
+        point = np.array(instance.point) / size
+    else:
+        point = None if corners is None else corners.mean(axis=0)
+    scribble = mask = None
+    if instance.scribble is not None:
+        scribble = normalize_points(resample_scribble(instance.scribble, size=size), *size)
+    if instance.mask is not None:
+        mask = normalize_points(mask_points(instance.mask), *size)
+    return {"box": corners, "point": point, "scribble": scribble, "mask": mask}
+
+
+def _cells(edges: Float[np.ndarray, " 2"], count: int, keep_one: bool = False) -> slice:
+    """The cells of a grid between two edges given as fractions, rounded half to even."""
+    first, last = (int(edge) for edge in np.round(edges * count))
+    if keep_one and first == last:
+        first = min(int(edges.mean() * count), count - 1)
+        last = first + 1
+    return slice(first, last)
