@@ -35,7 +35,7 @@ def draw_formats(config: DataConfig, rng: np.random.Generator) -> dict[str, bool
         box, point, scribble = True, True, False
     if not (box or point or scribble or mask):
         box = True
-    return {"box": bool(box), "point": bool(point), "scribble": bool(scribble), "mask_points": bool(mask), "map": bool(mask)}
+    return dict(zip(FORMATS, map(bool, (box, point, scribble, mask, mask)), strict=True))
 
 
 def apply_formats(arrays: dict[str, np.ndarray], kept: dict[str, bool]) -> dict[str, np.ndarray]:
@@ -62,8 +62,3 @@ def apply_formats(arrays: dict[str, np.ndarray], kept: dict[str, bool]) -> dict[
         "has_mask": np.float32(kept["mask_points"]) * mask.astype(np.float32),
         "has_map": np.array(kept["map"] and arrays["maps"].any(), np.float32),
     }
-
-
-def null_arrays(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The null grounding in the same shapes: zeros, so that every slot and format is its null vector."""
-    return {name: np.zeros_like(array) for name, array in arrays.items()}

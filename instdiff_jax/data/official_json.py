@@ -11,7 +11,6 @@ the dataset, see `phrases`.
 import argparse
 import base64
 import binascii
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,12 +82,12 @@ def read_record(path: Path, number: int, report: Report, split: str, embeddings:
     for i, anno in enumerate(item["annos"]):
         where = f"annos[{i}]"
         try:
-            instance, remark = _read_instance(anno, image.size, where, embeddings)
+            instance, remarks = _read_instance(anno, image.size, where, embeddings)
         except InputError as error:
             report.skip("annotation", split, f"{path.name} {where}", str(error))
             continue
-        if remark:
-            report.skip("mask", split, f"{path.name} {where}", remark)
+        for kind, remark in remarks:
+            report.skip(kind, split, f"{path.name} {where}", remark)
         instances.append(instance)
     if item["annos"] and not instances:
         raise InputError(f"{path}: not one of its {len(item['annos'])} annotations can be used")
@@ -107,7 +106,7 @@ def read_record(path: Path, number: int, report: Report, split: str, embeddings:
 
 def _read_instance(
     anno: Any, size: tuple[int, int], where: str, embeddings: ImportedEmbeddings
-) -> tuple[Instance, str]:
+) -> tuple[Instance, list[tuple[str, str]]]:
     if not isinstance(anno, dict):
         raise InputError(f"{where}: expected an object, got {type(anno).__name__}")
     category = anno.get("category_name")
@@ -130,11 +129,11 @@ def _read_instance(
         category_id=number if type(number) is int else -1,
         annotation_id=anno["id"] if type(anno.get("id")) is int else -1,
     )
-    if plain is not None:
-        embeddings.add(category, plain)
-    if caption:
-        embeddings.add(caption_phrase(category, caption), own)
-    return instance, remark
+    remarks = [("mask", remark)] if remark else []
+    for phrase, row in ((category, plain), (caption_phrase(category, caption), own if caption else None)):
+        if row is not None and not embeddings.add(phrase, row):
+            remarks.append(("embedding", f"{phrase!r} came with another embedding before, which is kept"))
+    return instance, remarks
 
 
 def read_records(
@@ -167,8 +166,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = meta["splits"][args.split]
     print(f"{args.split}: {facts['images']} images, {facts['instances']} instances, {meta['phrases']} phrases")
     print(report.summary())
-    if embeddings.conflicts:
-        print(f"{embeddings.conflicts} phrases came with several embeddings; the first was kept", file=sys.stderr)
     print(f"written: {args.data_dir}")
 
 

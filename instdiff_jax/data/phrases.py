@@ -121,7 +121,13 @@ def phrase_table(
             rows[i] = row
         for start in tqdm(range(0, len(missing), batch_size), desc="phrases", unit="batch", disable=not missing):
             block = missing[start : start + batch_size]
-            rows[block] = embed([phrases[i] for i in block])
+            new = np.asarray(embed([phrases[i] for i in block]))
+            if new.shape != (len(block), rows.shape[1]):
+                raise InputError(
+                    f"{path}: expected embeddings of width {rows.shape[1]}, as those that came with the data, "
+                    f"got {new.shape[-1]}"
+                )
+            rows[block] = new
         rows.flush()
         os.replace(name, path)
     finally:
@@ -130,20 +136,15 @@ def phrase_table(
 
 
 class ImportedEmbeddings:
-    """Collects the embeddings that come with data, one a phrase.
-
-    The same phrase with another embedding keeps the first; `conflicts` counts those further off than rounding.
-    """
+    """Collects the embeddings that come with data, one a phrase: the first."""
 
     def __init__(self):
         self._rows: dict[str, Float[np.ndarray, " width"]] = {}
-        self.conflicts = 0
 
-    def add(self, phrase: str, row: Float[np.ndarray, " width"]) -> None:
-        """Adds a phrase's embedding."""
+    def add(self, phrase: str, row: Float[np.ndarray, " width"]) -> bool:
+        """Adds a phrase's embedding; False where the phrase came before with another one (half precision apart)."""
         first = self._rows.setdefault(phrase, row)
-        if first.shape != row.shape or np.abs(first - row).max() > 1e-2 * np.abs(first).max():
-            self.conflicts += 1
+        return first.shape == row.shape and float(np.abs(first - row).max()) <= 1e-2 * float(np.abs(first).max())
 
     def write(self, data_dir: Path, phrases: Sequence[str]) -> None:
         """Writes phrases/imported/ for the phrases that the dataset has."""
