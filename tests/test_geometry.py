@@ -130,7 +130,8 @@ def test_decode_polygons():
     mask = geometry.decode_mask([square, triangle], 40, 60, "m")
     assert mask.shape == (40, 60) and mask[12, 12] and mask[5, 50] and not mask[35, 5]
     assert mask[10:25, 10:30].all()
-    np.testing.assert_array_equal(geometry.decode_mask(square, 40, 60, "m"), geometry.decode_mask([square], 40, 60, "m"))
+    flat, nested = (geometry.decode_mask(polygons, 40, 60, "m") for polygons in (square, [square]))
+    np.testing.assert_array_equal(flat, nested)
     out = geometry.decode_mask([[-20, -20, 100, -20, 100, 100, -20, 100]], 40, 60, "m")
     assert out.all()
 

@@ -1,0 +1,97 @@
+"""Prompts and phrases as CLIP token ids."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from instdiff_jax.errors import InputError
+
+_logger = logging.getLogger(__name__)
+
+# A byte-level vocabulary holds every byte twice, alone and at the end of a word, or it cannot spell.
+_SMALLEST_VOCABULARY = 512
+
+
+class Tokenizer:
+    """transformers' CLIP tokenizer, from a local folder or the hub's local cache: no network, no weights.
+
+    Attributes:
+        max_length: ids in a row, begin and end included.
+        eos_id: id that ends a text and pads it. It is the highest id, so that argmax finds the end of a text.
+    """
+
+    def __init__(self, name: str | Path, vocab_size: int, max_length: int = 77):
+        """Loads the tokenizer.
+
+        Args:
+            name: a folder with vocab.json and merges.txt (or tokenizer.json), or a hub name that is in the local cache.
+            vocab_size: entries of the text encoder's embedding; the tokenizer must not have more.
+            max_length: ids in a row.
+
+        Raises:
+            InputError: naming the tokenizer, where it is not there or does not fit.
+        """
+        # Imported here: it takes a second, and reading layouts or training does not need it.
+        from transformers import CLIPTokenizer
+
+        self.max_length = max_length
+        try:
+            self._tokenizer = CLIPTokenizer.from_pretrained(str(name), local_files_only=True)
+        except Exception as error:  # The Rust library raises bare Exceptions for broken files.
+            raise InputError(
+                f"tokenizer {name}: expected a folder with vocab.json and merges.txt, or a name in the hub's local"
+                f" cache ({type(error).__name__})"
+            ) from error
+        # Without its files transformers makes an empty tokenizer and says nothing.
+        if len(self._tokenizer) < _SMALLEST_VOCABULARY:
+            raise InputError(f"tokenizer {name}: no vocabulary there; expected vocab.json and merges.txt")
+        highest = max(self._tokenizer.get_vocab().values())
+        self.eos_id = self._tokenizer.eos_token_id
+        if highest >= vocab_size:
+            raise InputError(f"tokenizer {name}: expected ids below the text encoder's {vocab_size}, got {highest}")
+        if self.eos_id != highest:
+            raise InputError(f"tokenizer {name}: expected the end token's id to be {highest}, got {self.eos_id}")
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Int32[np.ndarray, "n length"]:
+        """Ids of prompts, padded with the end token; what is too long is cut, and a warning names it."""
+        return self._encode(prompts, "prompt")
+
+    def encode_phrases(self, phrases: Sequence[str]) -> Int32[np.ndarray, "n length"]:
+        """Ids of instances' phrases, padded with the end token; what is too long is cut, and a warning names it.
+
+        The official code crashes at phrases of more than 77 tokens.
+        """
+        return self._encode(phrases, "phrase")
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files, so that a checkpoint folder needs no other."""
+        self._tokenizer.save_pretrained(str(folder))
+
+    def _encode(self, texts: Sequence[str], kind: str) -> Int32[np.ndarray, "n length"]:
+        ids = np.full((len(texts), self.max_length), self.eos_id, np.int32)
+        known: dict[str, list[int]] = {}
+        for row, text in enumerate(texts):
+            if text not in known:
+                known[text] = self._encode_one(text, kind)
+            ids[row, : len(known[text])] = known[text]
+        return ids
+
+    def _encode_one(self, text: str, kind: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{kind} {ascii(text)[:80]}: expected valid Unicode text") from error
+        ids = self._tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) > self.max_length:
+            _logger.warning(
+                "%s of %d tokens cut to %d, its end is not used: %r", kind, len(ids), self.max_length, _shortened(text)
+            )
+            ids = [*ids[: self.max_length - 1], self.eos_id]
+        return ids
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:50]} ... {text[-25:]}"
