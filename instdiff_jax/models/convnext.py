@@ -35,9 +35,7 @@ class ConvNeXt(nn.Module):
         for i, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):
             side = 4 if i == 0 else 2
             norm = LayerNorm(EPS, name=f"downsample_{i}_norm", **dtypes)
-            conv = nn.Conv(
-                dim, (side, side), strides=side, padding="VALID", name=f"downsample_{i}_conv", **dtypes
-            )
+            conv = nn.Conv(dim, (side, side), strides=side, padding="VALID", name=f"downsample_{i}_conv", **dtypes)
             x = norm(conv(x)) if i == 0 else conv(norm(x))
             for j in range(depth):
                 x = _Block(name=f"stage_{i}_block_{j}", **dtypes)(x)

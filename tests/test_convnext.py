@@ -1,0 +1,96 @@
+"""The ConvNeXt trunk: parity with transformers' ConvNeXt, parameter counts, bfloat16."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from common import model_config, relative_error, state_dict
+from transformers import ConvNextConfig, ConvNextModel
+
+from instdiff_jax.checkpoint.rename import unflatten
+from instdiff_jax.checkpoint.tables import rename_table
+from instdiff_jax.models.convnext import ConvNeXt
+
+TRUNK = "position_net.convnext_tiny_backbone."
+
+
+def trunk_params(weights: dict[str, np.ndarray], depths, dims) -> dict:
+    """Our tree of a state dict under the checkpoint's keys; the table also fixes every shape."""
+    config = model_config("small")
+    unifusion = dataclasses.replace(config.unifusion, trunk_depths=depths, trunk_dims=dims)
+    table = rename_table("model", dataclasses.replace(config, unifusion=unifusion))
+    entries = {key: entry for key, entry in table.items() if key.startswith(TRUNK)}
+    assert {key: weights[key].shape for key in weights} == {key: entry.torch_shape for key, entry in entries.items()}
+    return {"params": unflatten({entry.path[2:]: entry.to_ours(weights[key]) for key, entry in entries.items()})}
+
+
+def their_model(weights: dict[str, np.ndarray], depths, dims) -> ConvNextModel:
+    """transformers' ConvNeXt with the same weights; it stops at the trunk where only its last state is read."""
+    model = ConvNextModel(ConvNextConfig(depths=depths, hidden_sizes=dims, num_stages=len(dims))).eval()
+    renamed = {"layernorm.weight": torch.ones(dims[-1]), "layernorm.bias": torch.zeros(dims[-1])}
+    for key, value in weights.items():
+        kind, i, j, *rest = key.removeprefix(TRUNK).split(".")
+        if kind == "stages":
+            leaf = ".".join(rest).replace("gamma", "layer_scale_parameter").replace("norm", "layernorm")
+            name = f"encoder.stages.{i}.layers.{j}.{leaf}"
+        elif i == "0":
+            name = f"embeddings.{('patch_embeddings', 'layernorm')[int(j)]}.{rest[0]}"
+        else:
+            name = f"encoder.stages.{i}.downsampling_layer.{j}.{rest[0]}"
+        renamed[name] = torch.from_numpy(value)
+    model.load_state_dict(renamed, strict=True)
+    return model
+
+
+def their_features(weights: dict[str, np.ndarray], depths, dims, image: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        features = their_model(weights, depths, dims)(torch.from_numpy(np.moveaxis(image, -1, 1).copy()))
+    return np.moveaxis(features.last_hidden_state.numpy(), 1, -1)
+
+
+def spec_weights() -> dict[str, np.ndarray]:
+    return {key: value for key, value in state_dict("unet_small").items() if key.startswith(TRUNK)}
+
+
+def random_weights(depths, dims, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    config = model_config("small")
+    unifusion = dataclasses.replace(config.unifusion, trunk_depths=depths, trunk_dims=dims)
+    table = rename_table("model", dataclasses.replace(config, unifusion=unifusion))
+    return {
+        key: rng.standard_normal(entry.torch_shape).astype(np.float32) / np.sqrt(np.prod(entry.torch_shape[1:]))
+        for key, entry in table.items()
+        if key.startswith(TRUNK)
+    }
+
+
+@pytest.mark.parametrize(
+    ("depths", "dims", "shape"),
+    [((3, 3, 9, 3), (96, 192, 384, 768), (1, 64, 96)), ((1, 2, 1, 1), (16, 24, 32, 40), (2, 128, 64))],
+)
+def test_equals_transformers(depths, dims, shape):
+    weights = spec_weights() if dims[0] == 96 else random_weights(depths, dims, seed=0)
+    image = np.random.default_rng(2).standard_normal((*shape, 3)).astype(np.float32)
+    ours = jax.jit(ConvNeXt(depths, dims).apply)(trunk_params(weights, depths, dims), image)
+    assert ours.shape == (shape[0], shape[1] // 32, shape[2] // 32, dims[-1])
+    assert relative_error(ours, their_features(weights, depths, dims, image)) < 2e-5
+
+
+def test_bfloat16_stays_close_to_float32():
+    config, weights = model_config("full").unifusion, spec_weights()
+    depths, dims = config.trunk_depths, config.trunk_dims
+    image = np.random.default_rng(3).standard_normal((1, 64, 64, 3)).astype(np.float32)
+    ours = jax.jit(ConvNeXt(depths, dims, jnp.bfloat16).apply)(trunk_params(weights, depths, dims), image)
+    assert ours.dtype == jnp.bfloat16
+    assert relative_error(ours.astype(jnp.float32), their_features(weights, depths, dims, image)) < 0.03
+
+
+def test_parameter_count_and_dtype_of_the_released_trunk():
+    config = model_config("full").unifusion
+    trunk = ConvNeXt(config.trunk_depths, config.trunk_dims, param_dtype=jnp.bfloat16)
+    leaves = jax.tree.leaves(jax.eval_shape(trunk.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
+    assert sum(leaf.size for leaf in leaves) == 27_818_592
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
