@@ -132,9 +132,7 @@ def test_packed_rows_equal_the_sequential_sampler(steps, fractions, mis_steps, g
     )
     evaluations = 0
     for i, image in enumerate(images):
-        expected, count = sequential(
-            params, noise[i], conditions, image, steps, fractions, mis_steps, guidance
-        )
+        expected, count = sequential(params, noise[i], conditions, image, steps, fractions, mis_steps, guidance)
         evaluations += count
         assert relative_error(actual[i], expected) <= 1e-5
         # The count of the paper's algorithm: 2[(n+1)(M+1) + (S−M)] for M ≥ 1, 2(S+1) without.
@@ -163,13 +161,22 @@ def test_nothing_compiles_again():
     mi.sample_rows(fake_eps, params, noise, conditions, images, first, mis_steps=7)
     traces, compiled = len(TRACES), mi.denoise._cache_size()
     for sampler, steps, alpha, mis_steps, guidance in (
-        ("plms", 50, (0.5, 0.25, 0.25), 18, 5.0), ("ddim", 1000, (0.3, 0.0, 0.7), 20, 2), ("dpm++", 12, (0.5, 0.0, 0.5), 3, 7.5),
-    ):  # fmt: skip
+        ("plms", 50, (0.5, 0.25, 0.25), 18, 5.0),
+        ("ddim", 1000, (0.3, 0.0, 0.7), 20, 2.0),
+        ("dpm++", 12, (0.5, 0.0, 0.5), 3, 7.5),
+    ):
         table = solver_table(sampler, steps, SCHEDULE, alpha)
         mi.sample_rows(
-            fake_eps, params, noise, make_inputs(3, seed=5)[2], make_images((2, 3, 1), seed=3), table,
-            mis_steps=mis_steps, guidance_scale=guidance, progress=lambda done, total: None,
-        )  # fmt: skip
+            fake_eps,
+            params,
+            noise,
+            make_inputs(3, seed=5)[2],
+            make_images((2, 3, 1), seed=3),
+            table,
+            mis_steps=mis_steps,
+            guidance_scale=guidance,
+            progress=lambda done, total: None,
+        )
     assert (len(TRACES), mi.denoise._cache_size()) == (traces, compiled)
 
 
@@ -179,9 +186,7 @@ def test_an_image_is_the_same_in_any_batch():
     table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
     together = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7)
     for i in range(3):
-        alone = mi.sample_rows(
-            fake_eps, params, noise[i : i + 1], conditions, images[i : i + 1], table, mis_steps=7
-        )
+        alone = mi.sample_rows(fake_eps, params, noise[i : i + 1], conditions, images[i : i + 1], table, mis_steps=7)
         assert relative_error(together[i], alone[0]) <= 1e-5
 
 
@@ -204,9 +209,16 @@ def test_progress_counts_every_evaluation():
     calls = []
     quiet = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7, max_rows=10)
     shown = mi.sample_rows(
-        fake_eps, params, noise, conditions, images, table, mis_steps=7, max_rows=10,
+        fake_eps,
+        params,
+        noise,
+        conditions,
+        images,
+        table,
+        mis_steps=7,
+        max_rows=10,
         progress=lambda done, total: calls.append((done, total)),
-    )  # fmt: skip
+    )
     assert relative_error(shown, quiet) <= 1e-6
     total = mi.count_evaluations(mi.plan_pieces(table, 7), images, guided=True)
     assert calls[-1] == (total, total) and all(a[0] < b[0] for a, b in zip(calls, calls[1:], strict=False))
@@ -241,8 +253,10 @@ def test_padding_takes_no_part_in_a_merge():
     latents = np.random.default_rng(0).standard_normal((8, H, W, C)).astype(np.float32)
     latents[rows.count :] = np.nan
     for weights in (mi.mean_weights(rows), mi.crop_weights(rows, H, W)):
-        assert np.isfinite(mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, weights)).all()
-    merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, mi.mean_weights(rows))
+        assert np.isfinite(
+            mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, jnp.asarray(weights))
+        ).all()
+    merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, jnp.asarray(mi.mean_weights(rows)))
     np.testing.assert_allclose(merged, [latents[:2].mean(0), latents[2:5].mean(0)], atol=1e-6)
 
 
@@ -253,7 +267,7 @@ def test_crop_merge_pastes_boxes_on_the_right_axes():
     rows = mi.pack_rows(images, instances=True, guided=False, devices=8)
     latents = np.random.default_rng(0).standard_normal((len(rows.image), height, width, C)).astype(np.float32)
     weights = mi.crop_weights(rows, height, width)
-    merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, weights)
+    merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, jnp.asarray(weights))
     expected = latents[1].copy()
     expected[4:8, 0:3] = latents[2, 4:8, 0:3]
     expected[3:6, 1:6] = latents[3, 3:6, 1:6]  # 0.4·8 = 3.2 and 0.8·8 = 6.4; 0.1·12 = 1.2
@@ -268,9 +282,16 @@ def test_inpainting_follows_the_released_blend():
     clean, fixed = (rng.standard_normal((2, H, W, C)).astype(np.float32) for _ in range(2))
     table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
     actual = mi.sample_rows(
-        fake_eps, params, noise, conditions, images, table, mis_steps=7, guidance_scale=3.0,
+        fake_eps,
+        params,
+        noise,
+        conditions,
+        images,
+        table,
+        mis_steps=7,
+        guidance_scale=3.0,
         inpaint=mi.Inpaint(*map(jnp.asarray, (clean, keep, fixed))),
-    )  # fmt: skip
+    )
     for i, image in enumerate(images):
         known = clean[i], keep[i], fixed[i]
         expected, _ = sequential(params, noise[i], conditions, image, 20, (0.8, 0.0, 0.2), 7, 3.0, known)
@@ -288,9 +309,16 @@ def test_low_precision_networks_keep_a_float32_solver():
 
     given = jax.tree.map(lambda a: a[rows.conditions], conditions)
     state = mi.denoise(
-        bfloat16_eps, params, mi.start_state(noise), given, solver_table("plms", 5, SCHEDULE).coefficients,
-        0, 6, 7.5, use_fusers=True,
-    )  # fmt: skip
+        bfloat16_eps,
+        params,
+        mi.start_state(noise),
+        given,
+        solver_table("plms", 5, SCHEDULE).coefficients,
+        0,
+        6,
+        7.5,
+        use_fusers=True,
+    )
     assert {*seen, *(leaf.dtype for leaf in state)} == {jnp.dtype(jnp.float32)}
 
 
@@ -303,8 +331,8 @@ from common import relative_error
 assert jax.device_count() == 8
 sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp")), P(("data", "fsdp")))
 replicated = NamedSharding(sharding.mesh, P())
-table = t.solver_table("plms", 10, t.SCHEDULE, (0.8, 0.0, 0.2))
-for counts, max_rows in (((1, 4, 0, 6), None), ((2,), None), ((1, 4, 0, 6), 8)):
+table = t.solver_table("plms", 10, t.SCHEDULE)
+for counts, max_rows in (((1, 4, 0, 6), 8), ((2,), None)):
     params, noise, conditions = t.make_inputs(len(counts))
     images = t.make_images(counts)
     plain = mi.sample_rows(t.fake_eps, params, noise, conditions, images, table, mis_steps=4)
@@ -325,8 +353,9 @@ print("same")
 def test_eight_devices_give_the_same_and_split_the_work():
     here = Path(__file__).resolve().parent
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
+    }
     done = subprocess.run([sys.executable, "-c", MESH_SCRIPT], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "same" in done.stdout, done.stderr

@@ -107,10 +107,15 @@ def pack_rows(
     rows += [(0, len(images), -1, *rows[0][3:])] * (-count % chunk)
     image, segment, slot, boxes, conditions = zip(*rows, strict=True)
     return Rows(
-        image=np.array(image, np.int32), segment=np.array(segment, np.int32), slot=np.array(slot, np.int32),
-        boxes=np.array(boxes, np.float32), conditions=np.array(conditions, np.int32), num_images=len(images),
-        count=count, chunk=chunk,
-    )  # fmt: skip
+        image=np.array(image, np.int32),
+        segment=np.array(segment, np.int32),
+        slot=np.array(slot, np.int32),
+        boxes=np.array(boxes, np.float32),
+        conditions=np.array(conditions, np.int32),
+        num_images=len(images),
+        count=count,
+        chunk=chunk,
+    )
 
 
 class DenoiseState(NamedTuple):
@@ -322,13 +327,23 @@ def sample_rows(
                 for start in range(piece.start, piece.stop, stride if progress else piece.stop - piece.start):
                     stop = min(start + stride, piece.stop) if progress else piece.stop
                     part = denoise(
-                        eps_fn, params, part, given, coefficients, jnp.int32(start), jnp.int32(stop), scale,
-                        use_fusers=piece.use_fusers, inpaint=known, sharding=sharding,
-                    )  # fmt: skip
+                        eps_fn,
+                        params,
+                        part,
+                        given,
+                        coefficients,
+                        jnp.int32(start),
+                        jnp.int32(stop),
+                        scale,
+                        use_fusers=piece.use_fusers,
+                        inpaint=known,
+                        sharding=sharding,
+                    )
                     if progress:
                         part.latents.block_until_ready()
                         done += (1 + guided) * (stop - start) * min(rows.count - begin, rows.chunk)
                         progress(done, total)
+                del given  # two pieces' conditions never sit in memory together
             parts.append(part)
         if phase:
             weights = mean_weights(rows) if merge == "mean" else crop_weights(rows, *noise.shape[1:3])

@@ -14,7 +14,7 @@ coefficients are computed on the host in float64.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,8 +36,6 @@ ADAMS_BASHFORTH = (
 )
 # Below this many steps DPM-Solver++ takes its last, widest step at first order: extrapolation overshoots there.
 FEW_STEPS = 15
-
-Sampler = Literal["plms", "ddim", "dpm++"]
 
 
 class Coefficients(NamedTuple):
@@ -81,7 +79,7 @@ class SolverTable:
 
 
 def solver_table(
-    sampler: Sampler,
+    sampler: str,
     steps: int,
     schedule: ScheduleConfig,
     alpha_fractions: Sequence[float] = (1.0, 0.0, 0.0),
@@ -128,9 +126,12 @@ def solver_table(
     columns |= {"timestep": at, "alpha": alpha, "signal": signal[at], "sigma": sigma[at]}
     fused = int(np.argmax(alpha == 0)) if (alpha == 0).any() else len(rows)
     return SolverTable(
-        coefficients=_pad(columns), steps=len(grid), evaluations=len(rows), fused_evaluations=fused,
+        coefficients=_pad(columns),
+        steps=len(grid),
+        evaluations=len(rows),
+        fused_evaluations=fused,
         first_timestep=int(grid[0]),
-    )  # fmt: skip
+    )
 
 
 def update(
@@ -194,10 +195,12 @@ def _dpm_solver(levels: Float[np.ndarray, "levels"]) -> list[dict]:
         gain = -signal[i + 1] * np.expm1(-h)
         rows.append(
             _row(
-                p=1 / signal[i], q=-sigma[i] / signal[i], ax=sigma[i + 1] / sigma[i],
+                p=1 / signal[i],
+                q=-sigma[i] / signal[i],
+                ax=sigma[i + 1] / sigma[i],
                 c=(gain * (1 + ahead), -gain * ahead, 0.0, 0.0),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
