@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from common import model_config, relative_error, state_dict
+from common import make_array, model_config, relative_error
 from transformers import ConvNextConfig, ConvNextModel
 
 from instdiff_jax.checkpoint.rename import unflatten
@@ -17,14 +17,21 @@ from instdiff_jax.models.convnext import ConvNeXt
 TRUNK = "position_net.convnext_tiny_backbone."
 
 
-def trunk_params(weights: dict[str, np.ndarray], depths, dims) -> dict:
-    """Our tree of a state dict under the checkpoint's keys; the table also fixes every shape."""
+def trunk_table(depths, dims):
+    """Entries of the rename table by key; they also fix every shape."""
     config = model_config("small")
     unifusion = dataclasses.replace(config.unifusion, trunk_depths=depths, trunk_dims=dims)
     table = rename_table("model", dataclasses.replace(config, unifusion=unifusion))
-    entries = {key: entry for key, entry in table.items() if key.startswith(TRUNK)}
-    assert {key: weights[key].shape for key in weights} == {key: entry.torch_shape for key, entry in entries.items()}
-    return {"params": unflatten({entry.path[2:]: entry.to_ours(weights[key]) for key, entry in entries.items()})}
+    return {key: entry for key, entry in table.items() if key.startswith(TRUNK)}
+
+
+def trunk_weights(depths, dims) -> dict[str, np.ndarray]:
+    return {key: make_array(key, entry.torch_shape) for key, entry in trunk_table(depths, dims).items()}
+
+
+def trunk_params(weights: dict[str, np.ndarray], depths, dims) -> dict:
+    table = trunk_table(depths, dims)
+    return {"params": unflatten({entry.path[2:]: entry.to_ours(weights[key]) for key, entry in table.items()})}
 
 
 def their_model(weights: dict[str, np.ndarray], depths, dims) -> ConvNextModel:
@@ -51,28 +58,12 @@ def their_features(weights: dict[str, np.ndarray], depths, dims, image: np.ndarr
     return np.moveaxis(features.last_hidden_state.numpy(), 1, -1)
 
 
-def spec_weights() -> dict[str, np.ndarray]:
-    return {key: value for key, value in state_dict("unet_small").items() if key.startswith(TRUNK)}
-
-
-def random_weights(depths, dims, seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    config = model_config("small")
-    unifusion = dataclasses.replace(config.unifusion, trunk_depths=depths, trunk_dims=dims)
-    table = rename_table("model", dataclasses.replace(config, unifusion=unifusion))
-    return {
-        key: rng.standard_normal(entry.torch_shape).astype(np.float32) / np.sqrt(np.prod(entry.torch_shape[1:]))
-        for key, entry in table.items()
-        if key.startswith(TRUNK)
-    }
-
-
 @pytest.mark.parametrize(
     ("depths", "dims", "shape"),
     [((3, 3, 9, 3), (96, 192, 384, 768), (1, 64, 96)), ((1, 2, 1, 1), (16, 24, 32, 40), (2, 128, 64))],
 )
 def test_equals_transformers(depths, dims, shape):
-    weights = spec_weights() if dims[0] == 96 else random_weights(depths, dims, seed=0)
+    weights = trunk_weights(depths, dims)
     image = np.random.default_rng(2).standard_normal((*shape, 3)).astype(np.float32)
     ours = jax.jit(ConvNeXt(depths, dims).apply)(trunk_params(weights, depths, dims), image)
     assert ours.shape == (shape[0], shape[1] // 32, shape[2] // 32, dims[-1])
@@ -80,8 +71,9 @@ def test_equals_transformers(depths, dims, shape):
 
 
 def test_bfloat16_stays_close_to_float32():
-    config, weights = model_config("full").unifusion, spec_weights()
+    config = model_config("full").unifusion
     depths, dims = config.trunk_depths, config.trunk_dims
+    weights = trunk_weights(depths, dims)
     image = np.random.default_rng(3).standard_normal((1, 64, 64, 3)).astype(np.float32)
     ours = jax.jit(ConvNeXt(depths, dims, jnp.bfloat16).apply)(trunk_params(weights, depths, dims), image)
     assert ours.dtype == jnp.bfloat16
