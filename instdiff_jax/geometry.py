@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from pycocotools import mask as coco_mask
-from skimage.measure import find_contours
 
+from instdiff_jax.contours import trace_contours
 from instdiff_jax.errors import InputError
 
 INSIDE_POINTS = 128
@@ -72,9 +72,9 @@ def mask_points(mask: Bool[np.ndarray, "H W"], rng: np.random.Generator | None =
     if box is None:
         return np.zeros((INSIDE_POINTS + BOUNDARY_POINTS, 2), np.float32)
     x0, y0, x1, y1 = box.astype(int)
-    crop = mask[y0:y1, x0:x1]
+    crop = np.ascontiguousarray(mask[y0:y1, x0:x1])
     # Contours come in raster order of where they begin, so tracing the crop changes nothing but an offset.
-    contours = [c for c in find_contours(np.pad(crop, 1).astype(np.uint8), 0) if len(c) >= 3]
+    contours = [contour for contour in trace_contours(np.pad(crop, 1)) if len(contour) >= 3]
     boundary = np.concatenate(contours)[:, ::-1] + (x0, y0)
     boundary = boundary[np.linspace(0, len(boundary) - 1, BOUNDARY_POINTS).astype(int)]
     inside = _inside_points(crop, x0, y0, np.random.default_rng(0) if rng is None else rng)
@@ -87,12 +87,14 @@ def sample_scribble(mask: Bool[np.ndarray, "H W"], rng: np.random.Generator) -> 
     Returns:
         x, y in pixels; zeros for an empty mask. A mask with fewer than 20 pixels repeats some.
     """
-    pixels = np.flatnonzero(mask)
-    if not len(pixels):
+    box = box_from_mask(mask)
+    if box is None:
         return np.zeros((SCRIBBLE_POINTS, 2), np.float32)
+    x0, y0, x1, y1 = box.astype(int)
+    pixels = np.flatnonzero(mask[y0:y1, x0:x1])
     chosen = pixels[rng.choice(len(pixels), SCRIBBLE_POINTS, replace=len(pixels) < SCRIBBLE_POINTS)]
-    rows, columns = np.divmod(chosen, mask.shape[1])
-    return order_by_origin(np.stack([columns, rows], axis=1)).astype(np.float32)
+    rows, columns = np.divmod(chosen, x1 - x0)
+    return order_by_origin(np.stack([columns + x0, rows + y0], axis=1)).astype(np.float32)
 
 
 def resample_scribble(
