@@ -208,7 +208,7 @@ DEEP, LONG = b"[" * 100_000, b'{"width": ' + b"9" * 5000 + b"}"
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1, 2]", b"3", b"null", b"\xff\xfe\x00", DEEP, LONG], ids=lambda content: repr(content)[:20]
+    "content", [b"", b"{", b"[1, 2]", b"3", b"null", b"\xff\xfe\x00", DEEP, LONG], ids=lambda text: repr(text)[:20]
 )
 def test_files_that_are_no_layout(tmp_path, content):
     path = tmp_path / "x.json"
