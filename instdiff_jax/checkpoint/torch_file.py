@@ -230,8 +230,10 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
         beside.unlink(missing_ok=True)
 
 
-def write_torch(path: str | os.PathLike, content: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def write_torch(path: str | os.PathLike, content: dict[str, dict[str, Any]]) -> None:
     """Writes dicts of arrays with `torch.save`; written beside, then moved into place.
+
+    Arrays in `content` are replaced by tensors one by one, so that no second copy of the model is held.
 
     Raises:
         InputError: where torch is not installed.
@@ -250,8 +252,10 @@ def write_torch(path: str | os.PathLike, content: Mapping[str, Mapping[str, np.n
 
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        torch.save({part: {key: tensor(array) for key, array in group.items()} for part, group in content.items()},
-                   beside)  # fmt: skip
+        for group in content.values():
+            for key in group:
+                group[key] = tensor(group[key])
+        torch.save(content, beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -1,0 +1,227 @@
+"""Checkpoint folders: they describe themselves, appear whole or not at all, and refuse what is damaged."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import PARITY
+
+from instdiff_jax.checkpoint import folder
+from instdiff_jax.checkpoint.rename import flatten, parameter_shapes, unflatten
+from instdiff_jax.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    UniFusionConfig,
+)
+from instdiff_jax.errors import InputError
+
+TOKENIZER = PARITY / "tokenizer"
+TINY = ModelConfig(
+    unet=UNetConfig(4, 4, 32, (1, 2), 1, (1,), 2, 48),
+    unifusion=UniFusionConfig(16, (1, 1, 1, 1), (8, 8, 16, 64), 64),
+    autoencoder=AutoencoderConfig(32, (1, 2), 1, 4, 0.18215),
+    text_encoder=TextEncoderConfig(1024, 48, 64, 1, 2, 77, str(TOKENIZER)),
+    schedule=ScheduleConfig(0.00085, 0.012, 1000),
+)
+
+
+def tiny_params(absent=()) -> dict:
+    random = np.random.default_rng(0)
+    shapes = flatten(parameter_shapes(TINY, absent))
+    return unflatten({path: random.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("folder") / "tiny"
+    folder.save_folder(directory, tiny_params(), TINY, SamplingConfig(steps=7), TOKENIZER)
+    return directory
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def assert_equal(found, expected):
+    found, expected = flatten(found), flatten(expected)
+    assert found.keys() == expected.keys()
+    for path in expected:
+        assert np.array_equal(found[path], expected[path]), path
+
+
+def test_what_is_saved_is_restored(saved):
+    model, sampling, absent = folder.read_config(saved)
+    assert sampling == SamplingConfig(steps=7) and absent == ()
+    assert model.unet == TINY.unet and model.text_encoder.tokenizer == str(saved / "tokenizer")
+    assert (saved / "tokenizer" / "merges.txt").read_bytes() == (TOKENIZER / "merges.txt").read_bytes()
+    params = folder.restore_params(saved)
+    assert_equal(params, tiny_params())
+    assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["tiny"]
+
+
+def test_it_can_be_moved(copied):
+    model, _, _ = folder.read_config(copied)
+    assert folder.find_tokenizer(model.text_encoder.tokenizer, 1024) == copied / "tokenizer"
+    folder.restore_params(copied, parts=["text_encoder"])
+
+
+def test_parts_types_and_places(saved):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = folder.restore_params(saved, ["autoencoder"], dtype=jnp.bfloat16, sharding=sharding)
+    assert list(params) == ["autoencoder"]
+    for path, leaf in flatten(params).items():
+        assert leaf.dtype == (jnp.bfloat16 if leaf.ndim >= 2 else jnp.float32), path
+        assert leaf.sharding == sharding
+    tree = {"autoencoder": jax.tree.map(lambda _: sharding, params["autoencoder"])}
+    assert_equal(
+        folder.restore_params(saved, ["autoencoder"], sharding=tree), {"autoencoder": tiny_params()["autoencoder"]}
+    )
+    numpy_params = folder.restore_params(saved, ["unifusion"], dtype=None, as_numpy=True)
+    assert all(type(leaf) is np.ndarray for leaf in flatten(numpy_params).values())
+
+
+def test_half_precision_is_kept_as_stored_and_widened_on_request(tmp_path):
+    params = jax.tree.map(lambda x: x.astype(np.float16), tiny_params())
+    folder.save_folder(tmp_path / "x", params, TINY, SamplingConfig(), TOKENIZER)
+    stored = folder.restore_params(tmp_path / "x", ["unet"], dtype=None, as_numpy=True)
+    assert {leaf.dtype for leaf in flatten(stored).values()} == {np.dtype(np.float16)}
+    wide = folder.restore_params(tmp_path / "x", ["unet"])
+    assert {leaf.dtype for leaf in flatten(wide).values()} == {np.dtype(np.float32)}
+
+
+def test_absent_adapters(tmp_path):
+    absent = ("fusers", "scaleu", "unifusion")
+    params = tiny_params(absent)
+    assert list(params["unifusion"]) == ["trunk"]
+    folder.save_folder(tmp_path / "x", params, TINY, SamplingConfig(), TOKENIZER, absent)
+    assert folder.read_config(tmp_path / "x")[2] == absent
+    assert_equal(folder.restore_params(tmp_path / "x"), params)
+    everything = ("fusers", "scaleu", "unifusion", "trunk")
+    folder.save_folder(tmp_path / "y", tiny_params(everything), TINY, SamplingConfig(), TOKENIZER, everything)
+    with pytest.raises(InputError, match="unifusion: this checkpoint does not have it"):
+        folder.restore_params(tmp_path / "y", ["unifusion"])
+
+
+def test_nothing_is_overwritten_unasked(saved, copied, tmp_path):
+    with pytest.raises(InputError, match="--overwrite"):
+        folder.save_folder(copied, tiny_params(), TINY, SamplingConfig(), TOKENIZER)
+    folder.save_folder(copied, tiny_params(), TINY, SamplingConfig(steps=9), TOKENIZER, overwrite=True)
+    assert folder.read_config(copied)[1].steps == 9
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match="not empty"):
+        folder.save_folder(tmp_path / "mine", tiny_params(), TINY, SamplingConfig(), TOKENIZER, overwrite=True)
+    with pytest.raises(InputError, match="not a folder"):
+        folder.check_output(tmp_path / "mine" / "thesis.txt", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    folder.check_output(tmp_path / "empty")
+
+
+def test_a_failed_save_leaves_nothing_and_keeps_the_old(copied, monkeypatch):
+    params = tiny_params()
+    del params["unet"]["conv_in"]["bias"]
+    with pytest.raises(InputError, match="1 missing: unet/conv_in/bias"):
+        folder.save_folder(copied, params, TINY, SamplingConfig(), TOKENIZER, overwrite=True)
+
+    def fail(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(folder, "_file_count", fail)
+    with pytest.raises(OSError, match="disk full"):
+        folder.save_folder(copied, tiny_params(), TINY, SamplingConfig(), TOKENIZER, overwrite=True)
+    monkeypatch.undo()
+    assert sorted(path.name for path in copied.parent.iterdir()) == ["copy"]
+    assert_equal(folder.restore_params(copied), tiny_params())
+
+
+def edit(directory, change):
+    path = directory / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format="x"), "format"),
+        (lambda c: c.update(version=2), "version: expected 1, got 2"),
+        (lambda c: c.pop("absent"), "absent"),
+        (lambda c: c.update(absent=["unet"]), "absent"),
+        (lambda c: c.pop("params"), "params"),
+        (lambda c: c["model"].pop("unet"), "model.unet: missing"),
+        (lambda c: c["model"]["unet"].update(num_heads="8"), "num_heads: expected int"),
+        (lambda c: c["sampling"].update(steps=0), "sampling.steps"),
+    ],
+)
+def test_damaged_config(copied, change, message):
+    edit(copied, change)
+    with pytest.raises(InputError, match=message) as error:
+        folder.restore_params(copied)
+    assert "config.json" in str(error.value)
+
+
+def test_config_of_other_sizes_names_the_parameter(copied):
+    edit(copied, lambda c: c["model"]["unet"].update(context_dim=40))
+    with pytest.raises(InputError, match=r"unet/.*file \[48, 32\], config \[40, 32\]"):
+        folder.restore_params(copied)
+
+
+def test_missing_and_damaged_files(saved, tmp_path):
+    for number, damage in enumerate(("remove", "cut", "config", "no folder")):
+        copy = shutil.copytree(saved, tmp_path / str(number))
+        file = next(path for path in (copy / "params/unet/conv_in.kernel").iterdir() if path.name != ".zarray")
+        if damage == "remove":
+            file.unlink()
+        elif damage == "cut":
+            file.write_bytes(file.read_bytes()[:-4])
+        elif damage == "config":
+            (copy / "config.json").write_text("{")
+        else:
+            shutil.rmtree(copy / "params/unet")
+        with pytest.raises(InputError) as error:
+            folder.restore_params(copy)
+        assert str(copy) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no config.json"):
+        folder.restore_params(tmp_path)
+
+
+def test_damaged_metadata_ends_in_one_line_or_reads(saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    random = np.random.default_rng(0)
+    for name in ("_METADATA", "conv_in.kernel/.zarray"):
+        path = copy / "params/unet" / name
+        original = path.read_bytes()
+        for _ in range(6):
+            damaged = bytearray(original)
+            damaged[random.integers(len(damaged))] = random.integers(256)
+            path.write_bytes(damaged)
+            try:
+                folder.restore_params(copy, ["unet"])
+            except InputError as error:
+                assert str(copy) in str(error) and "\n" not in str(error)
+        path.write_bytes(original)
+
+
+def test_tokenizers(tmp_path, monkeypatch):
+    assert folder.find_tokenizer(str(TOKENIZER), 1024) == TOKENIZER
+    with pytest.raises(InputError, match="ids up to 1023, but the text encoder has 1000"):
+        folder.find_tokenizer(str(TOKENIZER), 1000)
+    for name in ("nobody/no-such-tokenizer", "no such name!", str(tmp_path / "nowhere")):
+        with pytest.raises(InputError, match="config.model.text_encoder.tokenizer"):
+            folder.find_tokenizer(name)
+    with pytest.raises(InputError, match="no vocab.json and no merges.txt"):
+        folder.find_tokenizer(str(tmp_path))
+    shutil.copytree(TOKENIZER, tmp_path / "bad")
+    (tmp_path / "bad" / "vocab.json").write_text("[1, 2")
+    with pytest.raises(InputError, match="vocab.json"):
+        folder.find_tokenizer(str(tmp_path / "bad"))
