@@ -61,7 +61,7 @@ class DataConfig(Settings):
                 raise InputError(f"{where}.{field.name}: expected a positive whole number, got {value!r}")
 
     def without_chance(self) -> "DataConfig":
-        """The same data with nothing left to chance but scribbles: for validation."""
+        """The same data for validation: nothing is dropped or flipped; captions and scribbles are still drawn."""
         never = dict(flip=0.0, keep_caption=1.0, instance_caption=0.0, null_grounding=0.0)
         formats = ("drop_box", "drop_point", "drop_scribble", "drop_mask", "only_point", "only_mask")
         return dataclasses.replace(self, **never, **dict.fromkeys(formats, 0.0))
