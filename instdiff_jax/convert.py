@@ -77,12 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_input_error():
         config, rest = read_config(sys.argv[1:] if argv is None else argv, "configs/sd15.py")
         args = parse_args(rest)
-        if args.to_pytorch is not None:
-            to_pytorch(args.input[0], args.to_pytorch)
-        else:
-            model = ModelConfig.from_dict(config.model.to_dict(), "config.model")
-            sampling = SamplingConfig.from_dict(config.sampling.to_dict(), "config.sampling")
-            to_folder(args, model, sampling)
+        try:
+            if args.to_pytorch is not None:
+                to_pytorch(args.input[0], args.to_pytorch)
+            else:
+                model = ModelConfig.from_dict(config.model.to_dict(), "config.model")
+                sampling = SamplingConfig.from_dict(config.sampling.to_dict(), "config.sampling")
+                to_folder(args, model, sampling)
+        except OSError as error:  # a full disk, a folder without permission
+            raise InputError(f"{args.to_pytorch or args.output}: cannot be written ({error})") from error
 
 
 if __name__ == "__main__":

@@ -195,6 +195,7 @@ def test_missing_and_damaged_files(saved, tmp_path):
         folder.restore_params(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from the reader's own event loop
 def test_damaged_metadata_ends_in_one_line_or_reads(saved, tmp_path):
     copy = shutil.copytree(saved, tmp_path / "copy")
     random = np.random.default_rng(0)

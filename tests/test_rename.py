@@ -100,8 +100,15 @@ def test_missing_extra_and_misshaped_keys_are_named_in_one_error():
     with pytest.raises(InputError) as error:
         rename.from_state_dict("model", original, model_config("small"), source="x.pth")
     message = str(error.value)
-    for text in ("x.pth", "2 missing", "time_embed.0.bias", "out.2.bias", "1 extra", "surprise.weight",
-                 "scaleu_b_0 (file [7], config [256])"):
+    for text in (
+        "x.pth",
+        "2 missing",
+        "time_embed.0.bias",
+        "out.2.bias",
+        "1 extra",
+        "surprise.weight",
+        "scaleu_b_0 (file [7], config [256])",
+    ):
         assert text in message
     assert "\n" not in message
 

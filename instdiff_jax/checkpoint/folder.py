@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -270,6 +271,9 @@ def _restore_part(folder: Path, part: str, shapes: dict[str, Any], dtype: Any, s
         stored = flatten({part: checkpointer.metadata(folder).item_metadata.tree})
         found = {"/".join(path): tuple(leaf.shape) for path, leaf in stored.items()}
         check_keys(found, {"/".join(path): shape for path, shape in expected.items()}, str(folder))
+        odd = next((path for path, leaf in stored.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)), None)
+        if odd is not None:
+            raise InputError(f"{folder}: {'/'.join(odd)}: expected floats, got {stored[odd].dtype}")
         places = flatten(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(expected, sharding)
         restore_args = {}
         for path, shape in expected.items():
