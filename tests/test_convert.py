@@ -347,7 +347,7 @@ print("peak", peak * 1024)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_of_a_conversion(tmp_path):
     """Peak anonymous memory of the whole run is at most 1.5 times the parameters, with EMA weights beside them."""
-    flags = [*SMALL, "--config.model.unet.model_channels=128", "--config.model.unifusion.mid_dim=512"]
+    flags = [*SMALL, "--config.model.unet.model_channels=96", "--config.model.unifusion.mid_dim=512"]
     with mock.patch.object(sys, "argv", ["convert", *flags]):
         config, _ = convert.read_config(flags, "configs/sd15.py")
     model = convert.ModelConfig.from_dict(config.model.to_dict())
@@ -364,6 +364,6 @@ def test_memory_of_a_conversion(tmp_path):
     command = [sys.executable, "-c", MEASURE, "--input", tmp_path / "x.pth", "--output", tmp_path / "folder", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     peak = int(done.stdout.split("peak")[1])
-    assert size > 600e6
+    assert size > 500e6
     assert peak <= 1.5 * size, f"{peak / 1e9:.2f} GB for {size / 1e9:.2f} GB"
     print(f"{peak / size:.2f} of {size / 1e9:.2f} GB")

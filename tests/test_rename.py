@@ -1,8 +1,10 @@
 """Rename tables: every key and shape of the released layout, both ways, and pointed errors."""
 
 import dataclasses
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 from common import PARITY, state_dict
@@ -12,6 +14,10 @@ from instdiff_jax.checkpoint import rename
 from instdiff_jax.checkpoint.tables import ADAPTERS, PARTS, rename_table
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
+from instdiff_jax.models.autoencoder import Autoencoder
+from instdiff_jax.models.clip_text import CLIPTextEncoder
+from instdiff_jax.models.unet import UNet
+from instdiff_jax.models.unifusion import UniFusion
 
 SPECS = {
     ("small", "model"): "unet_small",
@@ -145,3 +151,47 @@ def test_a_tree_that_lacks_a_parameter_is_not_written():
     del params["autoencoder"]["decoder"]["conv_in"]["bias"]
     with pytest.raises(InputError, match="1 missing: autoencoder/decoder/conv_in/bias"):
         rename.to_state_dict("autoencoder", params, config)
+
+
+@pytest.mark.parametrize("size", ["small", "alt", "full"])
+def test_tables_agree_with_the_modules(size):
+    config = model_config(size)
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+    s, context = config.unifusion.map_size, config.unet.context_dim
+    grounding = dict(
+        boxes=f32((1, 30, 4)),
+        points=f32((1, 30, 2)),
+        scribbles=f32((1, 30, 40)),
+        mask_points=f32((1, 30, 512)),
+        maps=jax.ShapeDtypeStruct((1, s, s), np.uint32),
+        phrase_embeddings=f32((1, 30, context)),
+        has_map=f32((1,)),
+        **{name: f32((1, 30)) for name in ("valid", "has_box", "has_point", "has_scribble", "has_mask")},
+    )
+
+    def run_unet(unet, latents, timesteps, text, tokens):
+        return unet(latents, timesteps, unet.condition(text, tokens), 1.0)
+
+    def run_autoencoder(autoencoder, image, latents):
+        return autoencoder.encode(image), autoencoder.decode(latents)
+
+    z = config.autoencoder.z_channels
+    calls = dict(
+        unet=(
+            UNet(config.unet),
+            (f32((1, 16, 16, 4)), f32((1,)), f32((1, 77, context)), f32((1, 184, context))),
+            run_unet,
+        ),
+        unifusion=(UniFusion(config.unifusion, context), (grounding,), None),
+        autoencoder=(Autoencoder(config.autoencoder), (f32((1, 64, 64, 3)), f32((1, 8, 8, z))), run_autoencoder),
+        text_encoder=(
+            CLIPTextEncoder(config.text_encoder),
+            (jax.ShapeDtypeStruct((1, 77), np.int32),),
+            None,
+        ),
+    )
+    for part, (module, inputs, method) in calls.items():
+        init = functools.partial(module.init, method=method)
+        params = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
+        found = {path: leaf.shape for path, leaf in rename.flatten(params).items()}
+        assert found == rename.flatten(rename.parameter_shapes(config)[part]), part
