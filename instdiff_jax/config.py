@@ -178,7 +178,7 @@ class SamplingConfig(Settings):
         return settings
 
     def validate(self, where: str = "sampling") -> None:
-        """Raises InputError for a value out of its range."""
+        """Raises InputError for a value out of its range (types are checked by `from_dict`)."""
         checks = {
             "steps": (1 <= self.steps <= 1000, "a whole number from 1 to 1000"),
             "guidance_scale": (0 <= self.guidance_scale < 1e4, "a number that is not negative"),

@@ -72,8 +72,12 @@ def test_instance_masked_attention_equals_the_official_one():
 
 def test_timestep_embedding():
     data = common.parity("primitives")
-    ours = timestep_embedding(jnp.asarray(data["timesteps"]), 320)
-    assert common.relative_error(ours, data["timestep_embedding"]) < 2e-5
+    ours = np.asarray(timestep_embedding(jnp.asarray(data["timesteps"]), 320))
+    small = data["timesteps"] <= 1
+    assert common.relative_error(ours[small], data["timestep_embedding"][small]) < 2e-7
+    # One unit in the last place of an angle near 1000 is 6.1e-5, and PyTorch's float32 exp differs by a
+    # unit between processors: it meets its own numbers of another machine to 2.9e-5 only.
+    assert common.relative_error(ours, data["timestep_embedding"]) < np.spacing(np.float32(999)) * 1.01
 
 
 @pytest.mark.parametrize("case", [0, 1, 2])

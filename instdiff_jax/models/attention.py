@@ -12,12 +12,14 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from instdiff_jax.models.layers import LayerNorm
 
-Kernel = Literal["auto", "plain", "chunked", "cudnn", "splash"]
+Kernel = Literal["auto", "plain", "chunked", "cudnn"]
 
 # The bit of a key's word that every query shares: a key that carries it is visible from everywhere.
 EVERYWHERE = jnp.uint32(1 << 31)
-# Logits held at a time by the chunked kernel, per batch of heads: small enough for a CPU's cache there.
+# Logits held at a time by the chunked kernel; on a CPU few enough for its cache.
 _LOGITS = {"cpu": 1 << 20, "gpu": 1 << 28, "tpu": 1 << 27}
+# Fewer queries than this at a time make the matrix products too thin to be fast.
+_MIN_CHUNK = 64
 
 
 class KeyValue(TypedDict):
@@ -72,8 +74,6 @@ def attention(
     if kernel == "cudnn":
         mask = None if key_words is None else visible(query_words, key_words)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    if kernel == "splash":
-        return _splash(q, k, v, query_words, key_words)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     if kernel == "plain":
         mask = None if key_words is None else visible(query_words, key_words)
@@ -106,14 +106,20 @@ def _attend(q, k, v, mask) -> Float[Array, "b h n d"]:
 
 
 def _chunked(q, k, v, query_words, key_words) -> Float[Array, "b h n d"]:
+    """Chunks of queries, and of the batch where a whole batch's logits for a few queries are too many."""
     b, h, n, d = q.shape
     budget = _LOGITS.get(jax.default_backend(), 1 << 27)
-    size = max(1, min(n, budget // (b * h * k.shape[2])))
-    while n % size:  # sequence lengths are products of small factors: a divisor is near
-        size -= 1
-    if size < 16 or size == n:
-        mask = None if key_words is None else visible(query_words, key_words)
-        return _attend(q, k, v, mask)
+    if b > 1 and _MIN_CHUNK * b * h * k.shape[2] > budget:
+        one = [None if x is None else x[:, None] for x in (q, k, v, query_words, key_words)]
+        return jax.lax.map(lambda row: _chunked(*row), tuple(one))[:, 0]
+    size = max(_MIN_CHUNK, budget // (b * h * k.shape[2]))
+    if size >= n:
+        return _attend(q, k, v, None if key_words is None else visible(query_words, key_words))
+    chunks = -(-n // size)
+    size = -(-n // chunks)  # even chunks: fewer padded queries
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, chunks * size - n), (0, 0)))
+    if query_words is not None:
+        query_words = jnp.pad(query_words, ((0, 0), (0, chunks * size - n)))
 
     # The backward pass recomputes a chunk's logits instead of keeping them.
     @jax.checkpoint
@@ -125,8 +131,8 @@ def _chunked(q, k, v, query_words, key_words) -> Float[Array, "b h n d"]:
             mask = visible(words, key_words, start)
         return _attend(part, k, v, mask)
 
-    out = jax.lax.map(chunk, jnp.arange(0, n, size))
-    return jnp.moveaxis(out, 0, 2).reshape(b, h, n, d)
+    out = jax.lax.map(chunk, jnp.arange(0, chunks * size, size))
+    return jnp.moveaxis(out, 0, 2).reshape(b, h, chunks * size, d)[:, :, :n]
 
 
 class Projections(nn.Module):

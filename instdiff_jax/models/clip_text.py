@@ -51,7 +51,8 @@ class CLIPTextEncoder(nn.Module):
         for i in range(config.num_layers):
             x = _Layer(config.num_heads, config.intermediate_size, name=f"layer_{i}", **dtypes)(x)
         x = LayerNorm(name="final_norm", **dtypes)(x)
-        first_end = jnp.argmax(ids == config.vocab_size - 1, axis=1)
+        # The end token has the highest id of its tokenizer, which may have fewer ids than the embedding.
+        first_end = jnp.argmax(ids, axis=1)
         pooled = jnp.take_along_axis(x, first_end[:, None, None], axis=1)[:, 0]
         return x, pooled
 

@@ -52,9 +52,11 @@ class LayerNorm(nn.Module):
 def timestep_embedding(timesteps: Int[Array, " b"] | Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
     """[cos ‖ sin] of t·exp(−ln(10000)·i/(dim/2)), float32 (DDPM, as in the official code)."""
     half = dim // 2
-    # Rounded as PyTorch rounds: an error of one unit in a frequency is a thousand times that in t·f.
+    # Exponents in float32, as PyTorch has them; their exponentials correctly rounded on the host, so that
+    # every platform has the same ones (a unit in the last place here is a thousand in an angle).
     exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    angles = timesteps.astype(jnp.float32)[:, None] * np.exp(exponents)[None]
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -1,0 +1,239 @@
+"""Draws pictures that obey layouts.
+
+    python sample.py                                                          # the model in the box on the examples
+    python sample.py --checkpoint checkpoints/sd15 --layout scene.json --output pictures --num_images 4
+
+For every layout x.json this writes OUT/x/<seed>.png and OUT/x/layout.png, and for all of them
+OUT/contact_sheet.png and OUT/run.json (every setting, seed and timing).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from instdiff_jax.errors import InputError, exit_on_input_error
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shapes"
+DEFAULT_LAYOUTS = Path(__file__).parent / "examples" / "shapes"
+# Settings of config.SamplingConfig that have a flag of the same name; None keeps the checkpoint's own.
+SAMPLING_FLAGS = ("steps", "sampler", "guidance_scale", "alpha", "mis", "merge", "masked_attention", "negative_prompt")
+
+
+# ---------------------------------------------------------------- flags
+
+
+def fractions(text: str) -> tuple[float, ...] | float:
+    """`0.8`, or three fractions `0.5,0.25,0.25`."""
+    numbers = tuple(float(part) for part in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="a checkpoint folder, or a training workdir")
+    add("--layout", type=Path, nargs="+", default=[DEFAULT_LAYOUTS], help="layout files, or folders of them")
+    add("--coco", type=Path, help="a COCO annotation file, instead of --layout; with --image_id")
+    add("--image_id", type=int, nargs="+", help="which images of --coco")
+    add("--captions", type=Path, help="COCO captions for --coco")
+    add("--keep_largest", action="store_true", help="of more than 30 instances keep the largest, instead of an error")
+    add("--output", type=Path, default=Path("output"), help="folder to write to")
+    add("--num_images", type=int, default=1, help="pictures of each layout")
+    add("--seed", type=int, default=0, help="image i of every layout has seed SEED + i")
+    add("--width", type=int, help="of the pictures in pixels; the layout's own by default")
+    add("--height", type=int)
+    add("--steps", type=int, help="solver steps")
+    add("--sampler", help="plms, ddim or dpm++")
+    add("--guidance_scale", type=float, help="classifier-free guidance; 1 turns it off")
+    add("--alpha", type=fractions, help="fraction of the steps that the fusers are on (or three: ones, decay, zeros)")
+    add("--mis", type=float, help="fraction of the steps of the multi-instance sampler; 0 turns it off")
+    add("--merge", help="how the multi-instance sampler merges: mean or crop")
+    add("--masked_attention", help="none, correct or official")
+    add("--negative_prompt")
+    add("--format", default="auto", choices=("auto", "box", "point", "scribble", "mask"), help="which places count")
+    add("--init_image", type=Path, help="a picture to start from, of the canvas's size")
+    add("--inpaint_mask", type=Path, help="a picture that is white where --init_image is to be painted anew")
+    add("--strength", type=float, help="share of the steps that run on --init_image")
+    add("--noise", type=Path, help="initial noise: a float32 .npy of shape [num_images, h, w, z]")
+    add("--save_latents", action="store_true", help="also write OUT/x/latents.npy")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
+    add("--max_rows", type=int, help="latents denoised at a time on a device; less needs less memory")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- input
+
+
+def read_layouts(args: argparse.Namespace) -> list:
+    """The layouts asked for; InputError where there are none, or two would write to one place."""
+    from instdiff_jax.layout import Layout
+
+    too_many = "largest" if args.keep_largest else "error"
+    if args.coco is not None:
+        if not args.image_id:
+            raise InputError("--image_id: expected the ids of images of --coco")
+        layouts = [Layout.from_coco(args.coco, number, args.captions, too_many) for number in args.image_id]
+    else:
+        files = []
+        for path in args.layout:
+            if path.is_dir():
+                found = sorted(path.glob("*.json"))
+                if not found:
+                    raise InputError(f"--layout: {path}: no .json file in this folder")
+                files += found
+            else:
+                files.append(path)
+        layouts = [Layout.from_json(path, too_many) for path in files]
+    names = [layout.name for layout in layouts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"--layout: two layouts would write to {args.output / twice[0]}; expected different file names")
+    return layouts
+
+
+def read_arrays(args: argparse.Namespace) -> dict:
+    """--init_image, --inpaint_mask and --noise as arrays."""
+    import numpy as np
+    from PIL import Image
+
+    def picture(flag: str, path: Path, mode: str):
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert(mode))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--{flag}: {path}: expected a picture ({error})") from error
+
+    arrays = {}
+    if args.init_image is not None:
+        arrays["init_image"] = picture("init_image", args.init_image, "RGB")
+    if args.inpaint_mask is not None:
+        arrays["inpaint_mask"] = picture("inpaint_mask", args.inpaint_mask, "L") >= 128
+    if args.noise is not None:
+        try:
+            arrays["noise"] = np.load(args.noise, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"--noise: {args.noise}: expected a float32 .npy file ({error})") from error
+        if arrays["noise"].dtype != np.float32:
+            raise InputError(f"--noise: {args.noise}: expected float32, got {arrays['noise'].dtype}")
+    return arrays
+
+
+def check_output(folder: Path) -> None:
+    """Raises where nothing can be written, before minutes of work are lost to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--output: {folder}: expected a folder to write to ({error.strerror})") from error
+
+
+# ---------------------------------------------------------------- output
+
+
+def write_file(path: Path, write: Callable) -> None:
+    """Writes beside and moves into place: a file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_picture(path: Path, pixels) -> None:
+    from PIL import Image
+
+    write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+
+
+def write_results(args: argparse.Namespace, results: list) -> list:
+    """Writes one layout's pictures; returns a row of the contact sheet."""
+    import numpy as np
+
+    from instdiff_jax.visualize import draw_layout
+
+    folder = args.output / results[0].layout.name
+    for result in results:
+        write_picture(folder / f"{result.seed}.png", result.image)
+    drawing = draw_layout(results[0].layout, np.full_like(results[0].image, 255))
+    write_picture(folder / "layout.png", drawing)
+    if args.save_latents:
+        latents = np.stack([result.latents for result in results]).astype(np.float32)
+        write_file(folder / "latents.npy", lambda file: np.save(file, latents))
+    return [drawing, *(result.image for result in results)]
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(args: argparse.Namespace) -> None:
+    began = time.time()
+    if args.num_images < 1:
+        raise InputError(f"--num_images: expected a whole number of at least 1, got {args.num_images}")
+    if args.max_rows is not None and args.max_rows < 1:
+        raise InputError(f"--max_rows: expected a whole number of at least 1, got {args.max_rows}")
+    layouts, arrays = read_layouts(args), read_arrays(args)
+    check_output(args.output)
+
+    import jax
+    from tqdm import tqdm
+
+    from instdiff_jax.parallel import make_mesh
+    from instdiff_jax.pipeline import Pipeline
+    from instdiff_jax.visualize import contact_sheet
+
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
+    pipeline = Pipeline.from_checkpoint(args.checkpoint, dtype=dtype, mesh=mesh, max_rows=args.max_rows)
+    loaded = time.time()
+
+    seeds = [args.seed + i for i in range(args.num_images)]
+    overrides = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    sheet, finished, group = [], [], []
+    with tqdm(total=1, unit="eval", desc="sampling", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        options = dict(format=args.format, width=args.width, height=args.height, strength=args.strength)
+        for result in pipeline.stream(layouts, seeds, progress=progress, **options, **arrays, **overrides):
+            group.append(result)
+            if len(group) == len(seeds):
+                sheet += write_results(args, group)
+                finished.append(dict(layout=result.layout.name, seeds=seeds, seconds=round(time.time() - began, 2)))
+                group = []
+    write_picture(args.output / "contact_sheet.png", contact_sheet(sheet, columns=1 + len(seeds)))
+
+    run = dict(
+        checkpoint=str(args.checkpoint),
+        model=pipeline.config.to_dict(),
+        sampling=dataclasses.asdict(pipeline.settings(**overrides)),
+        format=args.format,
+        width=args.width,
+        height=args.height,
+        strength=args.strength,
+        inputs={name: str(getattr(args, name)) for name in ("init_image", "inpaint_mask", "noise") if getattr(args, name)},
+        dtype=dtype,
+        devices=[device.device_kind for device in jax.local_devices()],
+        jax=jax.__version__,
+        seconds=dict(loading=round(loaded - began, 2), sampling=round(time.time() - loaded, 2)),
+        layouts=finished,
+    )
+    write_file(args.output / "run.json", lambda file: file.write(json.dumps(run, indent=2).encode()))
+    print(f"{len(layouts) * len(seeds)} pictures in {args.output} ({time.time() - began:.1f} s)")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main(parse_args())
+    sys.exit(0)
