@@ -110,6 +110,5 @@ def main() -> None:
         del loader
 
 
-
 if __name__ == "__main__":
     main()

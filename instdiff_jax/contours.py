@@ -107,7 +107,7 @@ def _join(start: list[int], stop: list[int]) -> list[deque[int]]:
     chains: dict[int, deque[int]] = {}
     begins: dict[int, tuple[deque[int], int]] = {}
     finishes: dict[int, tuple[deque[int], int]] = {}
-    for number, (first, last) in enumerate(zip(start, stop)):
+    for number, (first, last) in enumerate(zip(start, stop, strict=True)):
         after, before = begins.pop(last, None), finishes.pop(first, None)
         if before is None and after is None:
             chain = chains[number] = deque((first, last))

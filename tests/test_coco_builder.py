@@ -45,9 +45,9 @@ def test_keeps_everything(folder, data_dir):
     source = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
     dataset = InstanceDataset(data_dir, "train2017")
     assert len(dataset) == 12
-    crowds = 0
-    for i in range(len(dataset)):
-        record, row = dataset[i], source["images"][i]
+    crowds, records = 0, {dataset[i].image_id: dataset[i] for i in range(12)}
+    for i, row in enumerate(source["images"][:12]):
+        record = records[row["id"]]
         assert (record.image_id, record.file_name) == (row["id"], row["file_name"])
         assert record.image == (folder / "train2017" / row["file_name"]).read_bytes()
         assert Image.open(io.BytesIO(record.image)).size == (record.width, record.height)
@@ -55,7 +55,7 @@ def test_keeps_everything(folder, data_dir):
         assert record.detection
         annotations = [a for a in source["annotations"] if a["image_id"] == row["id"] and a["id"] not in (1025, 1026)]
         assert [item.annotation_id for item in record.instances] == [a["id"] for a in annotations]
-        for item, annotation in zip(record.instances, annotations):
+        for item, annotation in zip(record.instances, annotations, strict=True):
             np.testing.assert_allclose(item.box, annotation["bbox"])
             assert item.category == CATEGORIES[annotation["category_id"]]
             assert item.category_id == annotation["category_id"]
@@ -108,12 +108,13 @@ def test_other_split_names_and_instance_captions(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     build(tmp_path / "shapes", tmp_path / "data", "--instance_captions", str(tmp_path / "captions.json"))
     dataset, phrases = InstanceDataset(tmp_path / "data", "train"), read_phrases(tmp_path / "data")
-    first, second = dataset[0].instances[0], dataset[1].instances[0]
+    records = {dataset[i].image_id: dataset[i] for i in range(len(dataset))}
+    first, second = records[10].instances[0], records[20].instances[0]
     assert phrases[first.phrase] == "circle"
     assert phrases[first.caption_phrase] == "a red circle"
     # A caption that does not name the category gets it in front, as in the official training data.
     assert phrases[second.caption_phrase] == f"{second.category}. the blue one"
-    assert dataset[2].instances[0].caption_phrase == -1
+    assert records[30].instances[0].caption_phrase == -1
     report = json.loads((tmp_path / "data" / "report.json").read_text())
     assert report["counts"] == {"instance caption": 1}
 

@@ -12,7 +12,7 @@ from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.latents import LatentCache, cache_latents
 from instdiff_jax.data.loader import BatchReader, DevicePrefetch, make_loader
 from instdiff_jax.data.phrases import phrase_table
-from instdiff_jax.data.transforms import DataConfig
+from instdiff_jax.data.transforms import Crop, DataConfig, select_instances
 from instdiff_jax.errors import InputError
 
 SIZE = 64
@@ -157,8 +157,11 @@ def test_phrase_embeddings_follow_the_instances(data_dir, settings):
     reader = BatchReader(dataset, CONFIG.without_chance(), tokenize, settings["phrases"], 4, range(4), 5, False)
     grounding = reader(0)["grounding"]
     np.testing.assert_array_equal(grounding["phrase_embeddings"].any(axis=-1), grounding["valid"] > 0)
-    first = dataset[0].instances[0]
-    assert grounding["phrase_embeddings"][0, 0, 0] == 1 + len(first.category)
+    for i in range(4):
+        record = dataset[i]
+        chosen = select_instances(record, Crop(record.width, record.height, SIZE), CONFIG)
+        expected = [1.0 + len(instance.category) for instance, _ in chosen]
+        assert grounding["phrase_embeddings"][i, : len(chosen), 0].tolist() == expected
 
 
 def encode(canvases):
@@ -172,7 +175,7 @@ def test_cached_latents_follow_image_and_flip(data_dir, settings, tmp_path):
     cache = cache_latents(encode, dataset, tmp_path / "latents", "vae", SIZE, batch_size=5)
     images = take(make_loader(dataset, CONFIG, **settings), 4)
     latents = take(make_loader(dataset, CONFIG, latents=cache, **settings), 4)
-    for with_image, with_latents in zip(images, latents):
+    for with_image, with_latents in zip(images, latents, strict=True):
         assert "image" not in with_latents
         np.testing.assert_array_equal(with_latents["latent_mean"], encode(with_image["image"])[0])
         np.testing.assert_array_equal(with_latents["latent_logvar"], encode(with_image["image"])[1])

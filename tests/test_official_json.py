@@ -25,7 +25,7 @@ def official(case):
     data = parity("training_examples")
     size = [int(side) for side in data[f"c{case}_size"]]
     annos = []
-    for i, (counts, box) in enumerate(zip(data[f"c{case}_rle_counts"], data[f"c{case}_bbox"])):
+    for i, (counts, box) in enumerate(zip(data[f"c{case}_rle_counts"], data[f"c{case}_bbox"], strict=True)):
         name = f"thing{i % 4}"
         anno = {"bbox": list(box), "mask": {"size": size, "counts": counts.decode()}, "category_name": name, "id": 0}
         anno |= {"text_embedding_before": encode(EMBEDDINGS[name]), "caption": name, "blip_clip_embeddings": ""}
@@ -53,9 +53,10 @@ def data_dir(tmp_path_factory):
 
 def test_records(data_dir):
     data, dataset, phrases = parity("training_examples"), InstanceDataset(data_dir, "train"), read_phrases(data_dir)
-    assert len(dataset) == 3
+    records = {dataset[i].file_name: dataset[i] for i in range(len(dataset))}
+    assert sorted(records) == ["label_0.json", "label_1.json", "label_2.json"]
     for case in range(2):
-        record = dataset[case]
+        record = records[f"label_{case}.json"]
         assert record.image == data[f"c{case}_png"].tobytes()
         assert [record.height, record.width] == data[f"c{case}_size"].tolist()
         assert record.captions == ("a scene of things",) and record.detection

@@ -36,7 +36,7 @@ def official_record(case):
     height, width = (int(side) for side in data[f"c{case}_size"])
     instances = tuple(
         Instance(box=tuple(box), category=f"thing{i % 4}", mask=counts, phrase=i)
-        for i, (counts, box) in enumerate(zip(data[f"c{case}_rle_counts"], data[f"c{case}_bbox"]))
+        for i, (counts, box) in enumerate(zip(data[f"c{case}_rle_counts"], data[f"c{case}_bbox"], strict=True))
     )
     return Record(data[f"c{case}_png"].tobytes(), width, height, case, "example", ("a scene of things",), instances)
 

@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from instdiff_jax.data.dataset import Instance, Record, Report, check_output, write_dataset
+from instdiff_jax.data.dataset import Instance, Record, check_output, write_dataset
+from instdiff_jax.data.report import Report
 from instdiff_jax.data.transforms import load_image
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.geometry import decode_mask, encode_mask
@@ -274,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         split = CocoSplit(name, instances_file, captions_file, folder, report, captions, max(args.workers, 1))
         splits[name] = (len(split), split)
     if captions:
-        known = {str(row.get("id")) for _, split in splits.values() for rows in split.annotations.values() for row in rows}
+        known = {
+            str(row.get("id")) for _, split in splits.values() for rows in split.annotations.values() for row in rows
+        }
         for key in captions.keys() - known:
             report.skip("caption", "instance", f"annotation {key}", "no annotation has this id")
     meta = write_dataset(args.data_dir, splits, report, "coco", args.overwrite)

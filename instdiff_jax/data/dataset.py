@@ -1,5 +1,7 @@
 """The dataset on disk: images with instances, written and read by TFDS as array_record, without TensorFlow.
 
+Records lie in an order shuffled by TFDS, always the same for the same source.
+
 A dataset folder holds
     instances/1.0.0/   the records of every split
     dataset.json       what made it, the size and fingerprint of each split; written last
@@ -23,6 +25,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from instdiff_jax.data.report import Report
 from instdiff_jax.errors import InputError
 
 FORMAT = 1
@@ -65,38 +68,6 @@ class Record:
     captions: tuple[str, ...]
     instances: tuple[Instance, ...]
     detection: bool = True
-
-
-class Report:
-    """What was skipped while a dataset was built: counted, named, never silent."""
-
-    def __init__(self):
-        self.skipped: list[dict[str, str]] = []
-
-    def skip(self, kind: str, split: str, name: str, reason: str) -> None:
-        """Notes that `kind` (image, annotation, caption, file) `name` of a split was left out."""
-        self.skipped.append({"kind": kind, "split": split, "name": name, "reason": reason})
-
-    def counts(self) -> dict[str, int]:
-        """How many of each kind were skipped, for example {"train image": 2}."""
-        result: dict[str, int] = {}
-        for entry in self.skipped:
-            key = f"{entry['split']} {entry['kind']}"
-            result[key] = result.get(key, 0) + 1
-        return result
-
-    def summary(self, limit: int = 5) -> str:
-        """The counts and the first few names of each kind, as lines to print."""
-        if not self.skipped:
-            return "skipped: nothing"
-        lines = []
-        for key, count in self.counts().items():
-            entries = [entry for entry in self.skipped if f"{entry['split']} {entry['kind']}" == key]
-            lines.append(f"skipped: {count} {key}{'s' if count > 1 else ''}")
-            lines += [f"  {entry['name']}: {entry['reason']}" for entry in entries[:limit]]
-            if count > limit:
-                lines.append(f"  and {count - limit} more, see report.json")
-        return "\n".join(lines)
 
 
 def caption_phrase(category: str, caption: str) -> str:
@@ -147,8 +118,6 @@ class InstancesBuilder(tfds.core.GeneratorBasedBuilder):
                     ),
                 }
             ),
-            # Records stay in the order of their source; the loader shuffles.
-            disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -220,7 +189,13 @@ def write_dataset(
             builder.download_and_prepare()
         shutil.rmtree(partial / "downloads", ignore_errors=True)
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        meta = {"format": FORMAT, "source": source, "fingerprint": digest[:32], "splits": facts, "phrases": len(phrases)}
+        meta = {
+            "format": FORMAT,
+            "source": source,
+            "fingerprint": digest[:32],
+            "splits": facts,
+            "phrases": len(phrases),
+        }
         (partial / "phrases.json").write_text(json.dumps(list(phrases), ensure_ascii=False))
         (partial / "report.json").write_text(
             json.dumps({"counts": report.counts(), "skipped": report.skipped}, indent=1, ensure_ascii=False)

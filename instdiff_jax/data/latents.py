@@ -1,7 +1,7 @@
 """The autoencoder's posteriors of every image, computed once: training then neither decodes nor encodes images.
 
-    mean.npy, logvar.npy    [2, images, h, w, z]; first axis: as it is, flipped
-    latents.json            what they were made from; written last
+mean.npy, logvar.npy    [2, images, h, w, z]; first axis: as it is, flipped
+latents.json            what they were made from; written last
 """
 
 import json
@@ -96,8 +96,8 @@ def cache_latents(
                 files = (partial / "mean.npy", partial / "logvar.npy")
                 arrays = [np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape) for file in files]
             for array, part in zip(arrays, parts, strict=True):
-                for (index, flip), row in zip(block, part):
-                    array[int(flip), index] = row
+                for k, (index, flip) in enumerate(block):
+                    array[int(flip), index] = part[k]
         for array in arrays:
             array.flush()
         (partial / "latents.json").write_text(json.dumps(_facts(dataset, encoder_fingerprint, image_size), indent=1))

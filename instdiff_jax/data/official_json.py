@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Float
 
 from instdiff_jax.data.coco import make_instance, read_json
-from instdiff_jax.data.dataset import Instance, Record, Report, caption_phrase, check_output, write_dataset
+from instdiff_jax.data.dataset import Instance, Record, caption_phrase, check_output, write_dataset
 from instdiff_jax.data.phrases import ImportedEmbeddings
+from instdiff_jax.data.report import Report
 from instdiff_jax.data.transforms import load_image
 from instdiff_jax.errors import InputError, exit_on_input_error
 
@@ -136,9 +137,7 @@ def _read_instance(
     return instance, remarks
 
 
-def read_records(
-    files: Sequence[Path], report: Report, split: str, embeddings: ImportedEmbeddings
-) -> Iterator[Record]:
+def read_records(files: Sequence[Path], report: Report, split: str, embeddings: ImportedEmbeddings) -> Iterator[Record]:
     """The records of official files; files that cannot be used go to the report."""
     for number, path in enumerate(files):
         try:

@@ -180,9 +180,7 @@ def _nearest(source: int, target: int) -> Int[np.ndarray, " target"]:
     return np.asarray(line.resize((target, 1), Image.Resampling.NEAREST))[0]
 
 
-def select_instances(
-    record: Record, crop: Crop, config: DataConfig
-) -> list[tuple[Instance, Float[np.ndarray, "4"]]]:
+def select_instances(record: Record, crop: Crop, config: DataConfig) -> list[tuple[Instance, Float[np.ndarray, "4"]]]:
     """The instances to train on with their boxes on the canvas in pixels: large enough, the largest first, at most 30.
 
     An instance needs `min_area` of the canvas after clipping; crowds are left out unless the config takes them.
