@@ -1,0 +1,183 @@
+"""Devices: the start on several hosts, the mesh, and which array lies where.
+
+The mesh has two axes. A batch is split over both; parameters are split over `fsdp` as the rules say and copied over
+`data`.
+"""
+
+import dataclasses
+import glob
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from instdiff_jax.checkpoint.rename import flatten, unflatten
+from instdiff_jax.config import Settings
+from instdiff_jax.errors import InputError
+
+DATA, FSDP = "data", "fsdp"
+BATCH = PartitionSpec((DATA, FSDP))
+REPLICATED = PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelSettings(Settings):
+    """Sizes of the mesh, and the rules that place parameters.
+
+    Attributes:
+        data, fsdp: devices along each axis; -1 takes what the other leaves.
+        rules: ordered (regex over "/"-joined parameter paths, "fsdp" or "replicate"); the first full match decides,
+            and a parameter without one is an error. "fsdp" splits the longest axis that the mesh's divides.
+        frozen: "replicated" keeps a whole copy of what does not train on every device; "sharded" obeys `rules`.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    rules: tuple[tuple[str, ...], ...] = ((r".*/(kernel|embedding)", "fsdp"), (r".*", "replicate"))
+    frozen: str = "replicated"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.parallel") -> "ParallelSettings":
+        settings = super().from_dict(values, where)
+        if settings.frozen not in ("replicated", "sharded"):
+            raise InputError(f"{where}.frozen: expected replicated or sharded, got {settings.frozen!r}")
+        for rule in settings.rules:
+            if len(rule) != 2 or rule[1] not in ("fsdp", "replicate"):
+                raise InputError(f"{where}.rules: expected pairs (regex, fsdp or replicate), got {rule!r}")
+        return settings
+
+
+def initialize_distributed() -> None:
+    """Joins this process to the others of its job; does nothing where there is only one.
+
+    A job is recognised by its environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (any
+    machine, CPU included), Slurm or Open MPI with more than one task, or a TPU host. Call before any use of a device.
+    """
+    if jax.distributed.is_initialized():
+        return
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        try:
+            count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        except (KeyError, ValueError) as error:
+            message = "expected whole numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            raise InputError(f"JAX_COORDINATOR_ADDRESS is set: {message} ({error})") from error
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif int(env.get("SLURM_NTASKS", 1)) > 1 or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 or _is_tpu_host():
+        jax.distributed.initialize()
+
+
+def _is_tpu_host() -> bool:
+    if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or importlib.util.find_spec("libtpu") is None:
+        return False
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def make_mesh(settings: ParallelSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices of the job.
+
+    Raises:
+        InputError: where the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [settings.data, settings.fsdp]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise InputError(
+            f"config.parallel: a mesh of data {settings.data} and fsdp {settings.fsdp} does not match "
+            f"the {len(devices)} devices; expected sizes whose product is {len(devices)}, one of them may be -1"
+        )
+    return jax.make_mesh(sizes, (DATA, FSDP), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises InputError unless every device gets as many rows of a batch as any other."""
+    if batch_size % (mesh.size * accumulate):
+        raise InputError(
+            f"config.train.batch_size: expected a multiple of {mesh.size * accumulate} "
+            f"({mesh.size} devices, {accumulate} accumulated parts each), got {batch_size}"
+        )
+
+
+def match_rule(rules: Sequence[Sequence[str]], path: str, where: str) -> str:
+    """What the first rule whose regex fully matches `path` says.
+
+    Raises:
+        InputError: for a path that no rule covers.
+    """
+    for pattern, value in rules:
+        if re.fullmatch(pattern, path):
+            return value
+    raise InputError(f"{where}: no rule covers the parameter {path}")
+
+
+def parameter_specs(shapes: Mapping[str, Any], rules: Sequence[Sequence[str]] | None, mesh: Mesh) -> dict[str, Any]:
+    """A PartitionSpec for every leaf of a parameter tree.
+
+    Args:
+        shapes: nested dict whose leaves have a shape.
+        rules: as in `ParallelSettings`; None copies everything to every device.
+    """
+
+    def spec(path: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        if rules is None or match_rule(rules, "/".join(path), "config.parallel.rules") == "replicate":
+            return REPLICATED
+        size = mesh.shape[FSDP]
+        axes = [axis for axis, length in enumerate(shape) if length % size == 0]
+        if size == 1 or not axes:
+            return REPLICATED
+        longest = max(axes, key=lambda axis: (shape[axis], axis))
+        return PartitionSpec(*(FSDP if axis == longest else None for axis in range(longest + 1)))
+
+    return unflatten({path: spec(path, leaf.shape) for path, leaf in flatten(shapes).items()})
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """The same tree with a sharding for every PartitionSpec."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+
+
+def gather(tree: Any, specs: Any) -> Any:
+    """Inside `shard_map`: whole arrays from every device's part; the gradient goes back summed and split."""
+
+    def whole(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if FSDP not in spec:
+            return leaf
+        return jax.lax.all_gather(leaf, FSDP, axis=list(spec).index(FSDP), tiled=True)
+
+    return jax.tree.map(whole, tree, specs)
+
+
+def sum_gradients(tree: Any, specs: Any) -> Any:
+    """Inside `shard_map`: sums gradients over the axes along which `gather` has not done so."""
+    return jax.tree.map(lambda leaf, spec: jax.lax.psum(leaf, DATA if FSDP in spec else (DATA, FSDP)), tree, specs)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global arrays, split over the mesh, from the rows that this process's devices own (numpy, in device order)."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
+
+
+def process_rows(batch_size: int, mesh: Mesh) -> slice:
+    """Which rows of a global batch this process's devices own.
+
+    Raises:
+        InputError: where they are not one run of rows.
+    """
+    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    spans = sorted({index[0].indices(batch_size)[:2] for index in indices.values()})
+    if any(left[1] != right[0] for left, right in zip(spans, spans[1:], strict=False)):
+        raise InputError("config.parallel: expected a mesh in which each process's devices are neighbours")
+    return slice(spans[0][0], spans[-1][1])

@@ -1,0 +1,92 @@
+"""AdamW, the learning rate and the moving average, as in the paper's training."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from instdiff_jax.training.settings import OptimizerSettings
+
+
+class OptimizerState(NamedTuple):
+    """What the optimizer keeps of the trainable parameters; every tree has their structure, in float32.
+
+    `updates` counts the steps that were taken; a skipped one does not count.
+    """
+
+    updates: Int[Array, ""]
+    mu: Any
+    nu: Any
+    ema: Any
+
+
+def init_optimizer(params: Any) -> OptimizerState:
+    """No moments, and the average at the parameters themselves."""
+    return OptimizerState(
+        updates=jnp.zeros((), jnp.int32),
+        mu=jax.tree.map(jnp.zeros_like, params),
+        nu=jax.tree.map(jnp.zeros_like, params),
+        # A copy: the step donates its buffers, and one buffer cannot be given away twice.
+        ema=jax.tree.map(jnp.copy, params),
+    )
+
+
+def learning_rate(updates: Int[Array, ""], settings: OptimizerSettings, steps: int) -> Float[Array, ""]:
+    """Rate of the update after `updates` others: linear from 0 over the warm-up, then constant or a half cosine to 0.
+
+    transformers' get_constant_schedule_with_warmup and get_cosine_schedule_with_warmup, which the official code uses.
+    """
+    count = updates.astype(jnp.float32)
+    factor = jnp.minimum(count / max(1, settings.warmup_steps), 1.0)
+    if settings.schedule == "cosine":
+        progress = (count - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+        factor = factor * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(progress, 0.0, 1.0)))
+    return settings.learning_rate * factor
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """√ of the sum of all squares in a tree, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+
+
+def apply_gradients(
+    params: Any,
+    grads: Any,
+    state: OptimizerState,
+    settings: OptimizerSettings,
+    rate: Float[Array, ""],
+    norm: Float[Array, ""],
+    take: Bool[Array, ""],
+) -> tuple[Any, OptimizerState]:
+    """One update of parameters, moments and average.
+
+    Loshchilov and Hutter 2019, algorithm 2, with the decay multiplied by the rate and ε outside the root: PyTorch's.
+
+    Args:
+        rate: learning rate of this update.
+        norm: global norm of `grads`.
+        take: where False, everything comes back as it was.
+    """
+    count = (state.updates + 1).astype(jnp.float32)
+    # 1 − βᵗ by expm1: the plain difference loses half of float32's digits at the first steps.
+    bias1, bias2 = (-jnp.expm1(count * math.log(beta)) for beta in (settings.beta1, settings.beta2))
+    scale = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6)) if settings.clip_norm else 1.0
+
+    def update(p, g, mu, nu, ema):
+        g = g.astype(jnp.float32) * scale
+        new_mu = settings.beta1 * mu + (1 - settings.beta1) * g
+        new_nu = settings.beta2 * nu + (1 - settings.beta2) * jnp.square(g)
+        step = (new_mu / bias1) / (jnp.sqrt(new_nu / bias2) + settings.eps)
+        new_p = p - rate * (step + settings.weight_decay * p)
+        # In this form the rounding is that of the difference, not of the product.
+        new_ema = ema + (1 - settings.ema_decay) * (new_p - ema)
+        # A select and no branch: it costs nothing beside the reads and writes, and fuses with them.
+        news, olds = (new_p, new_mu, new_nu, new_ema), (p, mu, nu, ema)
+        return tuple(jnp.where(take, new, old) for new, old in zip(news, olds, strict=True))
+
+    updated = jax.tree.map(update, params, grads, state.mu, state.nu, state.ema)
+    outer, inner = jax.tree.structure(params), jax.tree.structure((0, 0, 0, 0))
+    params, mu, nu, ema = jax.tree.transpose(outer, inner, updated)
+    return params, OptimizerState(state.updates + take.astype(jnp.int32), mu, nu, ema)

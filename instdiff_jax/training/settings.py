@@ -1,0 +1,118 @@
+"""The settings of a training run, read strictly from a config's groups `train` and `parallel`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from instdiff_jax.config import Settings
+from instdiff_jax.errors import InputError
+
+Rules = tuple[tuple[str, ...], ...]
+
+# Which parameters train: ordered (regex over "/"-joined paths, "train" or "freeze"), the first full match decides.
+TRAINABLE: dict[str, Rules] = {
+    "paper": (
+        (r"unet/.*/fuser/.*", "train"),
+        (r"unet/scaleu_.*", "train"),
+        (r"unifusion/.*", "train"),
+        (r"(unet|autoencoder|text_encoder)/.*", "freeze"),
+    ),
+    "all": (
+        (r"(unet|unifusion)/.*", "train"),
+        (r"(autoencoder|text_encoder)/.*", "freeze"),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings(Settings):
+    """AdamW as in the paper's training; `warmup_steps` counts updates, and the first has rate 0.
+
+    `clip_norm` bounds the global gradient norm; 0 leaves gradients alone. "cosine" falls to 0 at the run's last step.
+    """
+
+    learning_rate: float = 5e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 5000
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    ema_decay: float = 0.9999
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(Settings):
+    """What to train, from where, for how long, and what to write on the way.
+
+    Attributes:
+        task: "diffusion" trains the noise prediction, "autoencoder" the autoencoder's reconstruction.
+        start: checkpoint folder to start from; empty initialises everything.
+        trainable: a name of TRAINABLE, or ordered pairs (regex, "train" or "freeze").
+        grounding: False trains on captions alone; UniFusion and the fusers are then not part of the model.
+        batch_size: images a step, over all devices.
+        accumulate: parts that each device's share of a batch is taken in, one after the other.
+        dtype: of the computation and of what is frozen; what trains is always kept in float32.
+        remat: what the backward pass computes again: nothing, every block's inside, or all but matrix products.
+        kl_weight: weight of the KL term in the autoencoder's loss.
+        max_skips: updates in a row skipped for a loss or gradient that is not finite, before the run stops.
+        *_every: in steps; 0 switches it off. `keep_every` keeps the checkpoints of steps divisible by it for ever.
+        validation_batches: batches of fixed noise and timesteps in one validation.
+        sample_count: images in a sample grid.
+        profile_start: first step of a profiler window of `profile_steps` steps; -1 for none.
+    """
+
+    steps: int
+    batch_size: int
+    task: Literal["diffusion", "autoencoder"] = "diffusion"
+    start: str = ""
+    trainable: Rules = TRAINABLE["paper"]
+    grounding: bool = True
+    accumulate: int = 1
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "blocks", "dots"] = "none"
+    kl_weight: float = 1e-6
+    max_skips: int = 20
+    log_every: int = 50
+    save_every: int = 1000
+    keep_newest: int = 3
+    keep_every: int = 0
+    validate_every: int = 1000
+    validation_batches: int = 4
+    sample_every: int = 0
+    sample_count: int = 4
+    profile_start: int = -1
+    profile_steps: int = 5
+    optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.train") -> Self:
+        values = dict(values)
+        trainable = values.get("trainable")
+        if isinstance(trainable, str):
+            if trainable not in TRAINABLE:
+                names = ", ".join(TRAINABLE)
+                raise InputError(f"{where}.trainable: expected {names} or pairs of regex and train, got {trainable!r}")
+            values["trainable"] = TRAINABLE[trainable]
+        settings = super().from_dict(values, where)
+        settings.validate(where)
+        return settings
+
+    def validate(self, where: str = "config.train") -> None:
+        """Raises InputError for a value out of its range."""
+        for name in ("steps", "batch_size", "accumulate", "max_skips", "save_every", "keep_newest", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{where}.{name}: expected a whole number of at least 1, got {getattr(self, name)}")
+        for name in ("keep_every", "validate_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{where}.{name}: expected 0 or a number of steps, got {getattr(self, name)}")
+        for rule in self.trainable:
+            if len(rule) != 2 or rule[1] not in ("train", "freeze"):
+                raise InputError(f"{where}.trainable: expected pairs (regex, train or freeze), got {rule!r}")
+        optimizer = self.optimizer
+        if not 0 <= optimizer.ema_decay < 1:
+            raise InputError(f"{where}.optimizer.ema_decay: expected a number from 0 to below 1")
+        if optimizer.schedule == "cosine" and self.steps <= optimizer.warmup_steps:
+            raise InputError(f"{where}.optimizer.warmup_steps: expected fewer than the run's {self.steps} steps")

@@ -1,0 +1,231 @@
+"""The training state: which parameters exist, which of them train, and where they come from.
+
+Parameters are plain nested dicts. What trains and what is frozen are two such dicts that share no leaf, so gradients,
+moments and averages exist for the first alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from instdiff_jax.checkpoint.rename import flatten, unflatten
+from instdiff_jax.config import ModelConfig
+from instdiff_jax.errors import InputError
+from instdiff_jax.models.autoencoder import Autoencoder
+from instdiff_jax.models.clip_text import CLIPTextEncoder
+from instdiff_jax.models.unet import UNet
+from instdiff_jax.models.unifusion import COORDINATES, NUM_SLOTS, UniFusion
+from instdiff_jax.parallel import REPLICATED, ParallelSettings, match_rule, parameter_specs, shardings
+from instdiff_jax.training.optimizer import OptimizerState, init_optimizer
+from instdiff_jax.training.settings import TrainSettings
+
+Params = dict[str, Any]
+
+
+class Networks(NamedTuple):
+    """The four networks; they hold settings and no parameters."""
+
+    unet: UNet
+    unifusion: UniFusion
+    autoencoder: Autoencoder
+    text_encoder: CLIPTextEncoder
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    `step` counts batches, taken or skipped: it is the loader's position. `skipped` counts the batches whose loss or
+    gradient was not finite, `skipped_in_row` those since the last update.
+    """
+
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_row: Int[Array, ""]
+    params: Params
+    optimizer: OptimizerState
+
+
+def make_networks(model: ModelConfig, settings: TrainSettings) -> Networks:
+    """The networks in the run's compute dtype."""
+    dtype = jnp.dtype(settings.dtype)
+    return Networks(
+        unet=UNet(model.unet, dtype, remat=settings.remat == "blocks"),
+        unifusion=UniFusion(model.unifusion, model.unet.context_dim, dtype),
+        autoencoder=Autoencoder(model.autoencoder, dtype),
+        text_encoder=CLIPTextEncoder(model.text_encoder, dtype),
+    )
+
+
+def init_params(networks: Networks, model: ModelConfig, settings: TrainSettings, key: jax.Array) -> Params:
+    """Fresh float32 parameters of every network that the run needs.
+
+    Trace it with `jax.eval_shape` for the shapes alone. Without grounding there is no UniFusion and there are no
+    fusers; to train the autoencoder nothing else is needed.
+    """
+    keys = dict(zip(Networks._fields, jax.random.split(key, len(Networks._fields)), strict=True))
+    side = 2 ** (len(model.autoencoder.ch_mult) - 1)
+    image = jnp.zeros((1, 2 * side, 2 * side, 3))
+    autoencoder = networks.autoencoder.init(keys["autoencoder"], image, method="reconstruct")["params"]
+    if settings.task == "autoencoder":
+        return {"autoencoder": autoencoder}
+
+    ids = jnp.zeros((1, 1), jnp.int32)
+    side = 2 ** (len(model.unet.channel_mult) - 1)
+    latents = jnp.zeros((1, side, side, model.unet.in_channels))
+    context = jnp.zeros((1, 1, model.unet.context_dim))
+    tokens, alpha = (jnp.zeros_like(context), 1.0) if settings.grounding else (None, None)
+
+    def denoise(unet: UNet):
+        return unet(latents, jnp.zeros((1,), jnp.int32), unet.condition(context, tokens), alpha)
+
+    params = {
+        "unet": nn.init(denoise, networks.unet)(keys["unet"])["params"],
+        "autoencoder": autoencoder,
+        "text_encoder": networks.text_encoder.init(keys["text_encoder"], ids)["params"],
+    }
+    if settings.grounding:
+        grounding = null_grounding(model, 1)
+        params["unifusion"] = networks.unifusion.init(keys["unifusion"], grounding)["params"]
+    return params
+
+
+def null_grounding(model: ModelConfig, batch: int) -> dict[str, Array]:
+    """Groundings without any instance."""
+    side, width = model.unifusion.map_size, model.unet.context_dim
+    names = {"box": "boxes", "point": "points", "scribble": "scribbles", "mask_points": "mask_points"}
+    arrays = {name: jnp.zeros((batch, NUM_SLOTS, COORDINATES[kind])) for kind, name in names.items()}
+    flags = ("valid", "has_box", "has_point", "has_scribble", "has_mask")
+    return {
+        **arrays,
+        **{name: jnp.zeros((batch, NUM_SLOTS)) for name in flags},
+        "maps": jnp.zeros((batch, side, side), jnp.uint32),
+        "phrase_embeddings": jnp.zeros((batch, NUM_SLOTS, width)),
+        "has_map": jnp.zeros((batch,)),
+    }
+
+
+def split_params(params: Mapping[str, Any], settings: TrainSettings) -> tuple[Params, Params]:
+    """What trains and what is frozen.
+
+    Raises:
+        InputError: for a parameter that no rule of `train.trainable` covers, for a network that the task's loss does
+            not reach, or where nothing trains.
+    """
+    trainable, frozen = {}, {}
+    for path, leaf in flatten(params).items():
+        name = "/".join(path)
+        trains = match_rule(settings.trainable, name, "config.train.trainable") == "train"
+        if trains and (path[0] == "autoencoder") != (settings.task == "autoencoder"):
+            raise InputError(f"config.train.trainable: the {settings.task} task's loss does not train {name}")
+        (trainable if trains else frozen)[path] = leaf
+    if not trainable:
+        raise InputError("config.train.trainable: expected at least one parameter that trains")
+    return unflatten(trainable), unflatten(frozen)
+
+
+def merge_params(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
+    """One tree again from the two of `split_params`."""
+    return unflatten({**flatten(trainable), **flatten(frozen)})
+
+
+class Layout(NamedTuple):
+    """Shapes and places of a run's arrays: ShapeDtypeStructs and PartitionSpecs, no memory.
+
+    `initial` makes a fresh parameter tree from a key.
+    """
+
+    params: Params
+    trainable: Params
+    frozen: Params
+    trainable_specs: Params
+    frozen_specs: Params
+    mesh: Mesh
+    initial: Callable[[jax.Array], Params]
+
+    def state_shardings(self) -> TrainState:
+        """A sharding for every leaf of the training state: moments and averages lie where their parameters lie."""
+        scalar = NamedSharding(self.mesh, REPLICATED)
+        tree = shardings(self.trainable_specs, self.mesh)
+        return TrainState(scalar, scalar, scalar, tree, OptimizerState(scalar, tree, tree, tree))
+
+    def frozen_shardings(self) -> Params:
+        """A sharding for every frozen leaf."""
+        return shardings(self.frozen_specs, self.mesh)
+
+    def state_shapes(self) -> TrainState:
+        """The training state's leaves as ShapeDtypeStructs with shardings: what a checkpoint restores into."""
+        shapes = jax.eval_shape(init_state, self.trainable)
+        return jax.tree.map(with_sharding, shapes, self.state_shardings())
+
+    def frozen_shapes(self) -> Params:
+        """The frozen leaves as ShapeDtypeStructs with shardings."""
+        return jax.tree.map(with_sharding, self.frozen, self.frozen_shardings())
+
+
+def with_sharding(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The same shape and dtype, placed."""
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def make_layout(model: ModelConfig, settings: TrainSettings, parallel: ParallelSettings, mesh: Mesh) -> Layout:
+    """Works out every shape and place of a run, without memory.
+
+    Raises:
+        InputError: for a parameter that the rules for training or placing do not cover.
+    """
+    networks = make_networks(model, settings)
+
+    def initial(key: jax.Array) -> Params:
+        return init_params(networks, model, settings, key)
+
+    params = jax.eval_shape(initial, jax.eval_shape(lambda: jax.random.key(0)))
+    trainable, frozen = split_params(params, settings)
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(settings.dtype)), frozen)
+    # Trainable parameters always obey the rules; checking all of them here names an uncovered frozen one too.
+    parameter_specs(params, parallel.rules, mesh)
+    return Layout(
+        params=params,
+        trainable=trainable,
+        frozen=frozen,
+        trainable_specs=parameter_specs(trainable, parallel.rules, mesh),
+        frozen_specs=parameter_specs(frozen, parallel.rules if parallel.frozen == "sharded" else None, mesh),
+        mesh=mesh,
+        initial=initial,
+    )
+
+
+def init_state(params: Params) -> TrainState:
+    """The state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    # Three arrays, not one thrice: the step donates its buffers.
+    return TrainState(zero, jnp.copy(zero), jnp.copy(zero), params, init_optimizer(params))
+
+
+def fresh_params(layout: Layout, seed: int, paths: set[tuple[str, ...]]) -> tuple[Params, Params]:
+    """Initialises the parameters at `paths`, each born where the layout puts it; no other copy ever exists.
+
+    Returns:
+        Those that train (float32) and those that are frozen (the compute dtype).
+    """
+
+    def initial(key: jax.Array) -> tuple[Params, Params]:
+        params = flatten(layout.initial(key))
+        halves = []
+        for half in (layout.trainable, layout.frozen):
+            leaves = {path: params[path].astype(leaf.dtype) for path, leaf in flatten(half).items() if path in paths}
+            halves.append(unflatten(leaves))
+        return tuple(halves)
+
+    def chosen(specs: Params) -> Params:
+        return unflatten({path: spec for path, spec in flatten(specs).items() if path in paths})
+
+    places = (chosen(layout.trainable_specs), chosen(layout.frozen_specs))
+    out = jax.tree.map(
+        lambda spec: NamedSharding(layout.mesh, spec), places, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+    return jax.jit(initial, out_shardings=out)(jax.random.key(seed))

@@ -1,0 +1,225 @@
+"""The loss, and the training step around it.
+
+A step is one `shard_map`: every device computes the loss and gradient of its own rows, with parameters gathered for
+the moment, and gradients go back summed to where their parameters lie. Noise, timesteps and posterior samples are
+keyed by (seed, step, row), so they do not depend on the mesh.
+
+Axes: b rows of the whole batch, h w latents, z latent channels, n tokens, c context.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec
+
+from instdiff_jax.config import ModelConfig
+from instdiff_jax.diffusion.schedule import q_sample
+from instdiff_jax.models.autoencoder import sample_posterior
+from instdiff_jax.parallel import BATCH, DATA, FSDP, REPLICATED, gather, sum_gradients
+from instdiff_jax.training.optimizer import apply_gradients, global_norm, learning_rate
+from instdiff_jax.training.settings import TrainSettings
+from instdiff_jax.training.state import Layout, Networks, Params, TrainState, make_networks, merge_params
+
+# fold_in constants that keep a row's random streams apart.
+_TIMESTEP, _NOISE, _POSTERIOR = range(3)
+
+Loss = Callable[[Params, Mapping[str, Any], jax.Array], Float[Array, ""]]
+
+
+class Batch(TypedDict, total=False):
+    """What a step takes; every array has the batch in front.
+
+    Pictures come as `image` (uint8, or float in [−1, 1]), or encoded as `latent_mean` and `latent_logvar`;
+    captions as `caption_ids`, or encoded as `context`. `latents`, `noise` and `timesteps` replace what the step would
+    draw itself. A validation or parity check gives those.
+    """
+
+    image: Float[Array, "b H W 3"]
+    latent_mean: Float[Array, "b h w z"]
+    latent_logvar: Float[Array, "b h w z"]
+    latents: Float[Array, "b h w z"]
+    caption_ids: Int[Array, "b n"]
+    context: Float[Array, "b n c"]
+    grounding: dict[str, Array]
+    noise: Float[Array, "b h w z"]
+    timesteps: Int[Array, " b"]
+
+
+def row_keys(seed: int, step: Int[Array, ""], rows: Int[Array, " b"]) -> jax.Array:
+    """A random key for each row of a step."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def _normal(keys: jax.Array, stream: int, shape: tuple[int, ...]) -> Float[Array, "b *shape"]:
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape))(keys)
+
+
+def _to_float(image: Array) -> Float[Array, "b H W 3"]:
+    return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image
+
+
+def _latents(networks: Networks, params: Params, batch: Batch, keys: jax.Array, scale: float) -> Array:
+    if "latents" in batch:
+        return batch["latents"]
+    if "latent_mean" in batch:
+        moments = batch["latent_mean"], batch["latent_logvar"]
+    else:
+        variables, image = {"params": params["autoencoder"]}, _to_float(batch["image"])
+        moments = networks.autoencoder.apply(variables, image, method="encode")
+    return sample_posterior(*moments, _normal(keys, _POSTERIOR, moments[0].shape[1:]), scale)
+
+
+def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:
+    """Mean of (ε − prediction)² over rows and latents, in float32 (paper section 3.4; DDPM, eq. 14)."""
+
+    def loss(params: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
+        latents = _latents(networks, params, batch, keys, model.autoencoder.scale_factor)
+        timesteps, noise = batch.get("timesteps"), batch.get("noise")
+        if timesteps is None:
+            uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _TIMESTEP)))(keys)
+            timesteps = (model.schedule.timesteps * uniform).astype(jnp.int32)
+        if noise is None:
+            noise = _normal(keys, _NOISE, latents.shape[1:])
+        context = batch.get("context")
+        if context is None:
+            context, _ = networks.text_encoder.apply({"params": params["text_encoder"]}, batch["caption_ids"])
+        tokens, alpha = None, None
+        if settings.grounding:
+            tokens, alpha = networks.unifusion.apply({"params": params["unifusion"]}, batch["grounding"]), 1.0
+        unet = {"params": params["unet"]}
+        conditions = networks.unet.apply(unet, context, tokens, method="condition")
+        noisy = q_sample(latents, noise, timesteps, model.schedule)
+        prediction = networks.unet.apply(unet, noisy, timesteps, conditions, alpha)
+        return jnp.mean(jnp.square(prediction.astype(jnp.float32) - noise))
+
+    return loss
+
+
+def autoencoder_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:
+    """Mean squared error of the reconstruction, and `kl_weight` times the mean KL divergence from a unit normal."""
+    network, scale = networks.autoencoder, model.autoencoder.scale_factor
+
+    def loss(params: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
+        variables, image = {"params": params["autoencoder"]}, _to_float(batch["image"])
+        mean, log_variance = network.apply(variables, image, method="encode")
+        noise = _normal(keys, _POSTERIOR, mean.shape[1:])
+        latents = sample_posterior(mean, log_variance, noise, scale)
+        decoded = network.apply(variables, latents, method="decode").astype(jnp.float32)
+        mean, log_variance = mean.astype(jnp.float32), jnp.clip(log_variance.astype(jnp.float32), -30.0, 20.0)
+        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
+        return jnp.mean(jnp.square(decoded - image)) + settings.kl_weight * kl
+
+    return loss
+
+
+LOSSES = {"diffusion": diffusion_loss, "autoencoder": autoencoder_loss}
+
+
+def make_loss(model: ModelConfig, settings: TrainSettings) -> Loss:
+    """The loss of the run's task over a whole parameter tree."""
+    loss = LOSSES[settings.task](make_networks(model, settings), model, settings)
+    if settings.remat == "dots":
+        loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return loss
+
+
+def _compute_params(trainable: Params, frozen: Params, layout: Layout, settings: TrainSettings) -> Params:
+    def cast(path, leaf: Array) -> Array:
+        # Kernels are cast by their layers anyway: doing it here halves the bytes that are gathered.
+        return leaf.astype(settings.dtype) if path[-1].key == "kernel" else leaf
+
+    trainable = gather(jax.tree_util.tree_map_with_path(cast, trainable), layout.trainable_specs)
+    return merge_params(trainable, gather(frozen, layout.frozen_specs))
+
+
+def make_train_step(
+    model: ModelConfig, settings: TrainSettings, layout: Layout
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The step, not yet compiled: (state, frozen parameters, batch) → (state, metrics).
+
+    Metrics are float32 or int32 scalars: loss, grad_norm (before clipping), learning_rate, skipped, skipped_in_row.
+    """
+    loss_of = make_loss(model, settings)
+    parts = settings.accumulate
+
+    def local_gradients(trainable: Params, frozen: Params, batch: Batch, keys: jax.Array):
+        def loss(trainable: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
+            # The mean over all devices and parts, of which this is one's share.
+            share = layout.mesh.size * parts
+            return loss_of(_compute_params(trainable, frozen, layout, settings), batch, keys) / share
+
+        gradient = jax.value_and_grad(loss)
+        if parts == 1:
+            total, grads = gradient(trainable, batch, keys)
+        else:
+
+            def part(carry, rows):
+                return jax.tree.map(jnp.add, carry, gradient(trainable, *rows)), None
+
+            rows = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), (batch, keys))
+            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable)
+            (total, grads), _ = jax.lax.scan(part, zeros, rows)
+        return jax.lax.psum(total, (DATA, FSDP)), sum_gradients(grads, layout.trainable_specs)
+
+    gradients = _over_devices(local_gradients, layout, (REPLICATED, layout.trainable_specs))
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        keys = row_keys(settings.seed, state.step, jnp.arange(_rows(batch)))
+        loss, grads = gradients(state.params, frozen, batch, keys)
+        norm = global_norm(grads)
+        take = jnp.isfinite(loss) & jnp.isfinite(norm)
+        rate = learning_rate(state.optimizer.updates, settings.optimizer, settings.steps)
+        params, optimizer = apply_gradients(
+            state.params, grads, state.optimizer, settings.optimizer, rate, norm, take
+        )
+        skip = 1 - take.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + skip,
+            skipped_in_row=(state.skipped_in_row + 1) * skip,
+            params=params,
+            optimizer=optimizer,
+        )
+        metrics = dict(loss=loss, grad_norm=norm, learning_rate=rate)
+        return state, metrics | dict(skipped=state.skipped, skipped_in_row=state.skipped_in_row)
+
+    return train_step
+
+
+def make_validation_step(
+    model: ModelConfig, settings: TrainSettings, layout: Layout
+) -> Callable[[Params, Params, Batch, Int[Array, ""]], Float[Array, ""]]:
+    """(trainable, frozen, batch, index) → loss with the noise and timesteps that belong to the index-th batch."""
+    loss_of = make_loss(model, settings)
+
+    def local_loss(trainable: Params, frozen: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
+        loss = loss_of(_compute_params(trainable, frozen, layout, settings), batch, keys)
+        return jax.lax.pmean(loss, (DATA, FSDP))
+
+    over_devices = _over_devices(local_loss, layout, REPLICATED)
+
+    def validation_step(trainable: Params, frozen: Params, batch: Batch, index: Int[Array, ""]) -> Float[Array, ""]:
+        # Training's steps count up from 0: a negative one is never among its draws.
+        keys = row_keys(settings.seed, -1 - index, jnp.arange(_rows(batch)))
+        return over_devices(trainable, frozen, batch, keys)
+
+    return validation_step
+
+
+def compile_step(step: Callable, layout: Layout) -> Callable:
+    """`make_train_step`'s result under jit: the state is donated, and comes out where it lay."""
+    places = layout.state_shardings()
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, places.step))
+
+
+def _rows(batch: Batch) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _over_devices(function: Callable, layout: Layout, out_specs: Any) -> Callable:
+    specs: tuple[Params | PartitionSpec, ...] = (layout.trainable_specs, layout.frozen_specs, BATCH, BATCH)
+    return jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
