@@ -92,7 +92,7 @@ def read_layouts(args: argparse.Namespace) -> list:
     names = [layout.name for layout in layouts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise InputError(f"--layout: two layouts would write to {args.output / twice[0]}; expected different file names")
+        raise InputError(f"--layout: two layouts would write to {args.output / twice[0]}; expected different names")
     return layouts
 
 
@@ -187,12 +187,12 @@ def main(args: argparse.Namespace) -> None:
     import jax
     from tqdm import tqdm
 
-    from instdiff_jax.parallel import make_mesh
+    from instdiff_jax.parallel import ParallelSettings, make_mesh
     from instdiff_jax.pipeline import Pipeline
     from instdiff_jax.visualize import contact_sheet
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    mesh = make_mesh(jax.local_devices()) if jax.local_device_count() > 1 else None
+    mesh = make_mesh(ParallelSettings(), jax.local_devices()) if jax.local_device_count() > 1 else None
     pipeline = Pipeline.from_checkpoint(args.checkpoint, dtype=dtype, mesh=mesh, max_rows=args.max_rows)
     loaded = time.time()
 
@@ -222,7 +222,7 @@ def main(args: argparse.Namespace) -> None:
         width=args.width,
         height=args.height,
         strength=args.strength,
-        inputs={name: str(getattr(args, name)) for name in ("init_image", "inpaint_mask", "noise") if getattr(args, name)},
+        inputs={name: str(getattr(args, name)) for name in arrays},
         dtype=dtype,
         devices=[device.device_kind for device in jax.local_devices()],
         jax=jax.__version__,

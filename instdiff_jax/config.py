@@ -210,7 +210,6 @@ def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, l
     if default is not None and not Path(default).exists():
         default = str(Path(__file__).resolve().parent.parent / default)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", default=default, flag_values=values)
     config_args, rest = [], []
     take_value = False
     for arg in argv:
@@ -218,7 +217,10 @@ def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, l
         take_value = is_config and not take_value and "=" not in arg
         (config_args if is_config else rest).append(arg)
     try:
-        values(["", *config_args])
+        # ml_collections looks for overrides in the arguments before absl parses them.
+        config_args = ["", *config_args]
+        config_flags.DEFINE_config_file("config", default=default, flag_values=values, sys_argv=config_args)
+        values(config_args)
         config = values["config"].value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         raise InputError(f"--config: {error}") from error

@@ -1,0 +1,61 @@
+"""Typed settings and the command line's --config."""
+
+import pytest
+
+from instdiff_jax.config import ModelConfig, SamplingConfig, read_config
+from instdiff_jax.errors import InputError
+
+
+def test_overrides_and_the_rest():
+    config, rest = read_config(["--output", "x", "--config.model.unet.num_heads=4", "--seed=1"], "configs/sd15.py")
+    assert config.model.unet.num_heads == 4
+    assert rest == ["--output", "x", "--seed=1"]
+
+
+def test_config_as_two_arguments():
+    config, rest = read_config(["--config", "configs/sd15.py", "--config.sampling.steps", "7", "more"], None)
+    assert config.sampling.steps == 7
+    assert rest == ["more"]
+
+
+@pytest.mark.parametrize(
+    "argv", [["--config.model.nothing=1"], ["--config.sampling.steps=many"], ["--config=no/such/file.py"]]
+)
+def test_what_cannot_be_read_is_one_line(argv):
+    with pytest.raises(InputError) as error:
+        read_config(argv, "configs/sd15.py")
+    assert "config" in str(error.value)
+
+
+def test_defaults_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _ = read_config([], "configs/sd15.py")
+    assert ModelConfig.from_dict(config.model).unet.channel_mult == (1, 2, 4, 4)
+
+
+def test_a_key_that_nothing_reads():
+    config, _ = read_config([], "configs/sd15.py")
+    model = config.model.to_dict()
+    model["unet"]["num_head"] = 8
+    with pytest.raises(InputError, match=r"config\.unet\.num_head: nothing reads this key"):
+        ModelConfig.from_dict(model)
+    del model["unet"]["num_head"], model["unet"]["context_dim"]
+    with pytest.raises(InputError, match=r"config\.unet\.context_dim: missing"):
+        ModelConfig.from_dict(model)
+
+
+def test_alpha_as_one_number():
+    assert SamplingConfig.from_dict({"alpha": 0.8}).alpha == pytest.approx((0.8, 0.0, 0.2))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"steps": 0}, {"steps": 1001}, {"steps": True}, {"steps": 5.0}, {"mis": 1.1}, {"mis": "x"}, {"alpha": 2},
+        {"alpha": (0.5, 0.5)}, {"alpha": float("nan")}, {"guidance_scale": -1}, {"guidance_scale": float("nan")},
+        {"sampler": "euler"}, {"merge": "max"}, {"masked_attention": "yes"}, {"negative_prompt": None}, {"step": 3},
+    ],
+)  # fmt: skip
+def test_settings_out_of_range(values):
+    with pytest.raises(InputError, match="config.sampling"):
+        SamplingConfig.from_dict(values)
