@@ -10,6 +10,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Several files compile the same networks; a second run of the tests compiles next to nothing.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 
 
 def pytest_addoption(parser):
