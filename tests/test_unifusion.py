@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import common
-from instdiff_jax.models.unifusion import UniFusion, fourier_features
-
-MODULE_TOLERANCE = 2e-5
+from instdiff_jax.models.unifusion import UniFusion
+from parity_checks import grounding_tokens, params_of
 
 
 @pytest.fixture(scope="module")
@@ -16,29 +15,9 @@ def inputs():
     return common.parity("unifusion_mask")
 
 
-def tokens(grounding: dict, size: str = "full", use_maps: bool = True) -> np.ndarray:
-    model = UniFusion(common.model_config(size).unifusion)
-    params = {"params": common.model_params(size, "unifusion")}
-    return np.asarray(jax.jit(model.apply, static_argnums=2)(params, grounding, use_maps))
-
-
-def test_fourier_features():
-    data = common.parity("primitives")
-    assert common.relative_error(fourier_features(jnp.asarray(data["fourier_in"])), data["fourier_out"]) < 2e-5
-
-
-@pytest.mark.parametrize("format", ["box", "mask", "point", "scribble"])
-def test_tokens_equal_the_official_ones(format, inputs):
-    grounding = common.grounding_arrays(inputs, common.DROPPED[format])
-    expected = common.parity(f"unifusion_{format}")["tokens"]
-    assert common.relative_error(tokens(grounding), expected) < MODULE_TOLERANCE
-
-
-def test_null_tokens_need_no_trunk(inputs):
-    null = common.null_grounding_arrays(common.grounding_arrays(inputs))
-    expected = common.parity("unifusion_mask")["null_tokens"]
-    assert common.relative_error(tokens(null), expected) < MODULE_TOLERANCE
-    assert common.relative_error(tokens(null, use_maps=False), expected) < MODULE_TOLERANCE
+@pytest.mark.parametrize("check", params_of("unifusion_box", "unifusion_mask", "unifusion_point", "unifusion_scribble"))
+def test_tokens_equal_the_official_ones(check):
+    assert check.measure() <= check.tolerance
 
 
 def test_trunk_is_not_in_the_program_without_maps(inputs):
@@ -53,10 +32,10 @@ def test_trunk_is_not_in_the_program_without_maps(inputs):
 def test_every_slot_keeps_its_own_formats(inputs):
     """A slot's tokens depend on its own has_* alone."""
     grounding = common.grounding_arrays(inputs, common.DROPPED["box"])
-    full = tokens(grounding, "small")
+    full = grounding_tokens(grounding, "small")
     mixed = {key: value.copy() for key, value in grounding.items()}
     mixed["has_box"][0, 1] = 0
-    changed = np.abs(tokens(mixed, "small") - full).max(-1)[0] > 0
+    changed = np.abs(grounding_tokens(mixed, "small") - full).max(-1)[0] > 0
     assert changed[1] and changed.sum() == 1
 
 
