@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from configs import sd15
+from instdiff_jax.checkpoint.rename import flatten
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.parallel import ParallelSettings, make_mesh
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
-from instdiff_jax.training.state import Layout, fresh_params, init_state, make_layout
-from instdiff_jax.checkpoint.rename import flatten
+from instdiff_jax.training.state import RunLayout, fresh_params, init_state, make_layout
 
 
 def resized(**groups) -> ModelConfig:
@@ -81,7 +81,7 @@ def tiny_batch(step: int, size: int = 8) -> dict:
 class Run(NamedTuple):
     """A layout on a mesh."""
 
-    layout: Layout
+    layout: RunLayout
 
     def start(self, seed: int = 0):
         """A fresh state and the frozen parameters."""

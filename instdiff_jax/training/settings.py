@@ -1,10 +1,11 @@
-"""The settings of a training run, read strictly from a config's groups `train` and `parallel`."""
+"""The settings of a training run, read strictly from a config's groups `train` and `data`."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from instdiff_jax.config import Settings
+from instdiff_jax.data.transforms import DataConfig
 from instdiff_jax.errors import InputError
 
 Rules = tuple[tuple[str, ...], ...]
@@ -59,7 +60,8 @@ class TrainSettings(Settings):
         max_skips: updates in a row skipped for a loss or gradient that is not finite, before the run stops.
         *_every: in steps; 0 switches it off. `keep_every` keeps the checkpoints of steps divisible by it for ever.
         validation_batches: batches of fixed noise and timesteps in one validation.
-        sample_count: images in a sample grid.
+        sample_layouts: folder of layouts for the sample grids; their pictures are of the averaged parameters.
+        sample_count: layouts in a sample grid.
         profile_start: first step of a profiler window of `profile_steps` steps; -1 for none.
     """
 
@@ -82,6 +84,7 @@ class TrainSettings(Settings):
     validate_every: int = 1000
     validation_batches: int = 4
     sample_every: int = 0
+    sample_layouts: str = "examples"
     sample_count: int = 4
     profile_start: int = -1
     profile_steps: int = 5
@@ -116,3 +119,27 @@ class TrainSettings(Settings):
             raise InputError(f"{where}.optimizer.ema_decay: expected a number from 0 to below 1")
         if optimizer.schedule == "cosine" and self.steps <= optimizer.warmup_steps:
             raise InputError(f"{where}.optimizer.warmup_steps: expected fewer than the run's {self.steps} steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings(Settings):
+    """Which dataset, and how it is loaded.
+
+    Attributes:
+        dir: the dataset's folder, as `python -m instdiff_jax.data.coco` makes it.
+        validation_split: empty for no validation.
+        workers: processes that make batches; 0 makes them in a thread.
+        prefetch: batches made ahead, by each worker and on the devices.
+        cache_latents: encode every image once, beside the dataset, and train on that.
+        imported_phrases: take the phrase embeddings that came with the data.
+        examples: how records become examples.
+    """
+
+    dir: str
+    train_split: str = "train"
+    validation_split: str = "val"
+    workers: int = 0
+    prefetch: int = 2
+    cache_latents: bool = False
+    imported_phrases: bool = False
+    examples: DataConfig = dataclasses.field(default_factory=DataConfig)

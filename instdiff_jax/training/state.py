@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from instdiff_jax.checkpoint.rename import flatten, unflatten
 from instdiff_jax.config import ModelConfig
@@ -62,18 +62,14 @@ def make_networks(model: ModelConfig, settings: TrainSettings) -> Networks:
 
 
 def init_params(networks: Networks, model: ModelConfig, settings: TrainSettings, key: jax.Array) -> Params:
-    """Fresh float32 parameters of every network that the run needs.
+    """Fresh float32 parameters of every network.
 
     Trace it with `jax.eval_shape` for the shapes alone. Without grounding there is no UniFusion and there are no
-    fusers; to train the autoencoder nothing else is needed.
+    fusers.
     """
     keys = dict(zip(Networks._fields, jax.random.split(key, len(Networks._fields)), strict=True))
     side = 2 ** (len(model.autoencoder.ch_mult) - 1)
     image = jnp.zeros((1, 2 * side, 2 * side, 3))
-    autoencoder = networks.autoencoder.init(keys["autoencoder"], image, method="reconstruct")["params"]
-    if settings.task == "autoencoder":
-        return {"autoencoder": autoencoder}
-
     ids = jnp.zeros((1, 1), jnp.int32)
     side = 2 ** (len(model.unet.channel_mult) - 1)
     latents = jnp.zeros((1, side, side, model.unet.in_channels))
@@ -85,7 +81,7 @@ def init_params(networks: Networks, model: ModelConfig, settings: TrainSettings,
 
     params = {
         "unet": nn.init(denoise, networks.unet)(keys["unet"])["params"],
-        "autoencoder": autoencoder,
+        "autoencoder": networks.autoencoder.init(keys["autoencoder"], image, method="reconstruct")["params"],
         "text_encoder": networks.text_encoder.init(keys["text_encoder"], ids)["params"],
     }
     if settings.grounding:
@@ -133,7 +129,12 @@ def merge_params(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Par
     return unflatten({**flatten(trainable), **flatten(frozen)})
 
 
-class Layout(NamedTuple):
+def frozen_dtype(shape: tuple[int, ...], settings: TrainSettings) -> jnp.dtype:
+    """The compute dtype, but float32 for vectors and scalars: they are small, and norms want them exact."""
+    return jnp.dtype(settings.dtype if len(shape) >= 2 else "float32")
+
+
+class RunLayout(NamedTuple):
     """Shapes and places of a run's arrays: ShapeDtypeStructs and PartitionSpecs, no memory.
 
     `initial` makes a fresh parameter tree from a key.
@@ -172,7 +173,7 @@ def with_sharding(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.S
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def make_layout(model: ModelConfig, settings: TrainSettings, parallel: ParallelSettings, mesh: Mesh) -> Layout:
+def make_layout(model: ModelConfig, settings: TrainSettings, parallel: ParallelSettings, mesh: Mesh) -> RunLayout:
     """Works out every shape and place of a run, without memory.
 
     Raises:
@@ -185,10 +186,12 @@ def make_layout(model: ModelConfig, settings: TrainSettings, parallel: ParallelS
 
     params = jax.eval_shape(initial, jax.eval_shape(lambda: jax.random.key(0)))
     trainable, frozen = split_params(params, settings)
-    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(settings.dtype)), frozen)
+    frozen = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype(leaf.shape, settings)), frozen
+    )
     # Trainable parameters always obey the rules; checking all of them here names an uncovered frozen one too.
     parameter_specs(params, parallel.rules, mesh)
-    return Layout(
+    return RunLayout(
         params=params,
         trainable=trainable,
         frozen=frozen,
@@ -206,7 +209,7 @@ def init_state(params: Params) -> TrainState:
     return TrainState(zero, jnp.copy(zero), jnp.copy(zero), params, init_optimizer(params))
 
 
-def fresh_params(layout: Layout, seed: int, paths: set[tuple[str, ...]]) -> tuple[Params, Params]:
+def fresh_params(layout: RunLayout, seed: int, paths: set[tuple[str, ...]]) -> tuple[Params, Params]:
     """Initialises the parameters at `paths`, each born where the layout puts it; no other copy ever exists.
 
     Returns:

@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.diffusion.schedule import q_sample
@@ -21,7 +21,7 @@ from instdiff_jax.models.autoencoder import sample_posterior
 from instdiff_jax.parallel import BATCH, DATA, FSDP, REPLICATED, gather, sum_gradients
 from instdiff_jax.training.optimizer import apply_gradients, global_norm, learning_rate
 from instdiff_jax.training.settings import TrainSettings
-from instdiff_jax.training.state import Layout, Networks, Params, TrainState, make_networks, merge_params
+from instdiff_jax.training.state import Networks, Params, RunLayout, TrainState, make_networks, merge_params
 
 # fold_in constants that keep a row's random streams apart.
 _TIMESTEP, _NOISE, _POSTERIOR = range(3)
@@ -46,6 +46,14 @@ class Batch(TypedDict, total=False):
     grounding: dict[str, Array]
     noise: Float[Array, "b h w z"]
     timesteps: Int[Array, " b"]
+
+
+def batch_keys(settings: TrainSettings) -> set[str]:
+    """What of a loaded batch the task's loss reads; the rest need not go to the devices."""
+    if settings.task == "autoencoder":
+        return {"image"}
+    keys = {"image", "latent_mean", "latent_logvar", "caption_ids"}
+    return keys | {"grounding"} if settings.grounding else keys
 
 
 def row_keys(seed: int, step: Int[Array, ""], rows: Int[Array, " b"]) -> jax.Array:
@@ -127,7 +135,7 @@ def make_loss(model: ModelConfig, settings: TrainSettings) -> Loss:
     return loss
 
 
-def _compute_params(trainable: Params, frozen: Params, layout: Layout, settings: TrainSettings) -> Params:
+def _compute_params(trainable: Params, frozen: Params, layout: RunLayout, settings: TrainSettings) -> Params:
     def cast(path, leaf: Array) -> Array:
         # Kernels are cast by their layers anyway: doing it here halves the bytes that are gathered.
         return leaf.astype(settings.dtype) if path[-1].key == "kernel" else leaf
@@ -137,7 +145,7 @@ def _compute_params(trainable: Params, frozen: Params, layout: Layout, settings:
 
 
 def make_train_step(
-    model: ModelConfig, settings: TrainSettings, layout: Layout
+    model: ModelConfig, settings: TrainSettings, layout: RunLayout
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
     """The step, not yet compiled: (state, frozen parameters, batch) → (state, metrics).
 
@@ -191,7 +199,7 @@ def make_train_step(
 
 
 def make_validation_step(
-    model: ModelConfig, settings: TrainSettings, layout: Layout
+    model: ModelConfig, settings: TrainSettings, layout: RunLayout
 ) -> Callable[[Params, Params, Batch, Int[Array, ""]], Float[Array, ""]]:
     """(trainable, frozen, batch, index) → loss with the noise and timesteps that belong to the index-th batch."""
     loss_of = make_loss(model, settings)
@@ -210,7 +218,7 @@ def make_validation_step(
     return validation_step
 
 
-def compile_step(step: Callable, layout: Layout) -> Callable:
+def compile_step(step: Callable, layout: RunLayout) -> Callable:
     """`make_train_step`'s result under jit: the state is donated, and comes out where it lay."""
     places = layout.state_shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=(places, places.step))
@@ -220,6 +228,6 @@ def _rows(batch: Batch) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
 
 
-def _over_devices(function: Callable, layout: Layout, out_specs: Any) -> Callable:
+def _over_devices(function: Callable, layout: RunLayout, out_specs: Any) -> Callable:
     specs: tuple[Params | PartitionSpec, ...] = (layout.trainable_specs, layout.frozen_specs, BATCH, BATCH)
     return jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)

@@ -1,0 +1,218 @@
+"""Checkpoints of a run: written in the background, verified when read, whole or not there at all.
+
+A run's folder `checkpoints/` holds one folder a step (orbax). Each has the training state, and in `facts` what the
+run started from and a checksum of every array. Frozen parameters are not in it: they come from the base checkpoint.
+"""
+
+import signal
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
+
+from instdiff_jax.errors import InputError
+from instdiff_jax.training.state import TrainState
+
+FOLDER, DAMAGED = "checkpoints", "damaged_checkpoints"
+
+# What a resumed run must share with the checkpoint, and what to say of it. The base is known by its contents: its
+# folder may have moved.
+_SAME = {
+    "seed": "config.train.seed",
+    "batch_size": "config.train.batch_size",
+    "base_fingerprint": "the base checkpoint's fingerprint (config.train.start)",
+    "dataset_fingerprint": "the dataset's fingerprint (config.data)",
+    "model": "config.model",
+}
+
+
+class Checkpoints:
+    """A run's checkpoints. Every process of the job makes one, and calls every method.
+
+    Args:
+        workdir: the run's folder.
+        facts: what the run started from: JSON-ready, with the keys of `_SAME` at least.
+        keep_newest: how many of the newest to keep.
+        keep_every: those of steps divisible by this are kept for ever; 0 keeps none so.
+        read_only: to look at another run's.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        facts: Mapping[str, Any],
+        keep_newest: int = 3,
+        keep_every: int = 0,
+        read_only: bool = False,
+    ):
+        self.folder = workdir.absolute() / FOLDER
+        self._facts = dict(facts)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep_newest,
+            keep_period=keep_every or None,
+            create=not read_only,
+            read_only=read_only,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "facts"))
+        except OSError as error:
+            raise InputError(f"{self.folder}: this folder cannot be written ({error})") from error
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to save; returns once the arrays are copied, so that the step may overwrite them."""
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            facts=ocp.args.JsonSave(self._facts | {"step": step, "checksums": checksums(state)}),
+        )
+        self._manager.save(step, args=args, force=True)
+
+    def restore(self, shapes: TrainState) -> TrainState | None:
+        """The newest state that is intact, each array straight to its place; None where the run has none.
+
+        A damaged checkpoint is named in a warning and moved to `damaged_checkpoints/`, and the one before it taken.
+
+        Args:
+            shapes: the state as ShapeDtypeStructs with shardings, on whatever mesh.
+
+        Raises:
+            InputError: where the run started from something else, or none of its checkpoints can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            state, _, problem = self._read(step, shapes)
+            if _everywhere(problem is None):
+                return state
+            warnings.warn(f"{self.folder / str(step)}: damaged ({problem}); taking the one before it", stacklevel=2)
+            self._set_aside(step)
+        if steps:
+            raise InputError(
+                f"{self.folder}: none of the checkpoints of steps {steps[::-1]} can be read; they are in "
+                f"{self.folder.parent / DAMAGED}; choose another workdir, or run again to begin anew"
+            )
+        return None
+
+    def restore_at(self, step: int | None, shapes: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
+        """The step, state and facts of one checkpoint (None: the newest); nothing is compared, moved or skipped.
+
+        Raises:
+            InputError: where it is not there or damaged.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            raise InputError(f"{self.folder}: no checkpoint {'' if step is None else f'of step {step} '}there: {steps}")
+        step = steps[-1] if step is None else step
+        state, facts, problem = self._read(step, shapes, compare=False)
+        if problem is not None:
+            raise InputError(f"{self.folder / str(step)}: damaged ({problem})")
+        return step, state, facts
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _read(
+        self, step: int, shapes: TrainState, compare: bool = True
+    ) -> tuple[TrainState | None, dict[str, Any], str | None]:
+        """A state and its facts, or why there is none."""
+        try:
+            facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+            sums = facts["checksums"]
+        except Exception as error:  # orbax, tensorstore and json each raise their own kinds for damaged files
+            return None, {}, _first_line(error)
+        if compare:
+            self._compare(step, facts)
+        expected = set(_paths(shapes))
+        if set(sums) != expected:
+            odd = sorted(set(sums) ^ expected)
+            raise InputError(
+                f"{self.folder / str(step)}: its parameters are not those of config.train.trainable; "
+                f"{len(odd)} differ, first {odd[0]}"
+            )
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+            state = self._manager.restore(step, args=args)["state"]
+            wrong = [path for path, value in checksums(state).items() if sums[path] != value]
+        except Exception as error:
+            return None, {}, _first_line(error)
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            return None, facts, f"checksum of {wrong[0]}{more}"
+        return state, facts, None
+
+    def _compare(self, step: int, facts: Mapping[str, Any]) -> None:
+        for key, name in _SAME.items():
+            if facts.get(key) != self._facts[key]:
+                old, new = (f" {value}" if np.isscalar(value) else "" for value in (facts.get(key), self._facts[key]))
+                raise InputError(f"{self.folder / str(step)}: {name}: expected the run's{old}, got{new or ' another'}")
+
+    def _set_aside(self, step: int) -> None:
+        # Moved, not deleted: a later save of the same step needs the place.
+        if jax.process_index() == 0:
+            target = self.folder.parent / DAMAGED
+            target.mkdir(exist_ok=True)
+            count = len(list(target.glob(f"{step}*")))
+            (self.folder / str(step)).rename(target / (f"{step}.{count}" if count else str(step)))
+        _everywhere(True)
+        self._manager.reload()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"
+
+
+def _everywhere(value: bool) -> bool:
+    """Whether it is True on every process of the job."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(value)))) if jax.process_count() > 1 else value
+
+
+@jax.jit
+def _checksum(leaf: Array) -> UInt32[Array, ""]:
+    # Whole numbers add up to the same in any order, hence on any mesh.
+    return jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32), dtype=jnp.uint32)
+
+
+def _paths(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The sum of the bits of every 32-bit array in a tree, modulo 2^32, by path."""
+    sums = jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
+    return dict(zip(_paths(tree), map(int, sums), strict=True))
+
+
+class StopSignal:
+    """Notices SIGTERM (and Ctrl-C, alone) and lets all processes stop at one step.
+
+    With several processes jax's own preemption service carries the notice to all and picks the step. A second signal
+    ends the process at once.
+    """
+
+    def __init__(self):
+        self._asked = False
+        # Python allows handlers in the main thread alone; the service has its own.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked after each."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked

@@ -1,0 +1,201 @@
+"""What a run reports: numbers to JSONL and TensorBoard, a progress line, pictures, a profile."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from instdiff_jax.errors import InputError
+
+# Peak dense bfloat16 FLOP/s of one chip, from the vendors' data sheets, by the start of jax's device_kind; the longest
+# that fits counts. A device of a TPU v2 or v3 is half a chip.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v4 lite": 138e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s of a device, or None for one the table does not know."""
+    known = [name for name in PEAK_FLOPS if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+class MetricsWriter:
+    """Writes metrics.jsonl and TensorBoard files in a run's folder; one process does, the others' calls do nothing.
+
+    Args:
+        workdir: the run's folder.
+        start_step: lines of later steps are dropped: a killed run wrote them, and this one will again.
+        total_steps: of the run, for the progress line.
+        active: whether this process writes.
+    """
+
+    def __init__(self, workdir: Path, start_step: int, total_steps: int, active: bool = True):
+        self._active, self._total, self._started = active, total_steps, time.perf_counter()
+        self._start_step = start_step
+        if not active:
+            return
+        # Imported by the process that needs it: it takes a while.
+        from tensorboardX import SummaryWriter
+
+        path = workdir / "metrics.jsonl"
+        _drop_later_lines(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds numbers of a step. What is not finite becomes null in JSON."""
+        if not self._active:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": step} | {name: value if np.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Adds a picture to TensorBoard."""
+        if self._active:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows where the run is: one line that is rewritten on a terminal, a line each time elsewhere."""
+        if not self._active:
+            return
+        done = max(1, step - self._start_step)
+        left = (time.perf_counter() - self._started) / done * (self._total - step)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = f"step {step}/{self._total}  {numbers}  {_duration(left)} left"
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="" if step < self._total else "\n", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # half a line of a killed run
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    beside = path.with_suffix(".part")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+class Clock:
+    """Speed since the last report: images a second, utilisation of the chips, share of the time spent on waiting.
+
+    Args:
+        batch_size: images a step, over all devices.
+        flops_per_device: model FLOPs of one step on one device, counted from the jaxpr.
+        devices: the job's devices.
+    """
+
+    def __init__(self, batch_size: int, flops_per_device: float, devices: list[jax.Device]):
+        self._batch_size, self._flops = batch_size, flops_per_device
+        self._peak = peak_flops(devices[0].device_kind)
+        self._step, self._time, self._waited = None, 0.0, 0.0
+
+    def start(self, step: int, waited: float) -> None:
+        """Begins a stretch after `step`; `waited` is the loader's wait so far in seconds."""
+        self._step, self._time, self._waited = step, time.perf_counter(), waited
+
+    def report(self, step: int, waited: float) -> dict[str, float]:
+        """Numbers of the stretch that ends with `step`; the next begins."""
+        seconds, steps = max(time.perf_counter() - self._time, 1e-9), step - self._step
+        values = {
+            "images_per_second": steps * self._batch_size / seconds,
+            "seconds_per_step": seconds / max(steps, 1),
+            "data_wait": (waited - self._waited) / seconds,
+        }
+        if self._peak is not None:
+            values["mfu"] = steps * self._flops / seconds / self._peak
+        self.start(step, waited)
+        return values
+
+
+class ProfilerWindow:
+    """Traces the steps from `first` on, `count` of them, for TensorBoard or Perfetto; `first` −1 traces nothing."""
+
+    def __init__(self, workdir: Path, first: int, count: int):
+        self._folder, self._first, self._last, self._running = workdir / "profile", first, first + count, False
+
+    def before(self, step: int) -> None:
+        """To be called before each step."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, result: object) -> None:
+        """To be called after each step, with what it gave."""
+        if self._running and step + 1 >= self._last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is running."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def make_workdir(path: str | os.PathLike) -> Path:
+    """The run's folder, made where it is missing.
+
+    Raises:
+        InputError: where it cannot be written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--workdir: {folder}: this folder cannot be written ({error.strerror})") from error
+    return folder
