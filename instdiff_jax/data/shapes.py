@@ -144,7 +144,7 @@ def _map(render: functools.partial, count: int, workers: int) -> Iterator[tuple[
     if workers <= 1:
         yield from map(render, range(count))
         return
-    # Spawned: jax is imported by now, and its threads do not survive a fork.
+    # Spawned: a caller may have started jax, whose threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(render, range(count), chunksize=64)
 
