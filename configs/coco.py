@@ -8,8 +8,8 @@ Make the start and the dataset, then run this on every host:
     python train.py --config=configs/coco.py --workdir=runs/coco
 
 The fusers, UniFusion and ScaleU learn; Stable Diffusion is frozen. 512 images a step, AdamW at 5e-5 after 5,000 steps
-of warm-up, as released. The loss of noise prediction moves little (about 0.15 from start to end): watch
-validation_loss, which always draws the same noise, and the sample grids.
+of warm-up, as released. The loss of noise prediction moves little and is noisy: watch validation_loss, which always
+draws the same noise, and the sample grids.
 """
 
 from ml_collections import ConfigDict
