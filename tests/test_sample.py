@@ -1,0 +1,150 @@
+"""`sample.py` as users run it: outputs, errors in one line with exit code 2, what it imports, no network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+# Sockets that reach anything but this machine are an error.
+NO_NETWORK = """
+import socket
+def refuse(self, address, *rest):
+    raise AssertionError(f"network: {address}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = refuse
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, two layouts and wrong inputs."""
+    folder = tmp_path_factory.mktemp("sample")
+    make_tiny_checkpoint(folder / "checkpoint")
+    for place, count in (("scenes", 3), ("others", 3)):
+        (folder / place).mkdir()
+        (folder / place / "scene.json").write_text(make_layout(count).to_json())
+    (folder / "broken.json").write_text('{"caption": "half')
+    (folder / "empty").mkdir()
+    (folder / "text.npy").write_text("no array")
+    np.save(folder / "double.npy", np.zeros((1, 16, 16, 4)))
+    np.save(folder / "small.npy", np.zeros((1, 2, 2, 4), np.float32))
+    Image.new("RGB", (8, 8)).save(folder / "tiny.png")
+    coco = {"images": [{"id": 1, "width": 64, "height": 64}], "annotations": [], "categories": []}
+    (folder / "coco.json").write_text(json.dumps(coco))
+    return folder
+
+
+def run(folder: Path, *flags, prelude: str = "") -> subprocess.CompletedProcess:
+    """`sample.py` in a process of its own, in `folder`."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    script = f"{prelude}\nimport runpy, sys\nsys.argv[0] = {str(ROOT / 'sample.py')!r}\n"
+    script += "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", script, *map(str, flags)]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
+
+
+GOOD = ("--checkpoint", "checkpoint", "--layout", "scenes", "--output", "out")
+
+
+def test_outputs(folder):
+    flags = ("--num_images", 2, "--seed", 7, "--save_latents", "--steps", 3, "--alpha", "0.5,0.25,0.25")
+    done = run(folder, *GOOD, *flags, prelude=NO_NETWORK)
+    assert done.returncode == 0, done.stderr
+    assert "2 pictures in out" in done.stdout
+    out = folder / "out"
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert names == sorted(
+        ["contact_sheet.png", "run.json", *(f"scene/{name}" for name in ("7.png", "8.png", "latents.npy", "layout.png"))]
+    )
+    for name in ("7.png", "8.png", "layout.png"):
+        with Image.open(out / "scene" / name) as image:
+            assert image.size == (SIDE, SIDE) and image.mode == "RGB"
+    latents = np.load(out / "scene" / "latents.npy")
+    assert latents.shape == (2, SIDE // 2, SIDE // 2, 4) and latents.dtype == np.float32
+    record = json.loads((out / "run.json").read_text())
+    assert record["sampling"]["steps"] == 3 and record["sampling"]["alpha"] == [0.5, 0.25, 0.25]
+    assert record["layouts"][0]["layout"] == "scene" and record["layouts"][0]["seeds"] == [7, 8]
+    assert record["dtype"] == "float32" and record["model"]["unet"]["model_channels"] == 32
+    assert set(record["seconds"]) == {"loading", "sampling"} and record["checkpoint"] == "checkpoint"
+
+
+WRONG = [
+    (("--layout", "nowhere.json"), "nowhere.json"),
+    (("--layout", "broken.json"), "broken.json: not valid JSON"),
+    (("--layout", "empty"), "no .json file in this folder"),
+    (("--layout", "scenes", "others"), "two layouts would write to"),
+    (("--layout", "scenes", "--coco", "coco.json"), "--image_id: expected"),
+    (("--coco", "coco.json", "--image_id", "5"), "5"),
+    (("--num_images", "0"), "--num_images: expected a whole number"),
+    (("--max_rows", "0"), "--max_rows: expected a whole number"),
+    (("--output", "broken.json"), "--output: broken.json: expected a folder"),
+    (("--output", "broken.json/deeper"), "--output: broken.json/deeper: expected a folder"),
+    (("--noise", "text.npy"), "--noise: text.npy: expected a float32 .npy"),
+    (("--noise", "double.npy"), "--noise: double.npy: expected float32, got float64"),
+    (("--init_image", "text.npy"), "--init_image: text.npy: expected a picture"),
+    (("--inpaint_mask", "nowhere.png"), "--inpaint_mask: nowhere.png: expected a picture"),
+    (("--checkpoint", "nowhere"), "nowhere: not a checkpoint folder"),
+    (("--checkpoint", "empty"), "empty: not a checkpoint folder"),
+    (("--noise", "small.npy"), "noise: expected float32 of shape"),
+    (("--init_image", "tiny.png"), "init_image: expected 32×32 pixels"),
+    (("--strength", "0.5"), "strength: expected an init_image"),
+    (("--steps", "0"), "steps: expected a whole number from 1 to 1000"),
+    (("--sampler", "euler"), "sampler: expected one of"),
+    (("--alpha", "1.5"), "alpha: expected a fraction"),
+    (("--mis", "-1"), "mis: expected a fraction"),
+    (("--merge", "paste"), "merge: expected one of mean, crop"),
+    (("--masked_attention", "yes"), "masked_attention: expected one of"),
+    (("--width", "30"), "width: expected a multiple of 4 pixels, got 30; nearest: 32"),
+    (("--seed", "-1"), "seed: expected a whole number"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_wrong_input_ends_in_one_line(folder, monkeypatch, flags, message):
+    """In this process, for speed; `test_exit_code` runs the real thing."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(sample.InputError) as error:
+        sample.main(sample.parse_args([*GOOD, *flags]))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--layout", "broken.json"), ("--layout", "scenes", "others"), ("--output", "broken.json"), ("--mis", "2")]
+)
+def test_exit_code(folder, flags):
+    done = run(folder, *GOOD, *flags)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert not (folder / "out2").exists()
+
+
+@pytest.mark.parametrize("flags", [("--format", "boxes"), ("--steps", "many"), ("--alpha", "x"), ("--unknown",)])
+def test_flags_of_another_type(folder, flags):
+    done = run(folder, *GOOD, *flags)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "sample.py: error: " in done.stderr.splitlines()[-1]
+
+
+def test_imports_are_light(folder):
+    """Sampling brings in nothing of training, data sets or plotting, and no other framework."""
+    heavy = ("torch", "tensorflow", "grain", "tensorflow_datasets", "matplotlib", "diffusers", "optax", "skimage")
+    tell = "import atexit, sys\n@atexit.register\ndef tell():\n    print('LOADED', *sys.modules)\n"
+    done = run(folder, *GOOD, "--output", "light", "--steps", "1", "--mis", "0", "--alpha", "0", prelude=tell)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split("LOADED", 1)[1].split())
+    assert "instdiff_jax.pipeline" in loaded
+    assert not loaded & set(heavy), loaded & set(heavy)
