@@ -45,6 +45,8 @@ def read_run(workdir: Path) -> tuple[ModelConfig, SamplingConfig, TrainSettings]
     )
 
 
+
+
 def load_run(workdir: Path, step: int | None = None) -> tuple[ModelConfig, SamplingConfig, dict[str, Any], int]:
     """A run's model with the averaged parameters of one step (None: the newest), in float32 on one device.
 
@@ -68,6 +70,13 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ModelConfig, Sampl
     return model, sampling, merge_params(state.optimizer.ema, frozen), step
 
 
+def run_tokenizer(workdir: Path) -> Path:
+    """The folder of a run's tokenizer: its base's, else the one that its config names."""
+    model, _, settings = read_run(workdir)
+    text = read_config(settings.start)[0].text_encoder if settings.start else model.text_encoder
+    return find_tokenizer(text.tokenizer, text.vocab_size)
+
+
 def absent_groups(params: dict[str, Any]) -> tuple[str, ...]:
     """Which adapters a tree lacks: a run on captions alone has neither fusers nor UniFusion."""
     has_fusers = any("fuser" in path for path in flatten(params["unet"]))
@@ -77,10 +86,8 @@ def absent_groups(params: dict[str, Any]) -> tuple[str, ...]:
 def export(workdir: Path, output: Path, step: int | None = None, overwrite: bool = False) -> int:
     """Writes the checkpoint folder; returns the step it is of."""
     check_output(output, overwrite)
+    tokenizer = run_tokenizer(workdir)
     model, sampling, params, step = load_run(workdir, step)
-    _, _, settings = read_run(workdir)
-    text = read_config(settings.start)[0].text_encoder if settings.start else model.text_encoder
-    tokenizer = find_tokenizer(text.tokenizer, text.vocab_size)
     save_folder(output, params, model, sampling, tokenizer, absent_groups(params), overwrite)
     return step
 

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from instdiff_jax import grounding as groundings
-from instdiff_jax.checkpoint.folder import read_config, restore_params
 from instdiff_jax.compilation import enable_compilation_cache
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.diffusion.multi_instance import ImageRows, Inpaint, sample_rows
@@ -25,6 +24,7 @@ from instdiff_jax.diffusion.solvers import SolverTable, solver_table
 from instdiff_jax.errors import InputError
 from instdiff_jax.grounding import Format
 from instdiff_jax.layout import Layout
+from instdiff_jax.loading import load_model
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
 from instdiff_jax.models.unet import UNet
@@ -116,7 +116,7 @@ class Pipeline:
         mesh: Mesh | None = None,
         max_rows: int | None = None,
     ) -> Self:
-        """Loads a checkpoint folder; needs no network.
+        """Loads a checkpoint folder, or a training run's workdir; needs no network.
 
         Raises:
             InputError: for a folder that is no checkpoint, is damaged, or has no adapters to sample with.
@@ -124,16 +124,8 @@ class Pipeline:
         if dtype not in DTYPES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         enable_compilation_cache()
-        config, sampling, absent = read_config(directory)
-        if absent:
-            raise InputError(f"{directory}: cannot sample: {', '.join(absent)} absent; train or convert with them")
-        tokenizer = Tokenizer(
-            config.text_encoder.tokenizer, config.text_encoder.vocab_size, config.text_encoder.max_length
-        )
         sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        params = restore_params(directory, ("unet", "unifusion", "text_encoder"), DTYPES[dtype], sharding)
-        params |= restore_params(directory, ("autoencoder",), jnp.float32, sharding)
-        return cls(config, sampling, params, tokenizer, dtype, mesh, max_rows)
+        return cls(*load_model(directory, DTYPES[dtype], sharding), dtype, mesh, max_rows)
 
     def __call__(self, layouts: Sequence[Layout], seeds: Sequence[int] = (0,), **options: Any) -> list[Result]:
         """All results of `stream`, layout by layout, and seed by seed within a layout."""

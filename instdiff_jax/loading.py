@@ -1,0 +1,67 @@
+"""Opens what `--checkpoint` may name, a checkpoint folder or a training run, for sampling."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from instdiff_jax.checkpoint.folder import read_config, restore_params
+from instdiff_jax.config import ModelConfig, SamplingConfig
+from instdiff_jax.errors import InputError
+from instdiff_jax.text import Tokenizer
+
+
+class Model(NamedTuple):
+    """A model ready to sample: sizes, sampling defaults, trees of all four networks, tokenizer."""
+
+    config: ModelConfig
+    sampling: SamplingConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def load_model(directory: str | Path, dtype: Any, sharding: jax.sharding.Sharding | None = None) -> Model:
+    """Loads a checkpoint folder, or the averaged parameters of a training run's newest checkpoint.
+
+    Args:
+        directory: the folder.
+        dtype: of the leaves with two axes or more; vectors, scalars and the autoencoder are float32.
+        sharding: where the parameters go; the default device otherwise.
+
+    Raises:
+        InputError: for a folder that is neither, is damaged, or has no adapters to sample with.
+    """
+    directory = Path(directory)
+    if (directory / "checkpoints").is_dir():
+        return _load_run(directory, dtype, sharding)
+    config, sampling, absent = read_config(directory)
+    _check_complete(directory, absent)
+    tokenizer = _open_tokenizer(config, config.text_encoder.tokenizer)
+    params = restore_params(directory, ("unet", "unifusion", "text_encoder"), dtype, sharding)
+    params |= restore_params(directory, ("autoencoder",), jnp.float32, sharding)
+    return Model(config, sampling, params, tokenizer)
+
+
+def _load_run(workdir: Path, dtype: Any, sharding: jax.sharding.Sharding | None) -> Model:
+    # Imported here: whoever samples from a checkpoint folder needs nothing of training.
+    from instdiff_jax.export import absent_groups, load_run, run_tokenizer
+
+    name = run_tokenizer(workdir)
+    config, sampling, params, _ = load_run(workdir)
+    _check_complete(workdir, absent_groups(params))
+    for part, tree in params.items():
+        if part != "autoencoder":
+            params[part] = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= 2 else leaf, tree)
+    if sharding is not None:
+        params = jax.device_put(params, sharding)
+    return Model(config, sampling, params, _open_tokenizer(config, name))
+
+
+def _check_complete(directory: Path, absent: tuple[str, ...]) -> None:
+    if absent:
+        raise InputError(f"{directory}: cannot sample: {', '.join(absent)} absent; train or convert with them")
+
+
+def _open_tokenizer(config: ModelConfig, name: str | Path) -> Tokenizer:
+    return Tokenizer(name, config.text_encoder.vocab_size, config.text_encoder.max_length)
