@@ -21,7 +21,7 @@ from common import channels_first, channels_last, parity, relative_error
 from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.diffusion.multi_instance import ImageRows, sample_rows
 from instdiff_jax.diffusion.solvers import solver_table
-from instdiff_jax.grounding import instance_groundings, region_words, stack
+from instdiff_jax.grounding import EVERYWHERE, instance_groundings, region_words, stack
 from instdiff_jax.models.attention import Fuser
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
@@ -201,14 +201,14 @@ def _unet(size: str, entry: str, alpha: float | None) -> float:
 
 
 def _masked_attention(entry: str) -> float:
-    """Regions from the boxes, as sampling makes them."""
+    """Regions from the boxes, as sampling makes them; for the unmasked number, each token in one region of all."""
     data = parity("unet_small_masked_attention")
     grounding = common.grounding_arrays(data, common.DROPPED["box"])
-    regions = None
-    if entry == "eps_masked":
-        one = {key: value[0] for key, value in grounding.items()}
-        visual, tokens = region_words(one, 64, 64, "official")
-        regions = dict(visual=visual[None], tokens=tokens[None])
+    one = {key: value[0] for key, value in grounding.items()}
+    visual, tokens = region_words(one, 64, 64, "official")
+    if entry == "eps_unmasked":
+        visual, tokens = np.full_like(visual, EVERYWHERE), np.full_like(tokens, EVERYWHERE)
+    regions = dict(visual=visual[None], tokens=tokens[None])
     return relative_error(predict("small", data, grounding, 1.0, regions), data[entry])
 
 
@@ -268,12 +268,12 @@ _TEMPORARY = tempfile.TemporaryDirectory(prefix="parity")  # vanishes with the p
 
 
 @functools.cache
-def end_to_end(format: str) -> tuple[np.ndarray, np.ndarray]:
+def end_to_end(format: str, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
     """Latents [b h w z] and uint8 images from the layout, the noise and the settings in the file."""
     from instdiff_jax import Layout
 
     data = parity(f"end_to_end_small_{format}")
-    results = Pipeline.from_checkpoint(small_checkpoint())(
+    results = Pipeline.from_checkpoint(small_checkpoint(), dtype)(
         [Layout.from_dict(json.loads(str(data["layout"])))],
         seeds=[0, 1],
         noise=channels_last(data["noise"]),
@@ -295,9 +295,9 @@ def official_pixels(data: dict) -> np.ndarray:
     return ((images * 0.5 + 0.5) * 255).astype(np.uint8)
 
 
-def _end_to_end(format: str, entry: str) -> float:
+def _end_to_end(format: str, entry: str, dtype: str = "float32") -> float:
     data = parity(f"end_to_end_small_{format}")
-    latents, images = end_to_end(format)
+    latents, images = end_to_end(format, dtype)
     if entry == "latents":
         return relative_error(latents, channels_last(data["latents"]))
     return np.abs(images.astype(int) - official_pixels(data)).max() / 255
@@ -321,23 +321,30 @@ for size in ("small", "full"):
     add(f"autoencoder_{size}", "decoded", "autoencoder's decoder", MODULE, _autoencoder, size, "decode")
 for format in ("box", "mask", "point", "scribble"):
     add(f"unifusion_{format}", "tokens", "full-size UniFusion", MODULE, _unifusion, format)
-    add(f"unifusion_{format}", "null_tokens", "full-size UniFusion without its trunk", MODULE, _null_tokens, format, False)
+    how = "full-size UniFusion without its trunk"
+    add(f"unifusion_{format}", "null_tokens", how, MODULE, _null_tokens, format, False)
 add("unifusion_mask", "null_tokens (trunk kept)", "full-size UniFusion", MODULE, _null_tokens, "mask", True)
 for size in ("small", "alt"):
     for alpha in (1.0, 0.35, 0.0):
         add(f"unet_{size}", f"eps_alpha{alpha}", "UniFusion and UNet", UNET, _unet, size, f"eps_alpha{alpha}", alpha)
-    add(f"unet_{size}", "eps_alpha0.0 (no fusers)", "UNet without fusers", UNET, _unet, size, "eps_alpha0.0", None)
     add(f"unet_{size}", "eps_null", "UniFusion and UNet", UNET, _unet, size, "eps_null", 1.0)
+add("unet_small", "eps_alpha0.0 (no fusers)", "UNet without fusers", UNET, _unet, "small", "eps_alpha0.0", None)
 for entry in ("eps", "eps_null"):
     add("unet_full", entry, "full-size UniFusion and UNet", UNET, _unet, "full", entry, 1.0, cost="full")
 for entry in ("eps_masked", "eps_unmasked"):
-    how = "UniFusion and UNet" + (", official regions" if entry == "eps_masked" else "")
+    how = "UniFusion and UNet, " + ("official regions" if entry == "eps_masked" else "one region of all")
     add("unet_small_masked_attention", entry, how, UNET, _masked_attention, entry)
 for entry in SAMPLERS:
     cost = "fast" if entry == "mis_20_0.2" else "slow"
     add("sampler_small_box", entry, "packed rows, PLMS", SAMPLER, _sampler, entry, cost=cost)
 for format in ("box", "mask"):
     file = f"end_to_end_small_{format}"
-    add(file, "latents", "Pipeline on a converted checkpoint", SAMPLER, _end_to_end, format, "latents")
+    cost = "fast" if format == "mask" else "slow"
+    how = "Pipeline on a converted checkpoint"
+    add(file, "latents", how, SAMPLER, _end_to_end, format, "latents", cost=cost)
     # Within one of 256 levels: pixels are truncated, and the official ones were stored as float16.
-    add(file, "images_float", "as uint8 pixels", 1.01 / 255, _end_to_end, format, "images_float")
+    add(file, "images_float", "as uint8 pixels", 1.01 / 255, _end_to_end, format, "images_float", cost=cost)
+for entry, tolerance in (("latents", 0.1), ("images_float", 0.2)):
+    how = "Pipeline in bfloat16; norms, softmax and solver in float32"
+    args = "mask", entry, "bfloat16"
+    add("end_to_end_small_mask", f"{entry} (bfloat16)", how, tolerance, _end_to_end, *args, cost="slow")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from parity_checks import add
 
 import common
 from common import parity, relative_error
@@ -16,7 +17,6 @@ from instdiff_jax.grounding import null_grounding, region_words
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import init_state, split_params
 from instdiff_jax.training.step import compile_step, make_train_step
-from parity_checks import add
 
 SCHEDULE = ScheduleConfig(linear_start=0.00085, linear_end=0.012, timesteps=1000)
 EXACT = 0.0

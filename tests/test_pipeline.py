@@ -12,6 +12,7 @@ import jax
 import jax.monitoring
 import numpy as np
 import pytest
+from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 from common import relative_error
 from instdiff_jax import Layout, Pipeline
@@ -19,7 +20,6 @@ from instdiff_jax.diffusion import multi_instance
 from instdiff_jax.errors import InputError
 from instdiff_jax.flops import count_flops
 from instdiff_jax.pipeline import NoisePredictor
-from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 LATENT = (SIDE // 2, SIDE // 2, 4)
 COMPILATIONS = []
@@ -164,7 +164,7 @@ def test_fusers_leave_the_program_after_alpha(pipeline, recorded):
 
 def test_masked_attention(pipeline):
     images = {
-        kind: pipeline([make_layout(3)], seeds=[0], masked_attention=kind)[0].latents
+        kind: pipeline([make_layout(3)], mis=0.0, alpha=1.0, masked_attention=kind)[0].latents
         for kind in ("none", "correct", "official")
     }
     assert relative_error(images["correct"], images["none"]) > 1e-3
@@ -176,24 +176,25 @@ def test_masked_attention_spares_instances_without_a_region(pipeline):
     """Points alone have no region: nothing is masked."""
     annos = [{"caption": f"thing {i}", "point": [4 + 8 * i, 9]} for i in range(3)]
     layout = Layout.from_dict({"caption": "points", "width": SIDE, "height": SIDE, "annos": annos})
-    plain, masked = (pipeline([layout], masked_attention=kind)[0].latents for kind in ("none", "correct"))
+    settings = dict(mis=0.0, alpha=1.0)
+    plain, masked = (pipeline([layout], masked_attention=kind, **settings)[0].latents for kind in ("none", "correct"))
     assert relative_error(masked, plain) <= 1e-5
 
 
-@pytest.mark.parametrize("changes", [dict(merge="crop"), dict(mis=0.0), dict(guidance_scale=1.0, mis=0.0), dict(format="point")])
+@pytest.mark.parametrize("changes", [dict(merge="crop"), dict(mis=0.0), dict(guidance_scale=3.0), dict(format="point")])
 def test_settings_matter(pipeline, changes):
     plain = pipeline([make_layout(3)], seeds=[0])[0]
     assert relative_error(pipeline([make_layout(3)], seeds=[0], **changes)[0].latents, plain.latents) > 1e-3
 
 
 def test_bfloat16_stays_close_to_float32(checkpoint, pipeline):
-    """0.03 measured on this model: 4 steps, guidance 7.5."""
-    layouts = [make_layout(3, mask=True)]
-    exact, rough = pipeline(layouts), Pipeline.from_checkpoint(checkpoint, "bfloat16")(layouts)
+    """With guidance 7.5. docs/parity.md has the small model's numbers."""
+    layouts, settings = [make_layout(3, mask=True)], dict(mis=0.0, alpha=1.0)
+    exact, rough = pipeline(layouts, **settings), Pipeline.from_checkpoint(checkpoint, "bfloat16")(layouts, **settings)
     assert rough[0].latents.dtype == np.float32
     error = relative_error(rough[0].latents, exact[0].latents)
     print(f"bfloat16: {error:.3f}, pixels {np.abs(rough[0].image.astype(int) - exact[0].image).mean():.2f}")
-    assert error <= 0.05
+    assert error <= 0.06
 
 
 # ---------------------------------------------------------------- starts from a picture
@@ -204,12 +205,12 @@ def picture(side: int = SIDE) -> np.ndarray:
 
 
 def test_inpainting_keeps_the_known_region(pipeline):
-    mask = np.zeros((SIDE, SIDE), bool)
+    mask, settings = np.zeros((SIDE, SIDE), bool), dict(mis=0.0, alpha=1.0)
     mask[5:20, 9:30] = True
-    result = pipeline([make_layout(3)], seeds=[0], init_image=picture(), inpaint_mask=mask)[0]
+    result = pipeline([make_layout(3)], init_image=picture(), inpaint_mask=mask, **settings)[0]
     assert np.array_equal(result.image[~mask], picture()[~mask])
     assert np.abs(result.image[mask].astype(int) - picture()[mask]).mean() > 5
-    free = pipeline([make_layout(3)], seeds=[0])[0]
+    free = pipeline([make_layout(3)], **settings)[0]
     assert relative_error(result.latents, free.latents) > 1e-2, "the painted part knows of the rest"
 
 
@@ -285,11 +286,13 @@ from instdiff_jax.parallel import ParallelSettings, make_mesh
 from tiny_checkpoint import make_layout
 assert jax.device_count() == 8
 mesh = make_mesh(ParallelSettings(fsdp=2), jax.devices())
-results = Pipeline.from_checkpoint(sys.argv[1], mesh=mesh)([make_layout(3), make_layout(3, seed=1)], seeds=[0, 1], alpha=1.0)
+layouts = [make_layout(3), make_layout(3, seed=1)]
+results = Pipeline.from_checkpoint(sys.argv[1], mesh=mesh)(layouts, seeds=[0, 1], alpha=1.0)
 np.save(sys.argv[2], [result.latents for result in results])
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_the_same(checkpoint, pipeline, tmp_path):
     here = Path(__file__).resolve().parent
     env = os.environ | {

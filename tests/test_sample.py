@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 import sample
-from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 # Sockets that reach anything but this machine are an error.
@@ -67,9 +67,8 @@ def test_outputs(folder):
     assert "2 pictures in out" in done.stdout
     out = folder / "out"
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert names == sorted(
-        ["contact_sheet.png", "run.json", *(f"scene/{name}" for name in ("7.png", "8.png", "latents.npy", "layout.png"))]
-    )
+    inside = [f"scene/{name}" for name in ("7.png", "8.png", "latents.npy", "layout.png")]
+    assert names == ["contact_sheet.png", "run.json", *inside]
     for name in ("7.png", "8.png", "layout.png"):
         with Image.open(out / "scene" / name) as image:
             assert image.size == (SIDE, SIDE) and image.mode == "RGB"
@@ -113,7 +112,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(("flags", "message"), WRONG, ids=[" ".join(flags) for flags, _ in WRONG])
 def test_wrong_input_ends_in_one_line(folder, monkeypatch, flags, message):
     """In this process, for speed; `test_exit_code` runs the real thing."""
     monkeypatch.chdir(folder)
@@ -123,7 +122,8 @@ def test_wrong_input_ends_in_one_line(folder, monkeypatch, flags, message):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--layout", "broken.json"), ("--layout", "scenes", "others"), ("--output", "broken.json"), ("--mis", "2")]
+    "flags",
+    [("--layout", "broken.json"), ("--layout", "scenes", "others"), ("--output", "broken.json"), ("--mis", "2")],
 )
 def test_exit_code(folder, flags):
     done = run(folder, *GOOD, *flags)

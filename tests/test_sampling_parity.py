@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parity_checks import SAMPLER, official_pixels, params_of, sampling_settings, small_checkpoint
 
 from common import channels_last, parity, relative_error
-from parity_checks import SAMPLER, official_pixels, params_of, sampling_settings, small_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

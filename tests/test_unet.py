@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity_checks import UNET as UNET_TOLERANCE
+from parity_checks import params_of
 
 import common
 from instdiff_jax.models.attention import attention
 from instdiff_jax.models.scaleu import scale_low_frequencies
 from instdiff_jax.models.unet import UNet
-from parity_checks import UNET as UNET_TOLERANCE
-from parity_checks import params_of
 
 
 @pytest.mark.parametrize("check", params_of("primitives", "unet_small", "unet_alt", "unet_full"))
@@ -97,7 +97,10 @@ def test_exact_parameter_counts():
     from instdiff_jax.checkpoint.rename import flatten, parameter_shapes
 
     shapes = flatten(parameter_shapes(config))
-    count = lambda keep: sum(int(np.prod(shape)) for path, shape in shapes.items() if keep(path))
+
+    def count(keep) -> int:
+        return sum(int(np.prod(shape)) for path, shape in shapes.items() if keep(path))
+
     assert count(lambda path: path[0] in ("unet", "unifusion")) == 1_228_333_437
     assert count(lambda path: "fuser" in path) == 208_018_272
     assert count(lambda path: path[0] == "unifusion") == 160_782_669

@@ -23,7 +23,7 @@ def tiny_config() -> ModelConfig:
         model_channels=32,
         channel_mult=(1, 2),
         num_res_blocks=1,
-        attention_resolutions=(1, 2),
+        attention_resolutions=(1,),
         num_heads=2,
         context_dim=64,
     )
@@ -53,7 +53,8 @@ def make_layout(count: int, name: str = "scene", side: int = SIDE, seed: int = 0
     for i in range(count):
         x, y = rng.integers(0, side // 2, 2)
         w, h = rng.integers(side // 4, side // 2, 2)
-        anno = {"caption": f"a {rng.choice(['red', 'green', 'blue'])} thing {i}", "bbox": [int(v) for v in (x, y, w, h)]}
+        colour = rng.choice(["red", "green", "blue"])
+        anno = {"caption": f"a {colour} thing {i}", "bbox": [int(v) for v in (x, y, w, h)]}
         if mask and i == 0:
             area = np.zeros((side, side), np.uint8)
             area[y : y + h, x : x + w] = 1
