@@ -9,6 +9,7 @@ checkpoint folder of it. On several hosts start the same command on each; see do
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -320,7 +321,8 @@ def train(run: RunSettings, workdir: Path) -> str:
             while done < run.train.steps and sound and not stopped:
                 batch = next(batches)
                 if clock is None:
-                    clock = Clock(run.train.batch_size, local_flops(run, batch, mesh), jax.devices())
+                    count = functools.partial(local_flops, run, batch, mesh)
+                    clock = Clock(run.train.batch_size, count, jax.devices()[0])
                     clock.start(done, batches.wait_seconds)
                 profiler.before(done)
                 state, metrics = step(state, frozen, batch)

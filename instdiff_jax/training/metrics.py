@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -38,6 +38,17 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA L4": 121e12,
     "NVIDIA L40S": 362e12,
+}
+
+
+# What the progress line shows, and how it calls it.
+_SHOWN = {
+    "loss": "loss",
+    "learning_rate": "rate",
+    "images_per_second": "images/s",
+    "mfu": "mfu",
+    "data_wait": "waits for data",
+    "skipped": "skipped",
 }
 
 
@@ -92,7 +103,7 @@ class MetricsWriter:
             return
         done = max(1, step - self._start_step)
         left = (time.perf_counter() - self._started) / done * (self._total - step)
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        numbers = "  ".join(f"{label} {values[name]:.4g}" for name, label in _SHOWN.items() if name in values)
         text = f"step {step}/{self._total}  {numbers}  {_duration(left)} left"
         if sys.stderr.isatty():
             print(f"\r\x1b[K{text}", end="" if step < self._total else "\n", file=sys.stderr, flush=True)
@@ -132,13 +143,14 @@ class Clock:
 
     Args:
         batch_size: images a step, over all devices.
-        flops_per_device: model FLOPs of one step on one device, counted from the jaxpr.
-        devices: the job's devices.
+        count_flops: gives the model FLOPs of one step on one device; only called for a chip with a known peak.
+        device: one of the job's devices, which are all of a kind.
     """
 
-    def __init__(self, batch_size: int, flops_per_device: float, devices: list[jax.Device]):
-        self._batch_size, self._flops = batch_size, flops_per_device
-        self._peak = peak_flops(devices[0].device_kind)
+    def __init__(self, batch_size: int, count_flops: Callable[[], float], device: jax.Device):
+        self._batch_size = batch_size
+        self._peak = peak_flops(device.device_kind)
+        self._flops = count_flops() if self._peak is not None else 0.0
         self._step, self._time, self._waited = None, 0.0, 0.0
 
     def start(self, step: int, waited: float) -> None:
@@ -146,11 +158,13 @@ class Clock:
         self._step, self._time, self._waited = step, time.perf_counter(), waited
 
     def report(self, step: int, waited: float) -> dict[str, float]:
-        """Numbers of the stretch that ends with `step`; the next begins."""
+        """Numbers of the stretch that ends with `step`, where it has any steps; the next begins."""
         seconds, steps = max(time.perf_counter() - self._time, 1e-9), step - self._step
+        if steps < 1:
+            return {}
         values = {
             "images_per_second": steps * self._batch_size / seconds,
-            "seconds_per_step": seconds / max(steps, 1),
+            "seconds_per_step": seconds / steps,
             "data_wait": (waited - self._waited) / seconds,
         }
         if self._peak is not None:
