@@ -9,10 +9,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from common import PARITY, relative_error
 from jax.sharding import PartitionSpec
 from training_common import make_run, tiny_model, tiny_settings
 
+from common import PARITY, relative_error
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel import ParallelSettings, check_batch, initialize_distributed, make_mesh, parameter_specs
 

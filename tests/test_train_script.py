@@ -1,0 +1,147 @@
+"""train.py's command line and export: what goes wrong is one line, and a short run's model comes out whole."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from training_common import save_dataset, save_start, tiny_model
+
+import train
+from common import PARITY
+from instdiff_jax import export
+from instdiff_jax.checkpoint.folder import read_config, restore_params
+from instdiff_jax.checkpoint.rename import flatten
+from instdiff_jax.errors import InputError
+from instdiff_jax.training.metrics import MetricsWriter, peak_flops
+
+CONFIG = f"--config={PARITY.parent / 'tiny_config.py'}"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_start(folder / "start")
+    save_dataset(folder / "data")
+    return folder
+
+
+def flags(inputs, *more: str) -> list[str]:
+    return [CONFIG, f"--config.data.dir={inputs / 'data'}", f"--config.train.start={inputs / 'start'}", *more]
+
+
+def complaint(capsys, call, argv) -> str:
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call(argv)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2
+    assert said.startswith("error: ") and "\n" not in said
+    return said
+
+
+BAD = {
+    "--config.train.start=missing": "missing: not a checkpoint folder",
+    "--config.data.dir=missing": "missing/dataset.json: expected a dataset",
+    "--config.data.train_split=test": "split test: expected one of train, val",
+    "--config.parallel.data=3": "does not match the 1 devices",
+    "--config.train.accumulate=3": "config.train.batch_size: expected a multiple of 3",
+    "--config.train.steps=0": "config.train.steps: expected a whole number of at least 1",
+    "--config.train.trainable=most": "config.train.trainable: expected paper, all or pairs",
+    "--config.train.task=upscaling": "config.train.task: expected one of diffusion, autoencoder",
+    "--config.train.stepz=3": "stepz",
+    "--config.model.unet.num_heads=4": "config.model.unet.num_heads: expected 2 as in",
+    "--config.data.examples.map_size=128": "config.data.examples.map_size: expected the model's 64, got 128",
+    "--config.data.examples.image_size=17": "config.data.examples.image_size: expected a multiple of 4, got 17",
+}
+
+
+@pytest.mark.parametrize("flag", BAD)
+def test_bad_settings_end_in_one_line(inputs, tmp_path, capsys, flag):
+    argv = flags(inputs, f"--workdir={tmp_path / 'run'}", flag)
+    assert BAD[flag] in complaint(capsys, train.main, argv)
+
+
+def test_a_config_key_that_nothing_reads_ends_in_one_line(inputs, tmp_path, capsys):
+    for line, words in {
+        "config.train.lerning_rate = 1.0": "config.train.lerning_rate: nothing reads this key",
+        "config.extra = 1": "config.extra: nothing reads this key",
+        "del config.data": "config.data: missing",
+    }.items():
+        file = tmp_path / "odd.py"
+        body = f"  config = tiny_config.get_config()\n  {line}\n  return config\n"
+        file.write_text(f"import tiny_config\n\n\ndef get_config():\n{body}")
+        assert words in complaint(capsys, train.main, [f"--config={file}", f"--workdir={tmp_path / 'run'}"])
+
+
+def test_no_config_and_no_workdir(inputs, capsys, tmp_path):
+    assert "--config: expected a config file" in complaint(capsys, train.main, ["--workdir=x"])
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "cannot be written" in complaint(capsys, train.main, flags(inputs, f"--workdir={file / 'run'}"))
+    with pytest.raises(SystemExit) as end:
+        train.main([CONFIG])
+    assert end.value.code == 2
+
+
+def test_export_says_what_is_missing(tmp_path, capsys):
+    argv = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+    assert "config.json: expected the config of a training run" in complaint(capsys, export.main, argv)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_from_a_base_without_adapters_trains_validates_and_exports(tmp_path, capsys):
+    absent = ("fusers", "scaleu", "unifusion", "trunk")
+    save_start(tmp_path / "start", absent)
+    save_dataset(tmp_path / "data")
+    more = ["--config.train.steps=4", "--config.train.save_every=2", "--config.train.validate_every=2"]
+    more += ["--config.data.validation_split=val", "--config.data.cache_latents=True", f"--workdir={tmp_path / 'run'}"]
+    train.main(flags(tmp_path, *more))
+    said = capsys.readouterr().err
+    assert "from step 0 to 4 on 1 devices" in said and "trained to step 4" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert any(name.startswith("events") for name in os.listdir(tmp_path / "run" / "tensorboard"))
+
+    export.main([f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
+    model, _, lacks = read_config(tmp_path / "out")
+    assert lacks == () and model.unet == tiny_model().unet
+    params, base = (flatten(restore_params(tmp_path / name, as_numpy=True)) for name in ("out", "start"))
+    for path, leaf in base.items():
+        np.testing.assert_array_equal(params[path], leaf)
+    moved = [path for path, leaf in params.items() if path not in base and np.abs(leaf).max() > 0]
+    assert {"unifusion", "unet"} == {path[0] for path in moved}
+
+    # Another start under the same run: an error, not a model put together from two.
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["train"]["start"] = str(tmp_path / "out")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="changed since the run"):
+        export.export(tmp_path / "run", tmp_path / "again")
+
+
+def test_a_resumed_run_does_not_repeat_its_numbers(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, 10)
+    for step in range(1, 8):
+        writer.write(step, {"loss": step})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    writer = MetricsWriter(tmp_path, 5, 10)
+    writer.write(6, {"loss": float("nan")})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [("TPU v5 lite", 197), ("TPU v5p", 459), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-40GB", 312)],
+)
+def test_known_chips(kind, tera):
+    assert peak_flops(kind) == tera * 1e12
+    assert peak_flops("cpu") is None
