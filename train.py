@@ -350,6 +350,7 @@ def train(run: RunSettings, workdir: Path) -> str:
         batches.close()
         checkpoints.close()
         writer.close()
+        stop.close()
     if not sound:
         raise InputError(
             f"{workdir}: stopped after step {done}: loss or gradient not finite {run.train.max_skips} times in a row; "

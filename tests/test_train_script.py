@@ -98,12 +98,14 @@ def test_a_run_from_a_base_without_adapters_trains_validates_and_exports(tmp_pat
     save_dataset(tmp_path / "data")
     more = ["--config.train.steps=4", "--config.train.save_every=2", "--config.train.validate_every=2"]
     more += ["--config.data.validation_split=val", "--config.data.cache_latents=True", f"--workdir={tmp_path / 'run'}"]
+    more += ["--config.train.sample_every=4", f"--config.train.sample_layouts={PARITY.parent.parent / 'examples'}"]
     train.main(flags(tmp_path, *more))
     said = capsys.readouterr().err
     assert "from step 0 to 4 on 1 devices" in said and "trained to step 4" in said
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert os.listdir(tmp_path / "run" / "samples") == ["00000004.png"]
     assert any(name.startswith("events") for name in os.listdir(tmp_path / "run" / "tensorboard"))
 
     export.main([f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])

@@ -204,6 +204,7 @@ def test_validation_draws_the_same_noise_every_time():
         (((r"unet/.*", "train"), (r"(auto|text_)encoder/.*", "freeze")), "no rule covers the parameter unifusion"),
         (((r".*", "freeze"),), "at least one parameter that trains"),
         (((r".*", "train"),), "loss does not train autoencoder"),
+        (((r"text_encoder/.*", "train"), (r".*", "freeze")), "only where config.train.grounding is False"),
     ],
 )
 def test_rules_for_what_trains_are_checked(rules, words):

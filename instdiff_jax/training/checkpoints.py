@@ -202,14 +202,20 @@ class StopSignal:
 
     def __init__(self):
         self._asked = False
+        self._before: dict[int, Any] = {}
         # Python allows handlers in the main thread alone; the service has its own.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._handle)
+                self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         self._asked = True
         signal.signal(number, signal.SIG_DFL)
+
+    def close(self) -> None:
+        """Gives the signals back to whoever had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step; to be asked after each."""

@@ -118,6 +118,9 @@ def split_params(params: Mapping[str, Any], settings: TrainSettings) -> tuple[Pa
         trains = match_rule(settings.trainable, name, "config.train.trainable") == "train"
         if trains and (path[0] == "autoencoder") != (settings.task == "autoencoder"):
             raise InputError(f"config.train.trainable: the {settings.task} task's loss does not train {name}")
+        if trains and path[0] == "text_encoder" and settings.grounding:
+            # The phrases were embedded before the run, with the text encoder as it was.
+            raise InputError(f"config.train.trainable: {name} trains only where config.train.grounding is False")
         (trainable if trains else frozen)[path] = leaf
     if not trainable:
         raise InputError("config.train.trainable: expected at least one parameter that trains")
