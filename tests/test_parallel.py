@@ -124,3 +124,11 @@ def test_a_job_without_its_numbers_is_an_error(monkeypatch):
     monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
     with pytest.raises(InputError, match="JAX_NUM_PROCESSES"):
         initialize_distributed()
+
+
+def test_importing_train_starts_no_device():
+    # On several hosts devices must not be asked for before the processes have joined.
+    check = "import train; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", check], cwd=TESTS.parent, env=env, capture_output=True, text=True)
+    assert result.stdout.strip() == "False", result.stderr[-2000:]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from training_common import make_run, resized, small_model, tiny_batch, tiny_model, tiny_settings
 
 from common import parity, relative_error, state_dict
