@@ -72,7 +72,7 @@ def test_four_steps_match_the_official_code():
         losses.append(float(metrics["loss"]))
         if i == 0:
             # After one step Adam's first moment is a tenth of the gradient.
-            grads = {path: np.asarray(mu) * 10 for path, mu in flatten(state.optimizer.mu).items()}
+            grads = {path: np.multiply(mu, 10) for path, mu in flatten(state.optimizer.mu).items()}
         for path, leaf in flatten(state.params).items():
             average[path] += (1 - float(data["ema_rate"])) * (np.asarray(leaf, np.float64) - average[path])
     print("losses", losses, data["losses"])
@@ -88,7 +88,7 @@ def test_four_steps_match_the_official_code():
         path = table[key].path
         rounding = np.sqrt(start[path].size) * 1.2e-7
         # The stored norms are PyTorch's own, whose float32 sum over millions of numbers is 2e-4 too small.
-        norm = float(torch.from_numpy(table[key].to_torch(grads[path]).copy()).norm())
+        norm = float(torch.from_numpy(np.array(table[key].to_torch(grads[path]))).norm())
         moved = np.linalg.norm(np.float64(after[path]) - start[path])
         ema_moved = np.linalg.norm(np.float64(ema[path]) - start[path])
         checks = [
