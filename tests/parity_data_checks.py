@@ -112,7 +112,7 @@ def _training_errors() -> dict[str, float]:
             rounding = np.sqrt(start[path].size) * 1.2e-7
             if entry == "grad_norms":
                 # The stored norms are PyTorch's own, whose float32 sum over millions of numbers is 2e-4 too small.
-                ours, slack = float(torch.from_numpy(table[key].to_torch(grads[path]).copy()).norm()), 0.0
+                ours, slack = float(torch.tensor(np.array(table[key].to_torch(grads[path]))).norm()), 0.0
             elif entry == "param_delta_norms":
                 ours, slack = np.linalg.norm(np.float64(after[path]) - start[path]), rounding
             else:
