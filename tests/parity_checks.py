@@ -353,7 +353,7 @@ for format in ("box", "mask"):
     add(file, "latents", how, SAMPLER, _end_to_end, format, "latents", cost=cost)
     # Within one of 256 levels: pixels are truncated, and the official ones were stored as float16.
     add(file, "images_float", "as uint8 pixels", 1.01 / 255, _end_to_end, format, "images_float", cost=cost)
-for entry, tolerance in (("latents", 0.1), ("images_float", 0.2)):
+for entry, tolerance in (("latents", 0.05), ("images_float", 0.1)):
     how = "Pipeline in bfloat16; norms, softmax and solver in float32"
     args = "mask", entry, "bfloat16"
     add("end_to_end_small_mask", f"{entry} (bfloat16)", how, tolerance, _end_to_end, *args, cost="slow")

@@ -147,7 +147,7 @@ for case in range(3):
         add("training_examples", f"c{case}f{flip}", how, EXACT, _training_example, case, flip)
 HOW = {
     "losses": "train step, four losses",
-    "grad_norms": "gradient norm of each trainable parameter",
+    "grad_norms": "gradient norm of each trainable parameter, summed by PyTorch in float32 as the stored ones",
     "param_delta_norms": "how far each parameter moved, float32 rounding of parameters aside",
     "ema_delta_norms": "how far each average moved, float32 rounding of parameters aside",
 }
