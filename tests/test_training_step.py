@@ -174,6 +174,7 @@ def test_the_autoencoder_learns_to_reconstruct():
     assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
 
 
+@pytest.mark.slow
 def test_pictures_are_encoded_in_the_step():
     model, settings = tiny_model(), tiny_settings()
     run = make_run(model, settings)
