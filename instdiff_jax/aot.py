@@ -107,7 +107,7 @@ def train_program(
 
     args = (layout.state_shapes(), layout.frozen_shapes(), place(jax.eval_shape(batch), mesh, BATCH))
     step = make_train_step(model, settings, layout)
-    # The step is one shard_map, so what is counted inside is one chip's share.
+    # The step is one shard_map, and so is the sampler: what is counted inside is one chip's share.
     return Program("train", compile_step(step, layout), args, {}, mesh, rows, count_flops(step, *args))
 
 
@@ -143,7 +143,7 @@ def sample_program(model: ModelConfig, settings: TrainSettings, mesh: Mesh, rows
     )
     predict_noise = NoisePredictor(network)
     options = dict(use_fusers=True, sharding=NamedSharding(mesh, BATCH))
-    flops = count_flops(functools.partial(denoise, predict_noise, **options), *args) / mesh.size
+    flops = count_flops(functools.partial(denoise, predict_noise, **options), *args)
     return Program("sample", denoise, (predict_noise, *args), options, mesh, rows, flops)
 
 
@@ -154,14 +154,12 @@ def compile_program(program: Program, name: str) -> tuple[Any, float]:
         InputError: where the compiler says that it does not fit the chips' memory.
     """
     start = time.monotonic()
-    # The mesh tells attention which platform to choose its chunks for.
-    with jax.sharding.set_mesh(program.mesh):
-        try:
-            compiled = program.function.lower(*program.args, **program.options).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise InputError(f"{program.name} on {name}: {does_not_fit(str(error))}") from error
+    try:
+        compiled = program.function.lower(*program.args, **program.options).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"{program.name} on {name}: {does_not_fit(str(error))}") from error
     return compiled, time.monotonic() - start
 
 
@@ -199,6 +197,7 @@ def report(program: Program, topology: str, compiled: Any, seconds: float) -> di
         mesh=mesh,
         batch=program.batch,
         compile_seconds=seconds,
+        optimization_level=jax.config.jax_optimization_level,
         memory=memory_table(compiled.memory_analysis()),
         flops=program.flops,
         xla_flops=xla["flops"],

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0, "opaque": 0}
+# What the compiler writes where it has no estimate.
+_NO_ESTIMATE = 2**63 - 1
 # These move nothing: they name, group or wait for what others make. A loop's traffic is its body's.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "custom-call", "async-update"}
@@ -98,7 +100,8 @@ def analyze(text: str) -> ProgramCosts:
     for computation, times, looped in program.runs:
         for instruction in program.computations[computation].values():
             memory += times * program.traffic(computation, instruction)
-            cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', instruction.text)))
+            estimates = map(int, re.findall(r'"estimated_cycles":"(\d+)"', instruction.text))
+            cycles += times * sum(estimate for estimate in estimates if estimate < _NO_ESTIMATE)
             for one in program.collectives_of(computation, instruction):
                 if one.chain is not None and one.chain in chains:
                     continue

@@ -177,31 +177,38 @@ def denoise(
         sharding: how the rows axis is split over a mesh.
     """
 
-    def constrain(tree):
-        return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
+    def run(params, state, conditions, coefficients, start, stop, guidance_scale, inpaint):
+        groups = jax.tree.leaves(conditions)[0].shape[1]
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditions)
 
-    groups = jax.tree.leaves(conditions)[0].shape[1]
-    flat = constrain(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditions))
+        def evaluate(i, state):
+            c = jax.tree.map(lambda column: column[i], coefficients)
+            x = state.latents
+            if inpaint is not None:
+                known = c.signal * inpaint.latents + c.sigma * inpaint.noise
+                keep = jnp.where(c.blend, inpaint.keep, 0.0)
+                x = keep * known + (1.0 - keep) * x
+            pairs = jnp.repeat(x, groups, axis=0)
+            alpha = c.alpha if use_fusers else None
+            eps = eps_fn(params, pairs, jnp.broadcast_to(c.timestep, pairs.shape[:1]), flat, alpha)
+            eps = eps.astype(jnp.float32).reshape(-1, groups, *x.shape[1:])
+            if groups == 2:
+                eps = eps[:, 1] + guidance_scale * (eps[:, 0] - eps[:, 1])
+            else:
+                eps = eps[:, 0]
+            return DenoiseState(*update(c, x, state.anchor, state.history, eps))
 
-    def evaluate(i, state):
-        c = jax.tree.map(lambda column: column[i], coefficients)
-        x = state.latents
-        if inpaint is not None:
-            known = c.signal * inpaint.latents + c.sigma * inpaint.noise
-            keep = jnp.where(c.blend, inpaint.keep, 0.0)
-            x = keep * known + (1.0 - keep) * x
-        pairs = constrain(jnp.repeat(x, groups, axis=0))
-        alpha = c.alpha if use_fusers else None
-        eps = eps_fn(params, pairs, jnp.broadcast_to(c.timestep, pairs.shape[:1]), flat, alpha)
-        eps = eps.astype(jnp.float32).reshape(-1, groups, *x.shape[1:])
-        if groups == 2:
-            eps = eps[:, 1] + guidance_scale * (eps[:, 0] - eps[:, 1])
-        else:
-            eps = eps[:, 0]
-        return constrain(DenoiseState(*update(c, x, state.anchor, state.history, eps)))
+        return jax.lax.fori_loop(start, stop, evaluate, state)
 
-    coefficients = jax.tree.map(jnp.asarray, coefficients)
-    return jax.lax.fori_loop(start, stop, evaluate, constrain(state))
+    numbers = jax.tree.map(jnp.asarray, (coefficients, start, stop, guidance_scale))
+    arguments = (params, state, conditions, *numbers, inpaint)
+    if sharding is None:
+        return run(*arguments)
+    # Every device runs its own rows. Left to itself XLA gathers them all wherever a network loops over its batch, as
+    # attention's chunks do, and a network could not choose its chunks by the rows that it really has.
+    rows, whole = sharding.spec, PartitionSpec()
+    specs = (whole, rows, rows, whole, whole, whole, whole, rows)
+    return jax.shard_map(run, mesh=sharding.mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
 
 
 def merge_rows(
