@@ -8,6 +8,7 @@ from typing import Literal, TypedDict
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from instdiff_jax.models.layers import LayerNorm
@@ -15,7 +16,8 @@ from instdiff_jax.models.layers import LayerNorm
 Kernel = Literal["auto", "plain", "chunked", "cudnn"]
 
 # The bit of a key's word that every query shares: a key that carries it is visible from everywhere.
-EVERYWHERE = jnp.uint32(1 << 31)
+# (A numpy scalar: a jax one would start the backend at import, before several hosts can join.)
+EVERYWHERE = np.uint32(1 << 31)
 # Logits held at a time by the chunked kernel; on a CPU few enough for its cache.
 _LOGITS = {"cpu": 1 << 20, "gpu": 1 << 28, "tpu": 1 << 27}
 # Fewer queries than this at a time make the matrix products too thin to be fast.
