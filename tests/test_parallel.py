@@ -47,9 +47,11 @@ def test_meshes_of_eight_devices_compute_what_one_does():
         data, fsdp = map(int, name.split(":")[0].split("x"))
         # No device computes another's rows: what does not shrink is the optimizer's work on copied parameters.
         assert case["flops"] < 1.25 * one["flops"] / (data * fsdp)
+        # Biases and norms are copied to every device: 2% of the tiny model's bytes, a thousandth of the real one's.
+        copied = 0.02
         for column in ("trainable_bytes", "optimizer_bytes"):
-            assert case[column] < 1.1 * one[column] / fsdp
-        assert case["frozen_bytes"] < 1.1 * one["frozen_bytes"] / (fsdp if "sharded" in name else 1)
+            assert case[column] < (1 / fsdp + copied) * one[column]
+        assert case["frozen_bytes"] < (1 / (fsdp if "sharded" in name else 1) + copied) * one["frozen_bytes"]
 
 
 @pytest.mark.slow
