@@ -181,6 +181,8 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"--num_images: expected a whole number of at least 1, got {args.num_images}")
     if args.max_rows is not None and args.max_rows < 1:
         raise InputError(f"--max_rows: expected a whole number of at least 1, got {args.max_rows}")
+    if args.checkpoint == DEFAULT_CHECKPOINT and not args.checkpoint.is_dir():
+        raise InputError("--checkpoint: expected a checkpoint folder; python -m instdiff_jax.convert makes one")
     layouts, arrays = read_layouts(args), read_arrays(args)
     check_output(args.output)
 
