@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError, exit_on_input_error
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shapes"
@@ -181,6 +182,9 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"--num_images: expected a whole number of at least 1, got {args.num_images}")
     if args.max_rows is not None and args.max_rows < 1:
         raise InputError(f"--max_rows: expected a whole number of at least 1, got {args.max_rows}")
+    overrides = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    # Checked before minutes go into loading a checkpoint.
+    SamplingConfig.from_dict(overrides, "sampling")
     if args.checkpoint == DEFAULT_CHECKPOINT and not args.checkpoint.is_dir():
         raise InputError("--checkpoint: expected a checkpoint folder; python -m instdiff_jax.convert makes one")
     layouts, arrays = read_layouts(args), read_arrays(args)
@@ -199,7 +203,6 @@ def main(args: argparse.Namespace) -> None:
     loaded = time.time()
 
     seeds = [args.seed + i for i in range(args.num_images)]
-    overrides = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
     sheet, finished, group = [], [], []
     with tqdm(total=1, unit="eval", desc="sampling", disable=None) as bar:
 
