@@ -225,5 +225,6 @@ def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, l
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         raise InputError(f"--config: {error}") from error
     if not isinstance(config, ConfigDict):
-        raise InputError("--config: expected a config file, for example configs/sd15.py")
+        named = " ".join(config_args[1:2]) or "--config"
+        raise InputError(f"{named}: expected a config file, for example configs/sd15.py")
     return config, rest
