@@ -1,0 +1,144 @@
+"""The small model in the box: the paper's recipe on scenes of coloured shapes, sized to two CPU cores.
+
+Its data, a tokenizer from its captions, and three stages, each from the one before (docs/shapes.md has it in full):
+
+    python -m instdiff_jax.data.shapes --output shapes --split train --count 30000 --seed 0 --size 64
+    python -m instdiff_jax.data.shapes --output shapes --split val --count 500 --seed 3 --size 64
+    python -m instdiff_jax.data.coco --coco_dir shapes --data_dir datasets/shapes \
+        --instance_captions shapes/annotations/instance_captions.json
+    python -m instdiff_jax.data.tokenizer --data_dir datasets/shapes --output datasets/shapes_tokenizer --max_length 64
+    python train.py --config=configs/shapes.py:autoencoder --workdir=runs/shapes_autoencoder
+    python -m instdiff_jax.export --workdir runs/shapes_autoencoder --output runs/shapes_1
+    python train.py --config=configs/shapes.py:base --workdir=runs/shapes_base
+    python -m instdiff_jax.export --workdir runs/shapes_base --output runs/shapes_2
+    python train.py --config=configs/shapes.py:adapters --workdir=runs/shapes_adapters
+    python -m instdiff_jax.export --workdir runs/shapes_adapters --output checkpoints/shapes --overwrite
+
+"autoencoder" learns pictures; "base" a text encoder and a UNet on captions alone; "adapters" the fusers, UniFusion and
+ScaleU on a frozen base, as in the paper. Without a stage's name it is the last one.
+"""
+
+from ml_collections import ConfigDict
+
+STAGES = {
+    "autoencoder": dict(
+        task="autoencoder",
+        start="",
+        trainable=((r"autoencoder/.*", "train"), (r".*", "freeze")),
+        grounding=False,
+        steps=1200,
+        batch_size=8,
+        learning_rate=2e-3,
+        warmup_steps=50,
+        ema_decay=0.99,
+        clip_norm=1.0,
+    ),
+    "base": dict(
+        task="diffusion",
+        start="runs/shapes_1",
+        trainable=((r"(unet|text_encoder)/.*", "train"), (r".*", "freeze")),
+        grounding=False,
+        steps=2200,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        ema_decay=0.995,
+        clip_norm=1.0,
+    ),
+    "adapters": dict(
+        task="diffusion",
+        start="runs/shapes_2",
+        trainable="paper",
+        grounding=True,
+        steps=2200,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        ema_decay=0.995,
+        clip_norm=1.0,
+    ),
+}
+
+
+def get_config(stage: str = "adapters") -> ConfigDict:
+    if stage not in STAGES:
+        raise ValueError(f"configs/shapes.py:{stage}: expected one of {', '.join(STAGES)}")
+    settings = dict(STAGES[stage])
+    optimizer = {key: settings.pop(key) for key in ("learning_rate", "warmup_steps", "ema_decay", "clip_norm")}
+    model = dict(
+        unet=dict(
+            in_channels=4,
+            out_channels=4,
+            model_channels=64,
+            channel_mult=(1, 2, 2),
+            num_res_blocks=1,
+            attention_resolutions=(1, 2),
+            num_heads=2,
+            context_dim=128,
+        ),
+        unifusion=dict(mid_dim=192, trunk_depths=(1, 1, 2, 1), trunk_dims=(16, 32, 64, 64), map_size=64),
+        # One latent pixel stands for 4x4 pixels; scale_factor is 1 / standard deviation of the latents.
+        autoencoder=dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=4, scale_factor=1.0),
+        text_encoder=dict(
+            vocab_size=1024,
+            hidden_size=128,
+            intermediate_size=512,
+            num_layers=3,
+            num_heads=2,
+            max_length=64,
+            tokenizer="datasets/shapes_tokenizer",
+        ),
+        schedule=dict(linear_start=0.00085, linear_end=0.012, timesteps=1000),
+    )
+    sampling = dict(
+        steps=50,
+        sampler="plms",
+        guidance_scale=4.0,
+        alpha=0.75,
+        mis=0.36,
+        merge="mean",
+        negative_prompt="",
+        masked_attention="none",
+    )
+    data = dict(
+        dir="datasets/shapes",
+        train_split="train",
+        validation_split="val",
+        workers=0,
+        prefetch=4,
+        cache_latents=stage != "autoencoder",
+        imported_phrases=False,
+        examples=dict(
+            image_size=64,
+            map_size=64,
+            # Captions say left and right.
+            flip=0.0,
+            # The base learns from captions; the adapters, as released, often without any.
+            keep_caption=0.9 if stage == "base" else 0.5,
+            count_categories=False,
+            # The categories are bare shapes: colours and textures stand in the instances' own captions.
+            instance_caption=0.9,
+        ),
+    )
+    train = dict(
+        **settings,
+        accumulate=1,
+        seed=0,
+        dtype="float32",
+        remat="none",
+        max_skips=20,
+        log_every=20,
+        save_every=200,
+        keep_newest=2,
+        keep_every=0,
+        validate_every=200,
+        validation_batches=8,
+        sample_every=0,
+        sample_layouts="examples/shapes",
+        sample_count=4,
+        profile_start=-1,
+        profile_steps=5,
+        optimizer=dict(optimizer, schedule="cosine", weight_decay=0.0),
+    )
+    parallel = dict(data=-1, fsdp=1, rules=((r".*", "replicate"),), frozen="replicated")
+    return ConfigDict(dict(model=model, sampling=sampling, data=data, train=train, parallel=parallel))
