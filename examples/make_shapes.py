@@ -1,0 +1,132 @@
+"""Writes examples/shapes/: layouts for the small model in the box, on its canvas of 64x64 pixels.
+
+    python examples/make_shapes.py
+
+Boxes are written by hand. Masks, scribbles and points are those of rendered scenes (`instdiff_jax.data.shapes`) that
+the model has not seen.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instdiff_jax.data.shapes import SceneSettings, render_scene
+from instdiff_jax.geometry import encode_mask, sample_scribble
+
+FOLDER = Path(__file__).parent / "shapes"
+SIDE = 64
+# Seed of the scenes; training, validation and evaluation have other ones.
+SEED = 77
+
+
+def boxes(*instances: tuple[str, int, int, int, int]) -> list[dict[str, Any]]:
+    """Annotations from (caption, x, y, width, height)."""
+    return [{"caption": caption, "bbox": list(box)} for caption, *box in instances]
+
+
+def scene(index: int, formats: str, **settings: Any) -> tuple[str, list[dict[str, Any]]]:
+    """Caption and annotations of a rendered scene; instance i is given in format `formats[i % len]`.
+
+    b is a box, m a mask, s a scribble, p a point.
+    """
+    rendered = render_scene(SEED, index, SIDE, SceneSettings(**settings))
+    rng = np.random.default_rng([SEED, index])
+    annos = []
+    for i, instance in enumerate(rendered.instances):
+        anno: dict[str, Any] = {"caption": instance.caption}
+        kind = formats[i % len(formats)]
+        if kind == "b":
+            anno["bbox"] = [int(value) for value in instance.box]
+        elif kind == "m":
+            anno["mask"] = encode_mask(instance.mask)
+        elif kind == "s":
+            anno["scribble"] = [round(float(value), 1) for value in sample_scribble(instance.mask, rng).ravel()]
+        else:
+            rows, columns = np.nonzero(instance.mask)
+            # The pixel of the mask that lies nearest to its middle.
+            nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
+            anno["point"] = [int(columns[nearest]), int(rows[nearest])]
+        annos.append(anno)
+    return rendered.captions[0], annos
+
+
+def layouts() -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """Name to caption and annotations."""
+    colours = ("black", "white", "red", "green", "yellow", "blue", "pink", "purple")
+    shapes = ("circle", "star", "heart", "square", "triangle", "ring", "hexagon", "cross")
+    eight = [
+        (f"a {colour} {shape}", 1 + 16 * (i % 4), 9 + 26 * (i // 4), 14, 18)
+        for i, (colour, shape) in enumerate(zip(colours, shapes, strict=True))
+    ]
+    named = " and ".join([", ".join(name for name, *_ in eight[:-1]), eight[-1][0]])
+    star = ("a yellow star", 5, 5, 20, 20)
+    heart = ("a red heart", 36, 8, 22, 20)
+    square = ("a blue striped square", 8, 36, 20, 20)
+    ring = ("a green ring", 38, 38, 20, 20)
+    moved = ("a red heart", 22, 22, 22, 20)
+    replaced = ("a purple dotted circle", 8, 36, 20, 20)
+    large = ("a yellow star", 2, 2, 34, 34)
+    grey = "on a grey background"
+    return {
+        "boxes_eight_colours": (f"{named} {grey}", boxes(*eight)),
+        "boxes_pair": (
+            "a red striped heart and a blue dotted star on a beige background",
+            boxes(("a red striped heart", 4, 18, 26, 26), ("a blue dotted star", 35, 20, 25, 25)),
+        ),
+        "boxes_dense": scene(1, "b", min_instances=10, max_instances=10),
+        "boxes_same_shape": (
+            "a red striped circle, a blue plain circle, a red plain circle and a blue striped circle on a grey"
+            " background",
+            boxes(
+                ("a red striped circle", 6, 6, 22, 22),
+                ("a blue circle", 36, 6, 22, 22),
+                ("a red circle", 6, 36, 22, 22),
+                ("a blue striped circle", 36, 36, 22, 22),
+            ),
+        ),
+        "masks": scene(2, "m", min_instances=4, max_instances=4),
+        "masks_large": scene(3, "m", min_instances=2, max_instances=2, min_side=0.35),
+        "scribbles": scene(4, "s", min_instances=3, max_instances=3, min_side=0.25),
+        "points": scene(5, "p", min_instances=4, max_instances=4, min_side=0.22),
+        "mixed": scene(6, "bmsp", min_instances=4, max_instances=4, min_side=0.25),
+        "parts": (
+            f"a large white circle with a red heart inside and a yellow square with a black star inside {grey}",
+            boxes(
+                ("a white circle", 2, 4, 34, 34),
+                ("a red heart", 12, 14, 14, 14),
+                ("a yellow square", 34, 32, 28, 28),
+                ("a black star", 41, 39, 14, 14),
+            ),
+        ),
+        "series_1_two": (f"a yellow star and a red heart {grey}", boxes(star, heart)),
+        "series_2_add": (
+            f"a yellow star, a red heart, a blue striped square and a green ring {grey}",
+            boxes(star, heart, square, ring),
+        ),
+        "series_3_move": (
+            f"a yellow star, a red heart, a blue striped square and a green ring {grey}",
+            boxes(star, moved, ("a blue striped square", 4, 42, 18, 18), ring),
+        ),
+        "series_4_replace": (
+            f"a yellow star, a red heart, a purple dotted circle and a green ring {grey}",
+            boxes(star, heart, replaced, ring),
+        ),
+        "series_5_resize": (
+            f"a large yellow star, a red heart, a purple dotted circle and a green ring {grey}",
+            boxes(large, ("a red heart", 42, 6, 18, 16), replaced, ring),
+        ),
+    }
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, (caption, annos) in layouts().items():
+        values = {"caption": caption, "width": SIDE, "height": SIDE, "annos": annos}
+        (FOLDER / f"{name}.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
+        print(f"{name}: {caption}")
+
+
+if __name__ == "__main__":
+    main()

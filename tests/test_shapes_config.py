@@ -1,0 +1,58 @@
+"""The small model's config: three stages, one model, each stage trains what it says."""
+
+import subprocess
+import sys
+
+import pytest
+
+import train
+from configs import shapes
+from instdiff_jax.config import read_config
+from instdiff_jax.errors import InputError
+from instdiff_jax.parallel import make_mesh
+from instdiff_jax.training.state import make_layout
+
+
+def stage(name):
+    return train.read_settings(read_config([f"--config=configs/shapes.py:{name}"], None)[0])
+
+
+def trained(name):
+    run = stage(name)
+    train.check_data(run)
+    layout = make_layout(run.model, run.train, run.parallel, make_mesh(run.parallel))
+    return set(layout.trainable), layout
+
+
+def test_each_stage_trains_its_networks():
+    assert trained("autoencoder")[0] == {"autoencoder"}
+    assert trained("base")[0] == {"unet", "text_encoder"}
+    networks, layout = trained("adapters")
+    assert networks == {"unet", "unifusion"}
+    assert all("fuser" in str(path) or "scaleu" in str(path) for path in paths(layout.trainable["unet"]))
+
+
+def paths(tree, prefix=()):
+    for key, value in tree.items():
+        yield from paths(value, (*prefix, key)) if isinstance(value, dict) else [(*prefix, key)]
+
+
+def test_all_stages_have_one_model_and_the_last_is_the_default():
+    models = [stage(name).model for name in shapes.STAGES]
+    assert models[0] == models[1] == models[2]
+    assert shapes.get_config().to_dict() == shapes.get_config("adapters").to_dict()
+
+
+def test_each_stage_starts_where_the_docstring_exports_the_one_before():
+    for name, folder in (("autoencoder", ""), ("base", "runs/shapes_1"), ("adapters", "runs/shapes_2")):
+        assert stage(name).train.start == folder
+        assert f"configs/shapes.py:{name}" in shapes.__doc__
+        assert f"--output {folder}" in shapes.__doc__
+
+
+def test_an_unknown_stage_is_one_line():
+    with pytest.raises(InputError, match="configs/shapes.py:fusers: expected one of autoencoder, base, adapters"):
+        stage("fusers")
+    command = [sys.executable, "train.py", "--config=configs/shapes.py:fusers", "--workdir=none"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
