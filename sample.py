@@ -160,17 +160,18 @@ def write_results(args: argparse.Namespace, results: list) -> list:
     """Writes one layout's pictures; returns a row of the contact sheet."""
     import numpy as np
 
-    from instdiff_jax.visualize import draw_layout
+    from instdiff_jax.visualize import draw_layout, enlarge
 
     folder = args.output / results[0].layout.name
     for result in results:
         write_picture(folder / f"{result.seed}.png", result.image)
-    drawing = draw_layout(results[0].layout, np.full_like(results[0].image, 255))
-    write_picture(folder / "layout.png", drawing)
+    layout, blank = results[0].layout, np.full_like(results[0].image, 255)
+    write_picture(folder / "layout.png", draw_layout(layout, blank))
     if args.save_latents:
         latents = np.stack([result.latents for result in results]).astype(np.float32)
         write_file(folder / "latents.npy", lambda file: np.save(file, latents))
-    return [drawing, *(result.image for result in results)]
+    # On a small canvas captions cannot be read; the pictures' own files keep their size.
+    return [draw_layout(layout, enlarge(blank)), *(enlarge(result.image) for result in results)]
 
 
 # ---------------------------------------------------------------- main

@@ -54,7 +54,7 @@ from instdiff_jax.training.settings import DataSettings, TrainSettings
 from instdiff_jax.training.start import base_fingerprint, run_facts, start_params
 from instdiff_jax.training.state import Params, RunLayout, init_state, make_layout, make_networks, merge_params
 from instdiff_jax.training.step import batch_keys, compile_step, make_train_step, make_validation_step
-from instdiff_jax.visualize import contact_sheet, draw_layout
+from instdiff_jax.visualize import contact_sheet, draw_layout, enlarge
 
 # ---------------------------------------------------------------- settings
 
@@ -200,7 +200,8 @@ def make_sampler(run: RunSettings, layout: RunLayout, workdir: Path, tokenizer: 
             return None
         pipeline = Pipeline(run.model, run.sampling, params, tokenizer, run.train.dtype)
         results = pipeline(layouts, seeds=[0], **canvas)
-        sheet = contact_sheet([image for r in results for image in (draw_layout(r.layout, r.image), r.image)])
+        pictures = [(result.layout, enlarge(result.image)) for result in results]
+        sheet = contact_sheet([image for pair in pictures for image in (draw_layout(*pair), pair[1])])
         (workdir / "samples").mkdir(exist_ok=True)
         Image.fromarray(sheet).save(workdir / "samples" / f"{step:08d}.png")
         return sheet

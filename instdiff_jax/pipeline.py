@@ -35,8 +35,10 @@ from instdiff_jax.text import Tokenizer
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # Entries that the text encoder and UniFusion see at a time: one small program for any number of them.
 _CHUNK = 4
-# Rows denoised at a time, a device: what memory allows at 512×512 with the full model.
+# Rows denoised at a time, a device: what memory allows at 512×512 with the full model, and how many times as many a
+# small model or canvas may have: one large program then does for many layouts what several small ones would.
 _MAX_ROWS = {"cpu": 8, "gpu": 64, "tpu": 8}
+_FULL_SIZE, _MOST_ROWS = 64 * 64 * 320, 16
 _DECODE_CHUNK = {"cpu": 1, "gpu": 8, "tpu": 2}
 
 
@@ -88,14 +90,15 @@ class Pipeline:
             params: trees of unet, unifusion, autoencoder and text_encoder.
             dtype: what the networks compute in; norms, softmax and solver are in float32 in any case.
             mesh: with axes data and fsdp; rows are split over both. None: one device.
-            max_rows: rows denoised at a time a device; more run one after another.
+            max_rows: rows denoised at a time a device; more run one after another. None: what the platform's memory
+                allows for this model and canvas.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         platform = jax.default_backend()
         devices = 1 if mesh is None else mesh.size
         self.config, self.sampling, self.dtype, self._tokenizer = config, sampling, dtype, tokenizer
-        self._max_rows = (max_rows or _MAX_ROWS.get(platform, 8)) * devices
+        self._devices, self._given_rows, self._default_rows = devices, max_rows, _MAX_ROWS.get(platform, 8)
         self._decode_chunk = _DECODE_CHUNK.get(platform, 1)
         self._sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         if mesh is not None:
@@ -196,13 +199,22 @@ class Pipeline:
             images.append(np.asarray(_decode(self._autoencoder, self._params["autoencoder"], part)))
         return np.concatenate(images)[: len(latents)]
 
+    def _max_rows(self, canvas: tuple[int, int]) -> int:
+        """Rows of one program on a canvas of this width and height in pixels, over all devices."""
+        if self._given_rows is not None:
+            return self._given_rows * self._devices
+        size = canvas[0] * canvas[1] // self.config.latent_stride**2 * self.config.unet.model_channels
+        times = min(max(_FULL_SIZE / size, 1 / self._default_rows), _MOST_ROWS)
+        return int(self._default_rows * times) * self._devices
+
     def _batches(self, job: "_Job") -> Iterator[list[tuple[int, int]]]:
         """Runs of (layout, seed index) of one canvas, in order, that fit the rows of one program."""
         batch, rows = [], 0
         for i, layout in enumerate(job.layouts):
             for k in range(len(job.seeds)):
                 size = 1 + len(layout.instances) * (job.mis_steps > 0)
-                if batch and (rows + size > self._max_rows or job.canvases[i] != job.canvases[batch[-1][0]]):
+                canvas = job.canvases[i]
+                if batch and (rows + size > self._max_rows(canvas) or canvas != job.canvases[batch[-1][0]]):
                     yield batch
                     batch, rows = [], 0
                 batch.append((i, k))
@@ -241,7 +253,7 @@ class Pipeline:
                 guidance_scale=job.settings.guidance_scale,
                 merge=job.settings.merge,
                 inpaint=inpaint,
-                max_rows=self._max_rows,
+                max_rows=self._max_rows((width, height)),
                 sharding=self._sharding,
                 progress=progress,
             )

@@ -15,7 +15,9 @@ import pytest
 from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 from common import relative_error
+from configs.sd15 import get_config
 from instdiff_jax import Layout, Pipeline
+from instdiff_jax.config import ModelConfig
 from instdiff_jax.diffusion import multi_instance
 from instdiff_jax.errors import InputError
 from instdiff_jax.flops import count_flops
@@ -119,6 +121,17 @@ def test_chunks_of_max_rows_and_canvases_that_differ(checkpoint, pipeline):
     assert [result.image.shape for result in results] == [(32, 32, 3), (48, 48, 3), (32, 32, 3)]
     whole = pipeline([layouts[2]], alpha=1.0)[0]
     assert relative_error(results[2].latents, whole.latents) <= 1e-4
+
+
+def test_rows_of_a_program_follow_the_size_of_model_and_canvas(checkpoint, pipeline):
+    config = get_config().model.to_dict()
+    rows = [
+        Pipeline(ModelConfig.from_dict(config), pipeline.sampling, {}, None)._max_rows(canvas)
+        for canvas in ((512, 512), (1024, 1024), (256, 256))
+    ]
+    assert rows[0] >= 4 * rows[1] >= rows[0] // 4 and rows[1] >= 1 and rows[2] == 4 * rows[0]
+    assert pipeline._max_rows((32, 32)) == 16 * rows[0]
+    assert Pipeline.from_checkpoint(checkpoint, max_rows=3)._max_rows((1024, 1024)) == 3
 
 
 def test_progress_counts_to_its_end(pipeline):

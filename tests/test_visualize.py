@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 
 from instdiff_jax.layout import Instance, Layout
-from instdiff_jax.visualize import _color, contact_sheet, draw_layout
+from instdiff_jax.visualize import _color, contact_sheet, draw_layout, enlarge
 from test_grounding import layouts, mixed_layout
 
 
@@ -82,3 +82,13 @@ def test_contact_sheet():
         contact_sheet([])
     with pytest.raises(ValueError, match="expected 6 captions, got 1"):
         contact_sheet(images, ["one"])
+
+
+def test_small_pictures_are_enlarged_by_a_whole_factor():
+    small = np.zeros((48, 80, 3), np.uint8)
+    small[:, 40:] = 255
+    large = enlarge(small)
+    assert large.shape == (288, 480, 3)
+    assert (large[:, :228] < 30).all() and (large[:, 252:] > 225).all()
+    kept = np.zeros((256, 300, 3), np.uint8)
+    assert enlarge(kept) is kept
