@@ -139,6 +139,7 @@ class Pipeline:
         layouts: Sequence[Layout],
         seeds: Sequence[int] = (0,),
         *,
+        layout_seeds: Sequence[int] | None = None,
         format: Format = "auto",
         width: int | None = None,
         height: int | None = None,
@@ -154,6 +155,7 @@ class Pipeline:
         Args:
             layouts: what to draw.
             seeds: one picture of each layout for each; a picture depends on its own seed alone.
+            layout_seeds: one picture of each layout, with the layout's own seed, instead of `seeds`.
             format: which of an instance's places count, see `grounding.make_grounding`.
             width, height: of the pictures in pixels; a layout's own canvas where not given.
             noise: the initial noise for each seed, instead of the seed's own.
@@ -171,9 +173,12 @@ class Pipeline:
         start = check_start(init_image, inpaint_mask, strength)
         if strength is None:
             strength = 0.75 if start is not None and start.repaint is None else 1.0
+        if layout_seeds is not None and len(layout_seeds) != len(layouts):
+            raise InputError(f"layout_seeds: expected one for each of {len(layouts)} layouts, got {len(layout_seeds)}")
         job = _Job(
             layouts=list(layouts),
-            seeds=[check_seed(seed) for seed in seeds],
+            seeds=[check_seed(seed) for seed in (seeds if layout_seeds is None else layout_seeds)],
+            seed_per_layout=layout_seeds is not None,
             canvases=[self._canvas(layout, width, height) for layout in layouts],
             settings=settings,
             table=solver_table(settings.sampler, settings.steps, self.config.schedule, settings.alpha, strength),
@@ -211,7 +216,7 @@ class Pipeline:
         """Runs of (layout, seed index) of one canvas, in order, that fit the rows of one program."""
         batch, rows = [], 0
         for i, layout in enumerate(job.layouts):
-            for k in range(len(job.seeds)):
+            for k in [i] if job.seed_per_layout else range(len(job.seeds)):
                 size = 1 + len(layout.instances) * (job.mis_steps > 0)
                 canvas = job.canvases[i]
                 if batch and (rows + size > self._max_rows(canvas) or canvas != job.canvases[batch[-1][0]]):
@@ -231,7 +236,8 @@ class Pipeline:
         shape = (height // stride, width // stride, self.config.autoencoder.z_channels)
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
             conditions, rows = self._conditions(job, numbers, shape[:2])
-            given = [initial_noise(seed, shape) for seed in job.seeds] if job.noise is None else job.noise
+            used = {k for _, k in batch}
+            given = {k: initial_noise(job.seeds[k], shape) for k in used} if job.noise is None else job.noise
             first = noise = jnp.asarray(np.stack([given[k] for _, k in batch]), jnp.float32)
             inpaint = None
             if job.start is not None:
@@ -358,6 +364,7 @@ class _Job:
 
     layouts: list[Layout]
     seeds: list[int]
+    seed_per_layout: bool  # layout i with seed i alone, instead of every layout with every seed
     canvases: list[tuple[int, int]]
     settings: SamplingConfig
     table: SolverTable
