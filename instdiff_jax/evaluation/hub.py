@@ -1,0 +1,140 @@
+"""Detectors and CLIP of the transformers library, which run in PyTorch. Nothing is downloaded: folders, or models that
+are in the hub's cache already.
+"""
+
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from instdiff_jax.errors import InputError
+from instdiff_jax.evaluation.detect import Detection
+from instdiff_jax.evaluation.detectors import box_around
+
+
+class HubDetector:
+    """An object detector (boxes) or an instance segmentation model (masks too); labels are matched by name.
+
+    Attributes:
+        has_masks: whether it is of the second kind.
+    """
+
+    def __init__(self, model: Any, processor: Any, has_masks: bool, threshold: float = 0.01):
+        """
+        Args:
+            threshold: less sure detections are left out; low, because average precision wants them all.
+        """
+        self._model, self._processor, self.has_masks, self._threshold = model.eval(), processor, has_masks, threshold
+
+    @classmethod
+    def from_name(cls, name: str) -> Self:
+        """Loads a model; InputError where it is not on this machine, or is no detector."""
+        transformers = _transformers("--detector")
+        with _Loading("--detector", name):
+            config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+            architecture = (config.architectures or [""])[0]
+            has_masks = "Segmentation" in architecture
+            if not has_masks and not architecture.endswith("ForObjectDetection"):
+                raise ValueError(f"expected a model for object detection or segmentation, got {architecture or 'none'}")
+            model = getattr(transformers, architecture).from_pretrained(name, local_files_only=True)
+            processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=True)
+            wanted = f"post_process_{'instance_segmentation' if has_masks else 'object_detection'}"
+            if not hasattr(processor, wanted):
+                raise ValueError(f"{type(processor).__name__} has no {wanted}")
+        return cls(model, processor, has_masks)
+
+    def detect(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[list[Detection]]:
+        """The instances of each picture."""
+        import torch
+
+        inputs = self._processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
+        with torch.no_grad():
+            outputs = self._model(**inputs)
+        sizes = [image.shape[:2] for image in images]
+        if self.has_masks:
+            found = self._processor.post_process_instance_segmentation(
+                outputs, threshold=self._threshold, target_sizes=sizes, return_binary_maps=True
+            )
+            return [self._from_masks(item) for item in found]
+        found = self._processor.post_process_object_detection(outputs, threshold=self._threshold, target_sizes=sizes)
+        return [self._from_boxes(item, size) for item, size in zip(found, sizes, strict=True)]
+
+    def _from_masks(self, item: dict[str, Any]) -> list[Detection]:
+        detections = []
+        for k, info in enumerate(item["segments_info"]):
+            mask = np.asarray(item["segmentation"][k], bool)
+            if mask.any():
+                name = self._model.config.id2label[info["label_id"]]
+                detections.append(Detection(name, float(info["score"]), box_around(mask), mask))
+        return detections
+
+    def _from_boxes(self, item: dict[str, Any], size: tuple[int, int]) -> list[Detection]:
+        detections = []
+        for score, label, box in zip(item["scores"], item["labels"], item["boxes"], strict=True):
+            x0, y0, x1, y1 = (float(edge) for edge in box)
+            place = x0, y0, max(x1 - x0, 0.0), max(y1 - y0, 0.0)
+            name = self._model.config.id2label[int(label)]
+            detections.append(Detection(name, float(score), place, np.zeros(size, bool)))
+        return detections
+
+
+class Clip:
+    """A CLIP model: pictures and texts as unit vectors whose product says how well they go together."""
+
+    def __init__(self, model: Any, processor: Any, tokenizer: Any):
+        self._model, self._processor, self._tokenizer = model.eval(), processor, tokenizer
+
+    @classmethod
+    def from_name(cls, name: str) -> Self:
+        """Loads a model; InputError where it is not on this machine, or is no CLIP."""
+        transformers = _transformers("--clip")
+        with _Loading("--clip", name):
+            model = transformers.CLIPModel.from_pretrained(name, local_files_only=True)
+            processor = transformers.CLIPImageProcessor.from_pretrained(name, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return cls(model, processor, tokenizer)
+
+    def embed_images(self, images: list[UInt8[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "n d"]:
+        """Unit vectors of pictures of any size."""
+        inputs = self._processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
+        return self._unit(self._model.get_image_features, inputs)
+
+    def embed_texts(self, texts: list[str]) -> Float[np.ndarray, "n d"]:
+        """Unit vectors of texts, cut to the model's length."""
+        length = self._model.config.text_config.max_position_embeddings
+        inputs = self._tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return self._unit(self._model.get_text_features, inputs)
+
+    def _unit(self, embed: Any, inputs: Any) -> Float[np.ndarray, "n d"]:
+        import torch
+
+        with torch.no_grad():
+            vectors = embed(**inputs)
+        # Newer releases of the library return an object around the vectors.
+        vectors = np.asarray(getattr(vectors, "pooler_output", vectors), np.float64)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def _transformers(flag: str) -> Any:
+    try:
+        import torch  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise InputError(f"{flag}: expected PyTorch and transformers to be installed ({error})") from error
+    return transformers
+
+
+class _Loading:
+    """Turns what can go wrong with somebody else's model into one line."""
+
+    def __init__(self, flag: str, name: str):
+        self._flag, self._name = flag, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError)):
+            reason = str(error).split("\n")[0][:200]
+            raise InputError(f"{self._flag}: {self._name}: cannot be loaded from this machine: {reason}") from error

@@ -1,0 +1,211 @@
+"""How well detections fit what was asked for: COCO's average precision, IoU, points in masks, attributes.
+
+Paper (arXiv 2402.03290), section 4: a detector finds instances in the pictures, and what was asked for is the ground
+truth. Every number is a fraction from 0 to 1; None where there is nothing to measure.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from instdiff_jax.evaluation.detect import Detection
+from instdiff_jax.evaluation.split import Scene, Target
+from instdiff_jax.geometry import encode_mask
+
+MATCH_IOU = 0.5
+
+
+class Found(NamedTuple):
+    """A detection with its mask as compressed RLE, which takes a thousandth of the memory.
+
+    Attributes:
+        category, score, box, attributes: as in `Detection`.
+        rle: the mask; None from a detector without masks.
+    """
+
+    category: str
+    score: float
+    box: tuple[float, float, float, float]
+    rle: dict[str, Any] | None
+    attributes: Mapping[str, str]
+
+    @classmethod
+    def from_detection(cls, detection: Detection, has_masks: bool = True) -> "Found":
+        rle = encode_mask(detection.mask) if has_masks else None
+        box = tuple(float(value) for value in detection.box)
+        return cls(detection.category, float(detection.score), box, rle, dict(detection.attributes))
+
+
+class TargetMeasure(NamedTuple):
+    """One instance that was asked for, against the detections of its category that are sure enough.
+
+    Attributes:
+        box_iou: the best over the detections; 0 without any.
+        mask_iou: the same of masks; None where the annotation or the detector has none.
+        point_in: whether the point lies in a detected mask.
+        scribble_in: share of the scribble's points that do.
+        found: attributes of the best-fitting detection, where it fits well enough (IoU of 0.5); None: not found.
+    """
+
+    box_iou: float
+    mask_iou: float | None
+    point_in: float | None
+    scribble_in: float | None
+    found: Mapping[str, str] | None
+
+
+def measure_targets(
+    targets: Sequence[Target], detections: Sequence[Found], min_score: float, has_masks: bool = True
+) -> list[TargetMeasure]:
+    """Measures each target alone: one detection may be the best of several targets.
+
+    Args:
+        targets: of one picture.
+        detections: in that picture.
+        min_score: less sure detections do not count here. (Average precision counts all.)
+        has_masks: whether the detector finds masks.
+    """
+    measures = []
+    for target in targets:
+        same = [found for found in detections if found.category == target.category and found.score >= min_score]
+        boxes = _ious([list(found.box) for found in same], target.xywh)
+        masks = [found.rle for found in same]
+        mask_ious = _ious(masks, target.rle) if has_masks and target.rle is not None else None
+        ious = boxes if mask_ious is None else mask_ious
+        best = int(np.argmax(ious)) if len(ious) else -1
+        is_found = best >= 0 and ious[best] >= MATCH_IOU
+        covered = coco_mask.decode(coco_mask.merge(masks)).astype(bool) if has_masks and masks else None
+        measures.append(
+            TargetMeasure(
+                box_iou=float(boxes.max(initial=0)),
+                mask_iou=None if mask_ious is None else float(mask_ious.max(initial=0)),
+                point_in=points_in_mask([target.point], covered) if has_masks else None,
+                scribble_in=points_in_mask(target.scribble, covered) if has_masks else None,
+                found=same[best].attributes if is_found else None,
+            )
+        )
+    return measures
+
+
+def points_in_mask(points: Sequence[Sequence[float]], mask: np.ndarray | None) -> float:
+    """PiM: the share of points x, y (pixels) that lie in the mask; 0 without a mask."""
+    if mask is None:
+        return 0.0
+    columns, rows = np.floor(np.asarray(points, np.float64)).astype(int).T
+    height, width = mask.shape
+    return float(mask[np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1)].mean())
+
+
+def _ious(detected: list, target: Any) -> Float[np.ndarray, " n"]:
+    """IoU of each with the target: boxes x, y, width, height or RLE masks."""
+    return coco_mask.iou(detected, [target], [0])[:, 0] if detected else np.zeros(0)
+
+
+def attribute_accuracy(
+    targets: Sequence[Target], measures: Sequence[TargetMeasure], kinds: Sequence[str]
+) -> dict[str, float | None]:
+    """Per kind KIND_accuracy, over all targets that have one (not found is wrong), and KIND_accuracy_found, over those
+    found. With several kinds also all_attributes_accuracy: targets with every one of theirs right.
+    """
+    numbers: dict[str, float | None] = {}
+    pairs = list(zip(targets, measures, strict=True))
+    for kind in kinds:
+        having = [(target, measure.found) for target, measure in pairs if kind in target.attributes]
+        right = [(found is not None, (found or {}).get(kind) == target.attributes[kind]) for target, found in having]
+        numbers[f"{kind}_accuracy"] = mean(ok for _, ok in right)
+        numbers[f"{kind}_accuracy_found"] = mean(ok for is_found, ok in right if is_found)
+    if len(kinds) > 1:
+        having = [(target, measure.found or {}) for target, measure in pairs if set(kinds) & set(target.attributes)]
+        right = [
+            all(found.get(kind) == value for kind, value in target.attributes.items() if kind in kinds)
+            for target, found in having
+        ]
+        numbers["all_attributes_accuracy"] = mean(right)
+    return numbers
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of what is not None; None of nothing."""
+    kept = [float(value) for value in values if value is not None]
+    return float(np.mean(kept)) if kept else None
+
+
+class Precision(NamedTuple):
+    """COCO's averages, and the AP of each category that occurs."""
+
+    AP: float | None
+    AP50: float | None
+    AP75: float | None
+    AR: float | None
+    by_category: dict[str, float]
+
+
+def average_precision(
+    scenes: Sequence[Scene], detections: Sequence[Sequence[Found]], kind: str, categories: Sequence[str]
+) -> Precision:
+    """COCO's AP over IoU 0.50:0.95, at 0.50 and 0.75, and AR, at 100 detections and all areas (pycocotools).
+
+    Args:
+        scenes: the ground truth; targets that were not asked for are crowds to COCO: neither found nor missed.
+        detections: of each scene's picture; other categories than those given do not count.
+        kind: "bbox", or "segm" (targets without a mask are crowds then).
+        categories: names.
+    """
+    number_of = {name: k for k, name in enumerate(categories, 1)}
+    truth, found = [], []
+    for number, (scene, rows) in enumerate(zip(scenes, detections, strict=True), 1):
+        for target in scene.targets:
+            box = target.xywh
+            rle = target.rle or _box_rle(box, scene.size)
+            area = float(coco_mask.area(rle)) if kind == "segm" else box[2] * box[3]
+            crowd = not target.asked or kind == "segm" and target.rle is None
+            row = {"image_id": number, "category_id": number_of[target.category], "bbox": box, "segmentation": rle}
+            truth.append(row | {"area": area, "iscrowd": int(crowd)})
+        for detection in rows:
+            if detection.category in number_of and (kind == "bbox" or detection.rle is not None):
+                row = {"image_id": number, "category_id": number_of[detection.category], "score": detection.score}
+                x, y, w, h = detection.box
+                found.append(row | {"bbox": [x, y, w, h], "segmentation": detection.rle, "area": w * h, "iscrowd": 0})
+    images = [{"id": number} for number in range(1, len(scenes) + 1)]
+    listed = [{"id": k, "name": name} for name, k in number_of.items()]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_coco(images, truth, listed), _coco(images, found, listed), kind)
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.params.maxDets = [100]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # precision: IoU threshold, recall threshold, category, area, detections; -1 for categories that do not occur.
+    precision, recall = evaluation.eval["precision"][..., 0, 0], evaluation.eval["recall"][..., 0, 0]
+    each = {name: _mean(precision[:, :, k]) for k, name in enumerate(categories)}
+    return Precision(
+        AP=_mean(precision),
+        AP50=_mean(precision[0]),
+        AP75=_mean(precision[5]),
+        AR=_mean(recall),
+        by_category={name: value for name, value in each.items() if value is not None},
+    )
+
+
+def _mean(values: np.ndarray) -> float | None:
+    kept = values[values > -1]
+    return float(kept.mean()) if kept.size else None
+
+
+def _coco(images: list[dict], rows: list[dict], categories: list[dict]) -> COCO:
+    coco = COCO()
+    # Ids from 1: COCOeval takes a match with id 0 for none.
+    annotations = [row | {"id": number} for number, row in enumerate(rows, 1)]
+    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    coco.createIndex()
+    return coco
+
+
+def _box_rle(box: Sequence[float], size: int) -> dict[str, Any]:
+    return coco_mask.frPyObjects([list(box)], size, size)[0]
