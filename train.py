@@ -163,9 +163,14 @@ def open_latents(run: RunSettings, layout: RunLayout, params: Params, dataset: I
     fingerprint = base_fingerprint(run.train, run.model, "autoencoder")
     size = run.data.examples.image_size
     path = Path(run.data.dir) / "latents" / f"{dataset.split}-{size}-{fingerprint[:16]}"
-    return first_process_first(
+    cache = first_process_first(
         lambda: cache_latents(lambda images: encode(local, images), dataset, path, fingerprint, size)
     )
+    scale = run.model.autoencoder.scale_factor
+    if jax.process_index() == 0:
+        # Diffusion's noise has 1: latents far from it are drowned by it, or never noised away.
+        print(f"latents: standard deviation {scale * cache.deviation():.3f}; expected about 1", file=sys.stderr)
+    return cache
 
 
 def check_data(run: RunSettings) -> None:

@@ -1,26 +1,72 @@
-"""Makes the pictures of the README and of docs/.
+"""Makes the pictures of the README and of docs/; those of the small model are drawn by it, with seed 0.
 
     python docs/make_figures.py
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from PIL import Image  # noqa: E402
 
-from instdiff_jax.layout import Layout  # noqa: E402
-from instdiff_jax.visualize import contact_sheet, draw_layout  # noqa: E402
+from instdiff_jax import Layout, Pipeline  # noqa: E402
+from instdiff_jax.visualize import contact_sheet, draw_layout, enlarge  # noqa: E402
 
-LAYOUTS = ("demo_cat_dog_robin", "demo_corgi_kitchen", "demo_palm_point")
+FIGURES = ROOT / "docs" / "figures"
+CHECKPOINT = ROOT / "checkpoints" / "shapes"
+# Official demos, drawn without a model.
+DEMOS = ("demo_cat_dog_robin", "demo_corgi_kitchen", "demo_palm_point")
+# What the README opens with: a layout of each kind, beside what the small model makes of it.
+KINDS = {
+    "boxes_eight_colours": "boxes",
+    "boxes_dense": "ten boxes",
+    "masks": "masks",
+    "scribbles": "scribbles",
+    "points": "points",
+    "mixed": "all four",
+    "parts": "parts",
+    "boxes_same_shape": "one shape, four looks",
+}
+SERIES = {
+    "series_1_two": "two",
+    "series_2_add": "add two",
+    "series_3_move": "move",
+    "series_4_replace": "replace",
+    "series_5_resize": "resize",
+}
+
+
+def drawn(pipeline: Pipeline, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each layout: its drawing on white, and the picture."""
+    layouts = [Layout.from_json(ROOT / "examples" / "shapes" / f"{name}.json") for name in names]
+    pairs = []
+    for result in pipeline(layouts, seeds=[0]):
+        picture = enlarge(result.image)
+        pairs.append((draw_layout(result.layout, np.full_like(picture, 255)), picture))
+    return pairs
+
+
+def save(name: str, sheet: np.ndarray, width: int = 1200) -> None:
+    FIGURES.mkdir(exist_ok=True)
+    size = (width, round(width * sheet.shape[0] / sheet.shape[1]))
+    Image.fromarray(sheet).resize(size, Image.Resampling.LANCZOS).save(FIGURES / name, optimize=True)
+    print(FIGURES / name)
 
 
 def main() -> None:
-    layouts = [Layout.from_json(ROOT / "examples" / f"{name}.json") for name in LAYOUTS]
-    sheet = contact_sheet([draw_layout(layout) for layout in layouts], columns=3)
-    Image.fromarray(sheet).resize((1200, 1200 * sheet.shape[0] // sheet.shape[1])).save(ROOT / "docs/figures/layout.png")
+    layouts = [Layout.from_json(ROOT / "examples" / f"{name}.json") for name in DEMOS]
+    save("layout.png", contact_sheet([draw_layout(layout) for layout in layouts], columns=3))
+    pipeline = Pipeline.from_checkpoint(CHECKPOINT)
+    images = [image for pair in drawn(pipeline, list(KINDS)) for image in pair]
+    captions = [text for kind in KINDS.values() for text in (kind, "")]
+    save("shapes.png", contact_sheet(images, captions, columns=8))
+    above, below = zip(*drawn(pipeline, list(SERIES)), strict=True)
+    save("series.png", contact_sheet([*above, *below], [*SERIES.values(), *[""] * len(SERIES)], columns=len(SERIES)))
 
 
 if __name__ == "__main__":

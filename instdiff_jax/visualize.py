@@ -64,6 +64,15 @@ def draw_layout(layout: Layout, image: UInt8[np.ndarray, "H W 3"] | None = None)
     return np.asarray(picture)
 
 
+def enlarge(image: UInt8[np.ndarray, "H W 3"], least: int = 256) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """A picture whose shorter side has at least so many pixels: itself, or made larger by a whole factor."""
+    factor = math.ceil(least / min(image.shape[:2]))
+    if factor == 1:
+        return image
+    size = (image.shape[1] * factor, image.shape[0] * factor)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
 def contact_sheet(
     images: Sequence[UInt8[np.ndarray, "H W 3"]], captions: Sequence[str] | None = None, columns: int | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:

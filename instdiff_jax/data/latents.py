@@ -49,6 +49,11 @@ class LatentCache:
         mean, logvar = (np.asarray(array[int(flip), index], np.float32) for array in self._arrays)
         return mean, logvar
 
+    def deviation(self, images: int = 1000) -> float:
+        """Standard deviation of the first images' means about their overall mean: 1 over it suits as `scale_factor`."""
+        mean = np.load(self.path / "mean.npy", mmap_mode="r")[0, :images]
+        return float(np.std(mean, dtype=np.float64))
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_arrays": None}
 
