@@ -51,14 +51,14 @@ class TargetMeasure(NamedTuple):
         mask_iou: the same of masks; None where the annotation or the detector has none.
         point_in: whether the point lies in a detected mask.
         scribble_in: share of the scribble's points that do.
-        found: attributes of the best-fitting detection, where it fits well enough (IoU of 0.5); None: not found.
+        match: the best-fitting detection, where it fits well enough (IoU of 0.5); None: not found.
     """
 
     box_iou: float
     mask_iou: float | None
     point_in: float | None
     scribble_in: float | None
-    found: Mapping[str, str] | None
+    match: Found | None
 
 
 def measure_targets(
@@ -88,7 +88,7 @@ def measure_targets(
                 mask_iou=None if mask_ious is None else float(mask_ious.max(initial=0)),
                 point_in=points_in_mask([target.point], covered) if has_masks else None,
                 scribble_in=points_in_mask(target.scribble, covered) if has_masks else None,
-                found=same[best].attributes if is_found else None,
+                match=same[best] if is_found else None,
             )
         )
     return measures
@@ -117,15 +117,18 @@ def attribute_accuracy(
     numbers: dict[str, float | None] = {}
     pairs = list(zip(targets, measures, strict=True))
     for kind in kinds:
-        having = [(target, measure.found) for target, measure in pairs if kind in target.attributes]
-        right = [(found is not None, (found or {}).get(kind) == target.attributes[kind]) for target, found in having]
+        having = [(target.attributes[kind], measure.match) for target, measure in pairs if kind in target.attributes]
+        right = [
+            (match is not None, match is not None and match.attributes.get(kind) == value) for value, match in having
+        ]
         numbers[f"{kind}_accuracy"] = mean(ok for _, ok in right)
         numbers[f"{kind}_accuracy_found"] = mean(ok for is_found, ok in right if is_found)
     if len(kinds) > 1:
-        having = [(target, measure.found or {}) for target, measure in pairs if set(kinds) & set(target.attributes)]
+        having = [(target, measure.match) for target, measure in pairs if set(kinds) & set(target.attributes)]
         right = [
-            all(found.get(kind) == value for kind, value in target.attributes.items() if kind in kinds)
-            for target, found in having
+            match is not None
+            and all(match.attributes.get(kind) == value for kind, value in target.attributes.items() if kind in kinds)
+            for target, match in having
         ]
         numbers["all_attributes_accuracy"] = mean(right)
     return numbers

@@ -1,0 +1,133 @@
+"""The report as one HTML page that needs nothing else: pictures beside their layouts, the worst first."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from pycocotools import mask as coco_mask
+
+from instdiff_jax.evaluation.files import encode_picture, picture_path, read_picture
+from instdiff_jax.evaluation.generate import make_layout
+from instdiff_jax.evaluation.measure import Picture
+from instdiff_jax.evaluation.report import flat, show, tables
+from instdiff_jax.layout import MAX_INSTANCES, Instance, Layout
+from instdiff_jax.visualize import draw_layout
+
+# Layouts are drawn with at least so many pixels a side, or their captions could not be read.
+_DRAWN = 320
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --good: #2a7; --bad: #c43; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+article { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin: 1rem 0; }
+.views { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; width: min(320px, 100%); } figure img { width: 100%; display: block; border-radius: 4px; }
+img.small { image-rendering: pixelated; }
+figcaption { opacity: .7; font-size: .85rem; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+details { margin-top: .75rem; }
+"""
+
+
+def make_page(
+    report: Mapping[str, Any], pictures: Sequence[Picture], folder: Path, format: str, min_score: float, most: int = 60
+) -> str:
+    """The page.
+
+    Args:
+        report: as `make_report` gives it.
+        pictures: the same pictures as in the report; without a detector they stay in their order.
+        folder: the evaluation's; pictures are read from it and written into the page.
+        format: of the layouts, which are drawn as the model got them.
+        min_score: less sure detections are not drawn.
+        most: pictures to show.
+    """
+    order = sorted(pictures, key=lambda picture: (picture.score is not None, picture.score or 0.0))
+    parts = ["<h1>Evaluation</h1>", "<p>AP, AR, IoU, PiM and accuracy in percent.</p>"]
+    for title, head, rows in tables(report):
+        parts += [f"<h2>{title}</h2>", _table(head, rows)]
+    if report["notes"]:
+        parts += ["<h2>Notes</h2><ul>", *(f"<li>{html.escape(note)}</li>" for note in report["notes"]), "</ul>"]
+    shown = order[:most]
+    ranked = "worst first" if any(picture.score is not None for picture in shown) else "in order"
+    parts.append(f"<h2>Pictures, {ranked}: {len(shown)} of {len(pictures)}</h2>")
+    parts += [_article(picture, folder, format, min_score) for picture in shown]
+    parts += ["<h2>Settings</h2>", _table(["setting", "value"], [list(pair) for pair in flat(report["settings"])])]
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>Evaluation</title>"
+    head += f"<style>{_STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _article(picture: Picture, folder: Path, format: str, min_score: float) -> str:
+    scene = picture.scene
+    image = read_picture(picture_path(folder, scene), scene.size)
+    side = scene.size * -(-_DRAWN // scene.size)
+    paper = np.full((side, side, 3), 250, np.uint8)
+    views = [_figure(draw_layout(make_layout(scene, format), paper), "layout"), _figure(image, "picture")]
+    found = _found_layout(picture, min_score)
+    if found is not None:
+        enlarged = image.repeat(side // scene.size, axis=0).repeat(side // scene.size, axis=1)
+        views.append(_figure(draw_layout(found, enlarged), "found by the detector"))
+    score = "" if picture.score is None else f" · mean IoU {100 * picture.score:.1f}"
+    title = f"<h3>{scene.image_id}{score}</h3><p>{html.escape(scene.caption)}</p>"
+    return f"<article>{title}<div class='views'>{''.join(views)}</div>{_instances(picture)}</article>"
+
+
+def _instances(picture: Picture) -> str:
+    """A table of the instances that were asked for."""
+    if not picture.measures:
+        return ""
+    kinds = sorted({kind for target in picture.scene.asked for kind in target.attributes})
+    rows = []
+    for target, item in zip(picture.scene.asked, picture.measures, strict=True):
+        cells = [html.escape(target.caption)]
+        cells += [show("IoU", value) for value in (item.box_iou, item.mask_iou)]
+        cells += [show("PiM", value) for value in (item.point_in, item.scribble_in)]
+        for kind in kinds:
+            seen = "not found" if item.match is None else item.match.attributes.get(kind, "–")
+            right = seen == target.attributes.get(kind)
+            cells.append(f"<span class='{'good' if right else 'bad'}'>{html.escape(seen)}</span>")
+        rows.append(cells)
+    head = ["instance", "box IoU", "mask IoU", "PiM point", "PiM scribble", *kinds]
+    return f"<details><summary>{len(rows)} instances</summary>{_table(head, rows, escape=False)}</details>"
+
+
+def _found_layout(picture: Picture, min_score: float) -> Layout | None:
+    """What the detector is sure enough of, as a layout; None for nothing."""
+    size, instances = picture.scene.size, []
+    for found in sorted(picture.found, key=lambda item: -item.score)[:MAX_INSTANCES]:
+        x, y, w, h = found.box
+        x0, y0, x1, y1 = (min(max(edge, 0.0), float(size)) for edge in (x, y, x + w, y + h))
+        if found.score < min_score or x1 - x0 < 1 or y1 - y0 < 1:
+            continue
+        mask = None if found.rle is None else coco_mask.decode(found.rle).astype(bool)
+        words = [*found.attributes.values(), found.category, f"{found.score:.2f}"]
+        instances.append(
+            Instance(" ".join(words), (x0, y0, x1, y1), mask=mask if mask is not None and mask.any() else None)
+        )
+    return Layout("", size, size, tuple(instances)) if instances else None
+
+
+def _figure(image: UInt8[np.ndarray, "H W 3"], text: str) -> str:
+    # PNG where pictures are small and must stay sharp, JPEG where a page of them would weigh hundreds of megabytes.
+    large = min(image.shape[:2]) > 400
+    data = encode_picture(image, **(dict(format="JPEG", quality=85) if large else {}))
+    source = f"data:image/{'jpeg' if large else 'png'};base64,{base64.b64encode(data).decode('ascii')}"
+    kind = " class='small'" if image.shape[1] < _DRAWN else ""
+    return f"<figure><img{kind} alt='{text}' src='{source}'><figcaption>{text}</figcaption></figure>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], escape: bool = True) -> str:
+    def line(cells: Sequence[str], tag: str, escaped: bool) -> str:
+        return "".join(f"<{tag}>{html.escape(cell) if escaped else cell}</{tag}>" for cell in cells)
+
+    body = "".join(f"<tr>{line(row, 'td', escape)}</tr>" for row in rows)
+    return f"<div class='scroll'><table><tr>{line(head, 'th', True)}</tr>{body}</table></div>"

@@ -1,0 +1,168 @@
+"""An evaluation's numbers as JSON and as Markdown, by themselves and as shares of an upper bound's."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from instdiff_jax.errors import InputError
+from instdiff_jax.evaluation.measure import Numbers, Outcome, Picture
+from instdiff_jax.layout import read_json
+
+# What is not a fraction to show as a percentage.
+_COUNTS = ("images", "instances")
+_DECIMALS = {"FID": 2, "CLIP_global": 3, "CLIP_local": 3}
+LOWER_IS_BETTER = ("FID",)
+
+
+def make_report(outcome: Outcome, settings: Mapping[str, Any], upper: Mapping[str, Any] | None = None) -> dict:
+    """The report as JSON holds it: settings, metrics, breakdowns, notes and every picture's numbers.
+
+    Args:
+        outcome: what was measured.
+        settings: what of; `annotations` (fingerprint) tells whether an upper bound is of the same split.
+        upper: the report of an upper bound, as `read_report` gives it; adds `ratio`, metric to share of it.
+    """
+    report = {
+        "settings": dict(settings),
+        "metrics": outcome.metrics,
+        "by_count": [{"instances_asked": label} | numbers for label, numbers in outcome.by_count],
+        "by_category": outcome.by_category,
+        "notes": outcome.notes,
+        "pictures": [_picture_row(picture) for picture in outcome.pictures],
+    }
+    if upper is not None:
+        bound = upper["metrics"]
+        report["upper_bound"] = bound
+        report["ratio"] = {
+            name: value / bound[name]
+            for name, value in outcome.metrics.items()
+            if name not in _COUNTS and name not in LOWER_IS_BETTER and bound.get(name)
+        }
+    return report
+
+
+def _picture_row(picture: Picture) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "image_id": picture.scene.image_id,
+        "caption": picture.scene.caption,
+        "score": picture.score,
+        "CLIP_global": picture.clip_global,
+        "instances": [],
+    }
+    for k, target in enumerate(picture.scene.asked):
+        instance: dict[str, Any] = {
+            "caption": target.caption,
+            "category": target.category,
+            "box": target.xywh,
+            "attributes": dict(target.attributes),
+        }
+        if picture.measures:
+            item = picture.measures[k]
+            instance |= {name: getattr(item, name) for name in ("box_iou", "mask_iou", "point_in", "scribble_in")}
+            instance["found"] = None if item.match is None else dict(item.match.attributes)
+        if picture.clip_local:
+            instance["CLIP_local"] = picture.clip_local[k]
+        row["instances"].append(instance)
+    return row
+
+
+def read_report(path: str | Path, annotations: str) -> dict[str, Any]:
+    """Reads a report.json to compare with.
+
+    Raises:
+        InputError: for a file that is none, or of other annotations than those of this fingerprint.
+    """
+    report = read_json(path)
+    metrics = report.get("metrics") if isinstance(report, dict) else None
+    if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
+        raise InputError(f"{path}: expected a report.json of an evaluation")
+    if (report.get("settings") or {}).get("annotations") != annotations:
+        raise InputError(f"{path}: settings.annotations: expected a report of the same annotations")
+    return report
+
+
+def check_same_images(path: str | Path, upper: Mapping[str, Any], image_ids: Sequence[int]) -> None:
+    """Raises InputError where an upper bound was measured on other images."""
+    rows = upper.get("pictures") or []
+    theirs = {row.get("image_id") for row in rows if isinstance(row, dict)}
+    if theirs != set(image_ids):
+        raise InputError(f"{path}: expected a report of the same {len(image_ids)} images, got one of {len(theirs)}")
+
+
+def label(name: str) -> str:
+    """A metric's name for people."""
+    return name.replace("_", " ")
+
+
+def show(name: str, value: float | None) -> str:
+    """A metric's value for people: fractions as percentages, as papers print them."""
+    if value is None:
+        return "–"
+    if name in _COUNTS:
+        return str(value)
+    decimals = _DECIMALS.get(name)
+    return f"{100 * value:.1f}" if decimals is None else f"{value:.{decimals}f}"
+
+
+def tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The report's tables: title, head, rows of cells."""
+    bound, ratio = report.get("upper_bound"), report.get("ratio", {})
+    head = ["", "value"] + ([] if bound is None else ["upper bound", "share of it"])
+    rows = []
+    for name, value in report["metrics"].items():
+        row = [label(name), show(name, value)]
+        if bound is not None:
+            row += [show(name, bound.get(name)), f"{100 * ratio[name]:.1f} %" if name in ratio else "–"]
+        rows.append(row)
+    found = [("Numbers", head, rows)]
+    for title, key, entries in (
+        ("By number of instances", "instances asked for", [dict(row) for row in report["by_count"]]),
+        (
+            "By category",
+            "category",
+            [{"instances_asked": name} | numbers for name, numbers in report["by_category"].items()],
+        ),
+    ):
+        if not entries:
+            continue
+        names: list[str] = []
+        for entry in entries:
+            names += [name for name in entry if name not in names and name != "instances_asked"]
+        cells = [[entry["instances_asked"], *(show(name, entry.get(name)) for name in names)] for entry in entries]
+        found.append((title, [key, *map(label, names)], cells))
+    return found
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = ["# Evaluation", "", "AP, AR, IoU, PiM and accuracy in percent.", ""]
+    for title, head, rows in tables(report):
+        lines += [f"## {title}", "", _line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
+        lines += [*map(_line, rows), ""]
+    if report["notes"]:
+        lines += ["## Notes", "", *(f"- {note}" for note in report["notes"]), ""]
+    lines += ["## Settings", "", _line(["setting", "value"]), _line(["---", "---"])]
+    for name, value in flat(report["settings"]):
+        lines.append(_line([name, value]))
+    return "\n".join(lines) + "\n"
+
+
+def flat(settings: Mapping[str, Any], start: str = "") -> list[tuple[str, str]]:
+    """Settings as pairs of a dotted name and a text."""
+    pairs = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            pairs += flat(value, f"{start}{name}.")
+        else:
+            pairs.append((f"{start}{name}", value if isinstance(value, str) else json.dumps(value)))
+    return pairs
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def metrics_line(metrics: Numbers) -> str:
+    """The numbers on one line, for a terminal."""
+    return ", ".join(f"{label(name)} {show(name, value)}" for name, value in metrics.items())
