@@ -12,7 +12,8 @@ Its data, a tokenizer from its captions, and three stages, each from the one bef
     python train.py --config=configs/shapes.py:base --workdir=runs/shapes_base
     python -m instdiff_jax.export --workdir runs/shapes_base --output runs/shapes_2
     python train.py --config=configs/shapes.py:adapters --workdir=runs/shapes_adapters
-    python -m instdiff_jax.export --workdir runs/shapes_adapters --output checkpoints/shapes --overwrite
+    python -m instdiff_jax.export --workdir runs/shapes_adapters --output checkpoints/shapes \
+        --dtype float16 --overwrite
 
 "autoencoder" learns pictures; "base" a text encoder and a UNet on captions alone; "adapters" the fusers, UniFusion and
 ScaleU on a frozen base, as in the paper. Without a stage's name it is the last one.
@@ -92,8 +93,8 @@ def get_config(stage: str = "adapters") -> ConfigDict:
         schedule=dict(linear_start=0.00085, linear_end=0.012, timesteps=1000),
     )
     sampling = dict(
-        steps=50,
-        sampler="plms",
+        steps=20,
+        sampler="dpm++",
         guidance_scale=4.0,
         alpha=0.75,
         mis=0.36,

@@ -1,6 +1,6 @@
 """Makes a checkpoint folder, with the averaged parameters, from a training run.
 
-    python -m instdiff_jax.export --workdir DIR --output DIR [--step N] [--overwrite]
+    python -m instdiff_jax.export --workdir DIR --output DIR [--step N] [--dtype float16] [--overwrite]
 """
 
 import argparse
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from instdiff_jax.checkpoint.folder import check_output, find_tokenizer, read_config, save_folder
 from instdiff_jax.checkpoint.rename import flatten
@@ -43,8 +45,6 @@ def read_run(workdir: Path) -> tuple[ModelConfig, SamplingConfig, TrainSettings]
         SamplingConfig.from_dict(sampling, f"{path}: sampling"),
         TrainSettings.from_dict(train, f"{path}: train"),
     )
-
-
 
 
 def load_run(workdir: Path, step: int | None = None) -> tuple[ModelConfig, SamplingConfig, dict[str, Any], int]:
@@ -83,11 +83,14 @@ def absent_groups(params: dict[str, Any]) -> tuple[str, ...]:
     return (() if has_fusers else ("fusers",)) + (() if "unifusion" in params else ("unifusion", "trunk"))
 
 
-def export(workdir: Path, output: Path, step: int | None = None, overwrite: bool = False) -> int:
-    """Writes the checkpoint folder; returns the step it is of."""
+def export(
+    workdir: Path, output: Path, step: int | None = None, overwrite: bool = False, dtype: str = "float32"
+) -> int:
+    """Writes the checkpoint folder, its parameters stored as `dtype`; returns the step it is of."""
     check_output(output, overwrite)
     tokenizer = run_tokenizer(workdir)
     model, sampling, params, step = load_run(workdir, step)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), params)
     save_folder(output, params, model, sampling, tokenizer, absent_groups(params), overwrite)
     return step
 
@@ -103,9 +106,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the checkpoint folder to write")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint folder at --output")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16", "bfloat16"),
+        help="how parameters are stored; 16 bits make half the folder",
+    )
     with exit_on_input_error():
         args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-        step = export(args.workdir, args.output, args.step, args.overwrite)
+        step = export(args.workdir, args.output, args.step, args.overwrite, args.dtype)
         print(f"wrote {args.output}: the averaged parameters of step {step}")
 
 

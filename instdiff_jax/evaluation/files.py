@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from instdiff_jax.errors import InputError
+from instdiff_jax.evaluation.split import Scene
 from instdiff_jax.geometry import short
 from instdiff_jax.layout import read_json
 
@@ -34,6 +35,11 @@ def write_file(path: Path, data: bytes) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def picture_path(folder: Path, scene: Scene) -> Path:
+    """Where an evaluation's picture of a scene lies."""
+    return folder / "images" / f"{scene.image_id}.png"
 
 
 def write_picture(path: Path, pixels: UInt8[np.ndarray, "H W 3"]) -> None:

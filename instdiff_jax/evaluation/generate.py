@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from instdiff_jax.errors import InputError
-from instdiff_jax.evaluation.files import write_picture
+from instdiff_jax.evaluation.files import picture_path, write_picture
 from instdiff_jax.evaluation.split import Scene, Target
 from instdiff_jax.layout import Instance, Layout
 from instdiff_jax.pipeline import Pipeline
@@ -43,11 +43,6 @@ def make_layout(scene: Scene, format: str = "auto") -> Layout:
 def image_seed(seed: int, image_id: int) -> int:
     """The seed of an image's picture: another one for every pair, the same on every machine."""
     return int(np.random.SeedSequence([seed, image_id]).generate_state(1, np.uint64)[0])
-
-
-def picture_path(folder: Path, scene: Scene) -> Path:
-    """Where an evaluation's picture of a scene lies."""
-    return folder / "images" / f"{scene.image_id}.png"
 
 
 def unfinished(folder: Path, scenes: Sequence[Scene]) -> list[Scene]:
