@@ -43,6 +43,15 @@ def q_sample(
     return signal * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
+def velocity_weights(config: ScheduleConfig) -> Float[Array, "timesteps"]:
+    """1/ᾱ at each timestep: what turns the squared error of ε into that of v = √ᾱ·ε − √(1−ᾱ)·x0.
+
+    Salimans and Ho 2022, section 4 and appendix D. The error of ε alone hardly sees high noise, where a picture's
+    layout is decided: there a network that copies its input is nearly right.
+    """
+    return jnp.asarray(1.0 / alphas_cumprod(config), jnp.float32)
+
+
 def uniform_timesteps(steps: int, timesteps: int) -> Int[np.ndarray, "n"]:
     """The released grid, descending: range(0, timesteps, timesteps // steps) + 1.
 

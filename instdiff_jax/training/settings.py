@@ -56,6 +56,8 @@ class TrainSettings(Settings):
         accumulate: parts that each device's share of a batch is taken in, one after the other.
         dtype: of the computation and of what is frozen; what trains is always kept in float32.
         remat: what the backward pass computes again: nothing, every block's inside, or all but matrix products.
+        loss_weight: whose error the diffusion loss is: the noise's, as released, or the velocity's, which gives high
+            noise its share and lets a small model learn layouts much sooner.
         kl_weight: weight of the KL term in the autoencoder's loss.
         max_skips: updates in a row skipped for a loss or gradient that is not finite, before the run stops.
         *_every: in steps; 0 switches it off. `keep_every` keeps the checkpoints of steps divisible by it for ever.
@@ -75,6 +77,7 @@ class TrainSettings(Settings):
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "blocks", "dots"] = "none"
+    loss_weight: Literal["epsilon", "velocity"] = "epsilon"
     kl_weight: float = 1e-6
     max_skips: int = 20
     log_every: int = 50

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import ModelConfig
-from instdiff_jax.diffusion.schedule import q_sample
+from instdiff_jax.diffusion.schedule import q_sample, velocity_weights
 from instdiff_jax.models.autoencoder import sample_posterior
 from instdiff_jax.parallel import BATCH, DATA, FSDP, REPLICATED, gather, sum_gradients
 from instdiff_jax.training.optimizer import apply_gradients, global_norm, learning_rate
@@ -82,7 +82,10 @@ def _latents(networks: Networks, params: Params, batch: Batch, keys: jax.Array, 
 
 
 def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:
-    """Mean of (ε − prediction)² over rows and latents, in float32 (paper section 3.4; DDPM, eq. 14)."""
+    """Mean of (ε − prediction)² over rows and latents, in float32 (paper section 3.4; DDPM, eq. 14).
+
+    With `loss_weight` "velocity", of the error in v = √ᾱ·ε − √(1−ᾱ)·x0 instead (`velocity_weights`).
+    """
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
         latents = _latents(networks, params, batch, keys, model.autoencoder.scale_factor)
@@ -102,7 +105,10 @@ def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettin
         conditions = networks.unet.apply(unet, context, tokens, method="condition")
         noisy = q_sample(latents, noise, timesteps, model.schedule)
         prediction = networks.unet.apply(unet, noisy, timesteps, conditions, alpha)
-        return jnp.mean(jnp.square(prediction.astype(jnp.float32) - noise))
+        error = jnp.square(prediction.astype(jnp.float32) - noise)
+        if settings.loss_weight == "velocity":
+            error = error * velocity_weights(model.schedule)[timesteps][:, None, None, None]
+        return jnp.mean(error)
 
     return loss
 
