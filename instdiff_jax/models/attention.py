@@ -19,7 +19,7 @@ Kernel = Literal["auto", "plain", "chunked", "cudnn"]
 # (A numpy scalar: a jax one would start the backend at import, before several hosts can join.)
 EVERYWHERE = np.uint32(1 << 31)
 # Logits held at a time by the chunked kernel; on a CPU few enough for its cache.
-_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 28, "tpu": 1 << 27}
+_LOGITS = {"cpu": 1 << 22, "gpu": 1 << 28, "tpu": 1 << 27}
 # Fewer queries than this at a time make the matrix products too thin to be fast.
 _MIN_CHUNK = 64
 

@@ -24,12 +24,18 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
-        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, GROUPS, channels // GROUPS)
-        mean = grouped.mean(axis=(1, 3), keepdims=True)
-        centred = grouped - mean
-        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
-        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+        # Reduced over space first, then over a group's few channels: channels stay the minor axis of every large array.
+        flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+        centred = flat - _group_mean(flat.mean(axis=1))[:, None]
+        variance = _group_mean(jnp.square(centred).mean(axis=1))
+        factor = jax.lax.rsqrt(variance + self.eps) * scale.astype(jnp.float32)
+        return (centred * factor[:, None] + bias.astype(jnp.float32)).reshape(x.shape).astype(self.dtype)
+
+
+def _group_mean(x: Float[Array, "b c"]) -> Float[Array, "b c"]:
+    """Each channel's value becomes its group's mean."""
+    groups = x.reshape(x.shape[0], GROUPS, -1)
+    return jnp.broadcast_to(groups.mean(axis=2, keepdims=True), groups.shape).reshape(x.shape)
 
 
 class LayerNorm(nn.Module):
