@@ -162,9 +162,11 @@ def open_latents(run: RunSettings, layout: RunLayout, params: Params, dataset: I
 
     fingerprint = base_fingerprint(run.train, run.model, "autoencoder")
     size = run.data.examples.image_size
-    path = Path(run.data.dir) / "latents" / f"{dataset.split}-{size}-{fingerprint[:16]}"
+    flips = run.data.examples.flip > 0
+    name = f"{dataset.split}-{size}-{fingerprint[:16]}" + "-unflipped" * (not flips)
+    path = Path(run.data.dir) / "latents" / name
     cache = first_process_first(
-        lambda: cache_latents(lambda images: encode(local, images), dataset, path, fingerprint, size)
+        lambda: cache_latents(lambda images: encode(local, images), dataset, path, fingerprint, size, flips=flips)
     )
     scale = run.model.autoencoder.scale_factor
     if jax.process_index() == 0:

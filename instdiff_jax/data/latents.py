@@ -1,6 +1,6 @@
 """The autoencoder's posteriors of every image, computed once: training then neither decodes nor encodes images.
 
-mean.npy, logvar.npy    [2, images, h, w, z]; first axis: as it is, flipped
+mean.npy, logvar.npy    [2, images, h, w, z]; first axis: as it is, flipped (where the data are never flipped: 1)
 latents.json            what they were made from; written last
 """
 
@@ -25,7 +25,14 @@ EncodeFunction = Callable[
 class LatentCache:
     """Posteriors by image and flip, memory-mapped; cheap to send to another process."""
 
-    def __init__(self, path: str | Path, dataset: InstanceDataset, encoder_fingerprint: str, image_size: int):
+    def __init__(
+        self,
+        path: str | Path,
+        dataset: InstanceDataset,
+        encoder_fingerprint: str,
+        image_size: int,
+        flips: bool = True,
+    ):
         """Opens a cache that `cache_latents` made.
 
         Raises:
@@ -38,7 +45,7 @@ class LatentCache:
             meta = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: expected a cache of latents: {error}") from error
-        for name, expected in _facts(dataset, encoder_fingerprint, image_size).items():
+        for name, expected in _facts(dataset, encoder_fingerprint, image_size, flips).items():
             if meta.get(name) != expected:
                 raise InputError(f"{file}: {name}: expected {expected!r}, got {meta.get(name)!r}; make the cache again")
 
@@ -66,6 +73,7 @@ def cache_latents(
     image_size: int,
     batch_size: int = 8,
     dtype: str = "float32",
+    flips: bool = True,
 ) -> LatentCache:
     """Encodes every image, flipped and not, or opens the cache that is there.
 
@@ -77,19 +85,20 @@ def cache_latents(
         image_size: side of the canvas in pixels.
         batch_size: canvases in one call.
         dtype: float32, or float16 for half the space (COCO at 512 takes 31 GB in float32).
+        flips: False leaves out the flipped images, for data that are never flipped.
 
     Raises:
         InputError: where a cache is there that was made from something else, or the folder cannot be written.
     """
     path = Path(path)
     if (path / "latents.json").exists():
-        return LatentCache(path, dataset, encoder_fingerprint, image_size)
+        return LatentCache(path, dataset, encoder_fingerprint, image_size, flips)
     partial = path.with_name(path.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         arrays: list[np.ndarray] = []
-        jobs = [(index, flip) for index in range(len(dataset)) for flip in (False, True)]
+        jobs = [(index, flip) for index in range(len(dataset)) for flip in (False, True)[: 1 + flips]]
         for start in tqdm(range(0, len(jobs), batch_size), desc="latents", unit="batch"):
             block = jobs[start : start + batch_size]
             canvases = [_canvas(dataset, index, flip, image_size) for index, flip in block]
@@ -97,7 +106,7 @@ def cache_latents(
             canvases += [canvases[-1]] * (batch_size - len(canvases))
             parts = [np.asarray(part) for part in encode(np.stack(canvases))]
             if not arrays:
-                shape = (2, len(dataset), *parts[0].shape[1:])
+                shape = (1 + flips, len(dataset), *parts[0].shape[1:])
                 files = (partial / "mean.npy", partial / "logvar.npy")
                 arrays = [np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape) for file in files]
             for array, part in zip(arrays, parts, strict=True):
@@ -105,14 +114,15 @@ def cache_latents(
                     array[int(flip), index] = part[k]
         for array in arrays:
             array.flush()
-        (partial / "latents.json").write_text(json.dumps(_facts(dataset, encoder_fingerprint, image_size), indent=1))
+        facts = _facts(dataset, encoder_fingerprint, image_size, flips)
+        (partial / "latents.json").write_text(json.dumps(facts, indent=1))
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     except OSError as error:
         raise InputError(f"{path}: the cache of latents cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return LatentCache(path, dataset, encoder_fingerprint, image_size)
+    return LatentCache(path, dataset, encoder_fingerprint, image_size, flips)
 
 
 def _canvas(dataset: InstanceDataset, index: int, flip: bool, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -120,5 +130,5 @@ def _canvas(dataset: InstanceDataset, index: int, flip: bool, size: int) -> UInt
     return Crop(record.width, record.height, size, flip).image(load_image(record.image))
 
 
-def _facts(dataset: InstanceDataset, encoder_fingerprint: str, image_size: int) -> dict[str, str | int]:
-    return {"dataset": dataset.fingerprint, "encoder": encoder_fingerprint, "image_size": image_size}
+def _facts(dataset: InstanceDataset, encoder_fingerprint: str, image_size: int, flips: bool) -> dict[str, str | int]:
+    return {"dataset": dataset.fingerprint, "encoder": encoder_fingerprint, "image_size": image_size, "flips": flips}

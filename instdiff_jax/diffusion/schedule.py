@@ -43,13 +43,18 @@ def q_sample(
     return signal * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
-def velocity_weights(config: ScheduleConfig) -> Float[Array, "timesteps"]:
+def velocity_weights(config: ScheduleConfig, limit: float = 0.0) -> Float[Array, "timesteps"]:
     """1/ᾱ at each timestep: what turns the squared error of ε into that of v = √ᾱ·ε − √(1−ᾱ)·x0.
 
     Salimans and Ho 2022, section 4 and appendix D. The error of ε alone hardly sees high noise, where a picture's
     layout is decided: there a network that copies its input is nearly right.
+
+    Args:
+        limit: the largest weight; 0 for none. As in Hang et al. 2023 (min-SNR), no timestep drowns the others: at the
+            last ones 1/ᾱ is over 200, and the error of a network with normalised features is mostly its rounding.
     """
-    return jnp.asarray(1.0 / alphas_cumprod(config), jnp.float32)
+    weights = 1.0 / alphas_cumprod(config)
+    return jnp.asarray(np.minimum(weights, limit) if limit else weights, jnp.float32)
 
 
 def uniform_timesteps(steps: int, timesteps: int) -> Int[np.ndarray, "n"]:

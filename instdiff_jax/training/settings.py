@@ -78,6 +78,7 @@ class TrainSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "blocks", "dots"] = "none"
     loss_weight: Literal["epsilon", "velocity"] = "epsilon"
+    loss_weight_limit: float = 0.0
     kl_weight: float = 1e-6
     max_skips: int = 20
     log_every: int = 50
@@ -117,6 +118,8 @@ class TrainSettings(Settings):
         for rule in self.trainable:
             if len(rule) != 2 or rule[1] not in ("train", "freeze"):
                 raise InputError(f"{where}.trainable: expected pairs (regex, train or freeze), got {rule!r}")
+        if self.loss_weight_limit < 0:
+            raise InputError(f"{where}.loss_weight_limit: expected 0 or a positive number")
         optimizer = self.optimizer
         if not 0 <= optimizer.ema_decay < 1:
             raise InputError(f"{where}.optimizer.ema_decay: expected a number from 0 to below 1")

@@ -107,7 +107,8 @@ def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettin
         prediction = networks.unet.apply(unet, noisy, timesteps, conditions, alpha)
         error = jnp.square(prediction.astype(jnp.float32) - noise)
         if settings.loss_weight == "velocity":
-            error = error * velocity_weights(model.schedule)[timesteps][:, None, None, None]
+            weights = velocity_weights(model.schedule, settings.loss_weight_limit)
+            error = error * weights[timesteps][:, None, None, None]
         return jnp.mean(error)
 
     return loss
