@@ -29,11 +29,16 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special
 CONCURRENT_GB = 1  # how much orbax may hold in flight; bounds the memory beside the parameters themselves
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    # Without OCDBT every array is its own file, written as it is read: with it, all are gathered in memory first.
+# Parts below this many bytes are stored in a few files (OCDBT); above it every array is its own.
+SMALL_PART = 1 << 28
+
+
+def _handler(use_ocdbt: bool = False) -> ocp.PyTreeCheckpointHandler:
+    # Without OCDBT every array is its own file, written as it is read: with it, all are gathered in memory first, which
+    # only a small model can afford. (Reading finds out for itself.)
     # Compression makes float weights a tenth smaller and takes most of the time of reading them.
     return ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False,
+        use_ocdbt=use_ocdbt,
         use_compression=False,
         save_concurrent_gb=CONCURRENT_GB,
         restore_concurrent_gb=CONCURRENT_GB,
@@ -164,7 +169,8 @@ def save_folder(
                 shutil.copyfile(Path(tokenizer_dir) / name, beside / "tokenizer" / name)
         files = {}
         for part, tree in params.items():
-            with _without_warnings(), ocp.Checkpointer(_handler()) as checkpointer:
+            small = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) < SMALL_PART
+            with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=small)) as checkpointer:
                 checkpointer.save(beside / "params" / part, args=ocp.args.PyTreeSave(dict(tree)))
             files[part] = _file_count(beside / "params" / part)
         model = model_config.to_dict()
