@@ -176,7 +176,8 @@ def average_precision(
                 row = {"image_id": number, "category_id": number_of[detection.category], "score": detection.score}
                 x, y, w, h = detection.box
                 found.append(row | {"bbox": [x, y, w, h], "segmentation": detection.rle, "area": w * h, "iscrowd": 0})
-    images = [{"id": number} for number in range(1, len(scenes) + 1)]
+    # Sizes are asked for even where masks are RLE already.
+    images = [{"id": k, "width": scene.size, "height": scene.size} for k, scene in enumerate(scenes, 1)]
     listed = [{"id": k, "name": name} for name, k in number_of.items()]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_coco(images, truth, listed), _coco(images, found, listed), kind)
@@ -211,4 +212,4 @@ def _coco(images: list[dict], rows: list[dict], categories: list[dict]) -> COCO:
 
 
 def _box_rle(box: Sequence[float], size: int) -> dict[str, Any]:
-    return coco_mask.frPyObjects([list(box)], size, size)[0]
+    return coco_mask.frPyObjects(np.array([box], np.float64), size, size)[0]
