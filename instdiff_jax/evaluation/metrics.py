@@ -134,6 +134,29 @@ def attribute_accuracy(
     return numbers
 
 
+def attribute_leakage(
+    pictures: Sequence[tuple[Sequence[Target], Sequence[TargetMeasure]]], kinds: Sequence[str]
+) -> dict[str, float | None]:
+    """Per kind KIND_leak: of instances that were found with a wrong attribute, the share whose attribute is that of
+    another instance that the same picture was asked for.
+
+    Args:
+        pictures: each one's targets and their measures.
+        kinds: of attributes.
+    """
+    numbers: dict[str, float | None] = {}
+    for kind in kinds:
+        leaked = []
+        for targets, measures in pictures:
+            wanted = [target.attributes.get(kind) for target in targets]
+            for value, measure in zip(wanted, measures, strict=True):
+                seen = None if measure.match is None else measure.match.attributes.get(kind)
+                if value is not None and seen is not None and seen != value:
+                    leaked.append(seen in wanted)
+        numbers[f"{kind}_leak"] = mean(leaked)
+    return numbers
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of what is not None; None of nothing."""
     kept = [float(value) for value in values if value is not None]
