@@ -194,7 +194,11 @@ def test_points_at_the_edges():
 
 # ---------------------------------------------------------------- attributes
 
-WANTED = [target(A, colour="red", texture="plain"), target(B, colour="blue", texture="dotted"), target(C, colour="green")]
+WANTED = [
+    target(A, colour="red", texture="plain"),
+    target(B, colour="blue", texture="dotted"),
+    target(C, colour="green"),
+]
 
 
 def seen(*attributes):

@@ -25,8 +25,8 @@ def make_layout(scene: Scene, format: str = "auto") -> Layout:
     Args:
         scene: what to draw.
         format: "box"; "point", one random pixel of the mask; "scribble", 20 of them; "mask", and its box; "auto": box,
-            scribble and mask; "mixed": box, mask, scribble and point in turn. The sampler adds the box of a mask and the centre of a box. An instance without a mask
-            gives its box.
+            scribble and mask; "mixed": box, mask, scribble and point in turn. The sampler adds the box of a mask and
+            the centre of a box. An instance without a mask gives its box.
     """
 
     def places(target: Target, format: str) -> dict[str, Any]:

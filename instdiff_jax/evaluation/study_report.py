@@ -55,10 +55,10 @@ def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:
         if name == "formats":
             parts += [
                 "### The paper's numbers, on COCO",
-                "Of the full model on COCO val2017, from arXiv 2402.03290 (the last row: GLIGEN as the ROICtrl paper ran "
-                "it). Another model, other data, another detector: not to be compared number by number with the table "
-                "above; what compares is the order of rows and their share of the real images' row "
-                "(there 85.0% of AP50).",
+                "Of the full model on COCO val2017, from arXiv 2402.03290 (the last row: GLIGEN as the ROICtrl paper "
+                "ran it). Another model, other data, another detector: not to be compared number by number with the "
+                "table above; what compares is the order of rows and their share of the real images' row (there 85.0% "
+                "of AP50).",
                 _lines(("on COCO", *_PAPER_HEAD), _PAPER),
             ]
     if "cost" in results:
@@ -69,16 +69,16 @@ def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:
 def _introduction(made: Mapping[str, Any]) -> str:
     machine, sizes, sampling = made["machine"], made["sizes"], made["sampling"]
     alpha = "/".join(f"{part:g}" for part in sampling["alpha"])
-    return f"""The model in the box (`checkpoints/shapes`, {made["size"]}×{made["size"]} pixels) on held-out scenes of shapes.
-Everything on this page was made by one command, which draws only what its workdir lacks:
+    return f"""The small model on held-out scenes of shapes, {made["size"]}×{made["size"]} pixels. Everything on this page
+was made by one command, which draws only what its workdir lacks:
 
 ```bash
 {made["command"]}
 ```
 
 Machine: {machine["device"]}, {made["dtype"]}, jax {machine["jax"]}, Python {machine["python"]}. Sampling, where a row
-does not say otherwise: {sampling["sampler"]}, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]:g}, alpha \
-{alpha}, MIS {sampling["mis"]:g} ({sampling["merge"]}), masked attention {sampling["masked_attention"]}.
+does not say otherwise: {sampling["sampler"]}, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]:g}, \
+alpha {alpha}, MIS {sampling["mis"]:g} ({sampling["merge"]}), masked attention {sampling["masked_attention"]}.
 Asked for: {sizes["count"]} pictures with {sizes["seeds"]} seeds in the main tables, {sizes["small_count"]} with \
 {sizes["small_seeds"]} in the others; above each table stands what was done.
 
