@@ -104,6 +104,7 @@ def run(args: argparse.Namespace, command: str) -> None:
                 numbers[name, seed, count] = study.run(tasks[name, seed, count], drawn)
                 bar.update(begin + count - bar.n)
             if COST in sections and cost is None:
+                check_time()
                 cost = measure_cost(study)
         except TimeUp:
             print(f"--minutes {args.minutes:g} are over; the page says what was not measured", file=sys.stderr)

@@ -121,7 +121,11 @@ def _bars(table: Mapping[str, Any], metrics: Sequence[str]) -> bytes:
     for axis, metric in zip(axes, metrics, strict=True):
         shown = [(k, row["metrics"][metric]) for k, row in enumerate(rows) if metric in row["metrics"]]
         means = [100 * m["mean"] for _, m in shown]
-        errors = [[100 * (m["mean"] - m["low"]) for _, m in shown], [100 * (m["high"] - m["mean"]) for _, m in shown]]
+        # A mean of equal numbers may lie beside them by a rounding.
+        errors = [
+            [100 * max(m["mean"] - m["low"], 0) for _, m in shown],
+            [100 * max(m["high"] - m["mean"], 0) for _, m in shown],
+        ]
         colours = [_COLOURS[0] if rows[k]["settings"]["pictures"] != "real" else "#888888" for k, _ in shown]
         axis.barh([k for k, _ in shown], means, xerr=errors, color=colours, height=0.6)
         axis.set_yticks(range(len(rows)), [row["label"] * (axis is axes[0]) for row in rows], fontsize=8)

@@ -184,11 +184,10 @@ def _compare(claim: Claim, sizes: Sizes, study: Study, numbers: Numbers) -> dict
 
 def _target(target: Target, sizes: Sizes, study: Study, numbers: Numbers) -> dict[str, Any]:
     def value(row: Row) -> float | None:
-        for name in ("formats", "baselines"):
-            if found := _found(row, SECTIONS[name], sizes, study, numbers):
-                values = [one["metrics"].get(target.metric) for one in found]
-                return None if None in values else float(np.mean(values))
-        return None
+        # Baselines are as large as formats: their numbers have the same keys.
+        found = _found(row, SECTIONS["formats"], sizes, study, numbers)
+        values = [one["metrics"].get(target.metric) for one in found]
+        return float(np.mean(values)) if values and None not in values else None
 
     real, reached = value(rows.REAL), value(target.row)
     share = None if reached is None or not real else reached / real
