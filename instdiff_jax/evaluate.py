@@ -8,7 +8,6 @@ off goes on where it ended. `--real` measures the split's own images: what the d
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError, exit_on_input_error
 
+# As evaluation/generate.py has them, which is imported late.
+FORMATS = ("auto", "box", "point", "scribble", "mask", "mixed")
 # Settings of config.SamplingConfig that have a flag of the same name; None keeps the checkpoint's own.
 SAMPLING_FLAGS = ("steps", "sampler", "guidance_scale", "alpha", "mis", "merge", "masked_attention", "negative_prompt")
 
@@ -42,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what("--checkpoint", type=Path, help="a checkpoint folder, or a training workdir; not needed with --real")
     what("--real", action="store_true", help="measure the split's images instead of pictures: the upper bound")
     what("--caption_only", action="store_true", help="draw from captions without instances: the base model")
-    what("--format", default="auto", choices=("auto", "box", "point", "scribble", "mask"), help="what layouts hold")
+    what("--format", default="auto", choices=FORMATS, help="what layouts hold")
     what("--count", type=int, help="the first so many images of the split; all by default")
     what("--size", type=int, help="side of the pictures; default: the images' own where all are equal squares, or 512")
     what("--min_area", type=float, default=0.01, help="share of the picture below which an instance is not asked for")
@@ -87,22 +88,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--caption_only: expected without --alpha and --mis, which are 0 then")
 
 
-def sampling_settings(args: argparse.Namespace, overrides: dict[str, Any]) -> SamplingConfig:
-    """The checkpoint's sampling settings with the flags' over them; reads no weights."""
-    if (args.checkpoint / "checkpoints").is_dir():
-        from instdiff_jax.export import read_run
-
-        own = read_run(args.checkpoint)[1]
-    else:
-        from instdiff_jax.checkpoint.folder import read_config
-
-        own = read_config(args.checkpoint)[1]
-    return SamplingConfig.from_dict(own.to_dict() | overrides, "sampling")
-
-
 def picture_settings(args: argparse.Namespace, split, dtype: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """All that decides what the pictures look like: a folder holds pictures of one such set."""
     from instdiff_jax.evaluation.files import checkpoint_fingerprint
+    from instdiff_jax.evaluation.generate import sampling_settings
 
     settings: dict[str, Any] = {"split": args.split, "annotations": split.fingerprint, "size": split.size}
     settings |= {"min_area": args.min_area, "pictures": "real" if args.real else "drawn"}
@@ -110,7 +99,7 @@ def picture_settings(args: argparse.Namespace, split, dtype: str, overrides: dic
         settings["pictures"] = "drawn from captions" if args.caption_only else "drawn from layouts"
         settings["checkpoint"] = checkpoint_fingerprint(args.checkpoint)
         settings |= {"format": args.format, "seed": args.seed, "dtype": dtype}
-        settings["sampling"] = dataclasses.asdict(sampling_settings(args, overrides))
+        settings["sampling"] = sampling_settings(args.checkpoint, overrides).to_dict()
     return settings
 
 

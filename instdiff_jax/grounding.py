@@ -1,6 +1,6 @@
 """Groundings: a layout as arrays for 30 slots, in fractions of the canvas, with which features each slot has."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -68,7 +68,9 @@ def null_grounding(map_size: int, context_dim: int) -> Grounding:
     )
 
 
-def make_grounding(layout: Layout, config: ModelConfig, format: Format = "auto") -> Grounding:
+def make_grounding(
+    layout: Layout, config: ModelConfig, format: Format = "auto", drop: Collection[str] = ()
+) -> Grounding:
     """Turns a layout into arrays.
 
     Args:
@@ -78,12 +80,16 @@ def make_grounding(layout: Layout, config: ModelConfig, format: Format = "auto")
             lacks is null. The four others reproduce the released configs: formats that the config drops are null for
             all; one that it keeps but an instance lacks is Fourier of zeros, but for points, which fall back to the
             centre of the box.
+        drop: of box, point, scribble and mask (its points and its map), those to be null for all besides. Boxes still
+            say where masked attention and the crop merge act.
 
     Raises:
         InputError: for an unknown format.
     """
     if format not in FORMATS:
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if unknown := sorted(set(drop) - set(KEPT["scribble"])):
+        raise InputError(f"drop: expected some of {', '.join(KEPT['scribble'])}, got {unknown[0]!r}")
     grounding = null_grounding(config.unifusion.map_size, config.unet.context_dim)
     kept = KEPT.get(format, KEPT["scribble"])
     for slot, instance in enumerate(layout.instances):
@@ -93,9 +99,9 @@ def make_grounding(layout: Layout, config: ModelConfig, format: Format = "auto")
             if name in kept and places[name] is not None:
                 grounding[array][slot] = places[name].ravel()
             # Released rule: null only where dropped, or where coordinates + valid sum to nothing.
-            present = name in kept and (format != "auto" or places[name] is not None)
+            present = name in kept and name not in drop and (format != "auto" or places[name] is not None)
             grounding[f"has_{name}"][slot] = present
-        if "mask" in kept and instance.mask is not None:
+        if "mask" in kept and "mask" not in drop and instance.mask is not None:
             grounding["maps"] |= resize_map(instance.mask, len(grounding["maps"])).astype(np.uint32) << np.uint32(slot)
     grounding["has_map"] = np.float32(grounding["maps"].any())
     return grounding

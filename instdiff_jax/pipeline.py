@@ -3,9 +3,10 @@
 Axes: b batch, u unique conditions, h and w latent height and width, H and W pixels.
 """
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -141,6 +142,7 @@ class Pipeline:
         *,
         layout_seeds: Sequence[int] | None = None,
         format: Format = "auto",
+        drop: Collection[str] = (),
         width: int | None = None,
         height: int | None = None,
         noise: Float[np.ndarray, "n h w z"] | None = None,
@@ -157,6 +159,7 @@ class Pipeline:
             seeds: one picture of each layout for each; a picture depends on its own seed alone.
             layout_seeds: one picture of each layout, with the layout's own seed, instead of `seeds`.
             format: which of an instance's places count, see `grounding.make_grounding`.
+            drop: formats that do not count in any case, for ablations.
             width, height: of the pictures in pixels; a layout's own canvas where not given.
             noise: the initial noise for each seed, instead of the seed's own.
             init_image: start from this picture, or keep parts of it; every layout gets the same.
@@ -183,6 +186,7 @@ class Pipeline:
             settings=settings,
             table=solver_table(settings.sampler, settings.steps, self.config.schedule, settings.alpha, strength),
             format=format,
+            drop=tuple(drop),
             noise=noise,
             start=start,
             from_noise=strength == 1,
@@ -196,6 +200,14 @@ class Pipeline:
     def settings(self, **overrides: Any) -> SamplingConfig:
         """The sampling settings of a call with these overrides; InputError for one out of its range."""
         return SamplingConfig.from_dict(self.sampling.to_dict() | overrides, "sampling")
+
+    def without_scaleu(self) -> Self:
+        """This pipeline with ScaleU's b and s zero, so that it changes nothing: for ablations. Programs are shared."""
+        unet = self._params["unet"]
+        off = {name: jax.tree.map(jnp.zeros_like, part) for name, part in unet.items() if name.startswith("scaleu_")}
+        other = copy.copy(self)
+        other._params = self._params | {"unet": unet | off}
+        return other
 
     def decode(self, latents: Float[Array, "b h w z"]) -> UInt8[np.ndarray, "b H W 3"]:
         """Latents to pixels: clamped to [−1, 1], × 0.5 + 0.5, × 255, truncated (as released)."""
@@ -278,7 +290,7 @@ class Pipeline:
         embedding_of = dict(zip(phrases, phrase_embeddings, strict=True))
         for i in numbers:
             layout = job.layouts[i]
-            whole = groundings.make_grounding(layout, self.config, job.format)
+            whole = groundings.make_grounding(layout, self.config, job.format, job.drop)
             for slot, instance in enumerate(layout.instances):
                 whole["phrase_embeddings"][slot] = embedding_of[instance.caption]
             alone = groundings.instance_groundings(whole) if job.mis_steps else []
@@ -369,6 +381,7 @@ class _Job:
     settings: SamplingConfig
     table: SolverTable
     format: Format
+    drop: tuple[str, ...]
     noise: np.ndarray | None
     start: Start | None
     from_noise: bool

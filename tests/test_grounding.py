@@ -71,6 +71,20 @@ def mixed_layout():
     return Layout("things", 400, 300, instances)
 
 
+@pytest.mark.parametrize("drop", [("box",), ("point", "scribble"), ("mask",), ("box", "point", "scribble", "mask")])
+def test_dropped_formats_are_null_and_the_others_stay(drop):
+    whole, left = make_grounding(mixed_layout(), CONFIG), make_grounding(mixed_layout(), CONFIG, drop=drop)
+    for name in ("box", "point", "scribble", "mask"):
+        assert whole[f"has_{name}"].any()
+        expected = np.zeros(30) if name in drop else whole[f"has_{name}"]
+        assert np.array_equal(left[f"has_{name}"], expected)
+    assert left["has_map"] == left["maps"].any() == ("mask" not in drop)
+    # Where instances are stays known: masked attention and the crop merge do not read a format.
+    assert np.array_equal(left["boxes"], whole["boxes"]) and np.array_equal(left["valid"], whole["valid"])
+    with pytest.raises(InputError, match="drop: expected some of box, point, scribble, mask, got 'bbox'"):
+        make_grounding(mixed_layout(), CONFIG, drop=("bbox",))
+
+
 def test_auto_keeps_what_each_instance_has():
     layout = mixed_layout()
     grounding = make_grounding(layout, CONFIG)

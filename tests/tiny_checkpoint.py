@@ -1,4 +1,4 @@
-"""A checkpoint folder of a model so small that pictures take seconds, and layouts for it."""
+"""A checkpoint folder of a model so small that pictures take seconds, layouts for it, and a detector as small."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ import common
 from configs.sd15 import get_config
 from instdiff_jax import Layout
 from instdiff_jax.checkpoint.folder import save_folder
-from instdiff_jax.checkpoint.rename import from_state_dict
+from instdiff_jax.checkpoint.rename import flatten, from_state_dict, unflatten
 from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.config import ModelConfig, SamplingConfig
+from instdiff_jax.evaluation.segmenter import Segmenter, SegmenterConfig, init_shapes
 
 SIDE = 32  # pixels; latents are half of it
 TOKENIZER = common.PARITY / "tokenizer"
@@ -69,3 +70,13 @@ def run_lengths(area: np.ndarray) -> list[int]:
     flat = area.T.ravel()
     edges = np.flatnonzero(np.diff(np.r_[0, flat])).tolist()
     return np.diff([0, *edges, flat.size]).tolist()
+
+
+def make_tiny_segmenter(directory: Path) -> Path:
+    """Writes the folder of a segmentation network that was never trained, with deterministic weights."""
+    config = SegmenterConfig(channels=(8, 8, 16))
+    rng = np.random.default_rng(0)
+    shapes = flatten(init_shapes(config))
+    leaves = {key: rng.standard_normal(leaf.shape) / max(leaf.size, 1) ** 0.25 for key, leaf in shapes.items()}
+    Segmenter(config, unflatten(leaves)).save(directory, {"command": "a test's"})
+    return directory

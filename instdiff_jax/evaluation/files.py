@@ -54,8 +54,13 @@ def encode_picture(pixels: UInt8[np.ndarray, "H W 3"], **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+def claim_folder(folder: Path, settings: Mapping[str, Any], flag: str = "--output") -> None:
     """Notes in settings.json what a folder's pictures are made with.
+
+    Args:
+        folder: an evaluation's.
+        settings: all that decides what the pictures look like.
+        flag: by which a user names another folder.
 
     Raises:
         InputError: where its pictures were made with other settings, naming the first that differs, or by somebody
@@ -65,7 +70,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         if any(_names(folder / "images")):
-            raise InputError(f"{folder / 'images'}: expected no pictures without {path}; use another --output")
+            raise InputError(f"{folder / 'images'}: expected no pictures without {path}; use another {flag}")
         write_file(path, json.dumps(settings, indent=2).encode())
         return
     there = read_json(path)
@@ -73,7 +78,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: expected an object with the settings of this folder's pictures")
     for name, old, new in _differences(there, settings):
         raise InputError(
-            f"{path}: {name}: the pictures there were made with {short(old)}, got {short(new)}; use another --output"
+            f"{path}: {name}: the pictures there were made with {short(old)}, got {short(new)}; use another {flag}"
         )
 
 

@@ -1,19 +1,22 @@
 """The pictures to measure: drawn from layouts, or real ones on the canvas. Finished ones are not made again."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from instdiff_jax.checkpoint.folder import read_config
+from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.files import picture_path, write_picture
 from instdiff_jax.evaluation.split import Scene, Target
 from instdiff_jax.layout import Instance, Layout
 from instdiff_jax.pipeline import Pipeline
 
-FORMATS = ("auto", "box", "point", "scribble", "mask")
+FORMATS = ("auto", "box", "point", "scribble", "mask", "mixed")
+_MIXED = ("box", "mask", "scribble", "point")
 
 
 def make_layout(scene: Scene, format: str = "auto") -> Layout:
@@ -22,11 +25,11 @@ def make_layout(scene: Scene, format: str = "auto") -> Layout:
     Args:
         scene: what to draw.
         format: "box"; "point", one random pixel of the mask; "scribble", 20 of them; "mask", and its box; "auto": box,
-            scribble and mask. The sampler adds the box of a mask and the centre of a box. An instance without a mask
-            gives its box.
+            scribble and mask; "mixed": box, mask, scribble and point in turn. The sampler adds the box of a mask and
+            the centre of a box. An instance without a mask gives its box.
     """
 
-    def places(target: Target) -> dict[str, Any]:
+    def places(target: Target, format: str) -> dict[str, Any]:
         if format == "point":
             return {"point": target.point}
         if format == "scribble":
@@ -36,8 +39,23 @@ def make_layout(scene: Scene, format: str = "auto") -> Layout:
 
     if format not in FORMATS:
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    instances = [Instance(target.caption, category_name=target.category, **places(target)) for target in scene.asked]
+    instances = []
+    for i, target in enumerate(scene.asked):
+        # Another one first in every image: else instances in the foreground would have other formats than those behind.
+        own = _MIXED[(i + scene.image_id) % len(_MIXED)] if format == "mixed" else format
+        instances.append(Instance(target.caption, category_name=target.category, **places(target, own)))
     return Layout(scene.caption, scene.size, scene.size, tuple(instances), name=str(scene.image_id))
+
+
+def sampling_settings(checkpoint: Path, overrides: Mapping[str, Any]) -> SamplingConfig:
+    """A checkpoint's sampling settings with some others over them; reads no weights."""
+    if (checkpoint / "checkpoints").is_dir():
+        from instdiff_jax.export import read_run
+
+        own = read_run(checkpoint)[1]
+    else:
+        own = read_config(checkpoint)[1]
+    return SamplingConfig.from_dict(own.to_dict() | dict(overrides), "sampling")
 
 
 def image_seed(seed: int, image_id: int) -> int:
@@ -57,6 +75,7 @@ def generate(
     seed: int = 0,
     format: str = "auto",
     caption_only: bool = False,
+    drop: Collection[str] = (),
     batch: int = 128,
     report: Callable[[], None] = lambda: None,
     **overrides: Any,
@@ -69,7 +88,8 @@ def generate(
         folder: the evaluation's; pictures go to images/<image_id>.png.
         seed: a picture's seed follows from this and its image's id, see `image_seed`.
         format: which places the layouts hold, see `make_layout`.
-        caption_only: draw from the captions alone; fusers and multi-instance sampler are off.
+        caption_only: draw from the captions alone, with the base model: without any of the adapters.
+        drop: formats that the layouts hold but the model does not see, see `grounding.make_grounding`.
         batch: layouts in memory at a time; the pipeline splits them into programs.
         report: called after every picture.
         overrides: settings of `SamplingConfig`.
@@ -78,13 +98,13 @@ def generate(
         How many pictures were drawn.
     """
     if caption_only:
-        overrides |= {"alpha": 0.0, "mis": 0.0}
+        pipeline, overrides = pipeline.without_scaleu(), overrides | {"alpha": 0.0, "mis": 0.0}
     waiting, drawn = unfinished(folder, scenes), 0
     for first in range(0, len(waiting), batch):
         part = waiting[first : first + batch]
         layouts = [_without_instances(scene) if caption_only else make_layout(scene, format) for scene in part]
         seeds = [image_seed(seed, scene.image_id) for scene in part]
-        results = pipeline.stream(layouts, layout_seeds=seeds, **overrides)
+        results = pipeline.stream(layouts, layout_seeds=seeds, drop=drop, **overrides)
         for scene, result in zip(part, results, strict=True):
             write_picture(picture_path(folder, scene), result.image)
             drawn += 1

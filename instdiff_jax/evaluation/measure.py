@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -12,12 +12,13 @@ from jaxtyping import Float, UInt8
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detect import Detector, Featurizer
 from instdiff_jax.evaluation.detectors import Predictions, finds_masks, run_detector
-from instdiff_jax.evaluation.fid import fit_gaussian, frechet_distance
+from instdiff_jax.evaluation.fid import Gaussian, fit_gaussian, frechet_distance
 from instdiff_jax.evaluation.files import picture_path, read_picture
 from instdiff_jax.evaluation.metrics import (
     Found,
     TargetMeasure,
     attribute_accuracy,
+    attribute_leakage,
     average_precision,
     mean,
     measure_targets,
@@ -77,22 +78,35 @@ class Outcome:
     notes: list[str]
 
 
-def measure(
+class Inspected(NamedTuple):
+    """Pictures with what was found in each; the kinds of attributes that can be told, the Fréchet distance where it was
+    asked for, and remarks.
+    """
+
+    pictures: list[Picture]
+    kinds: list[str]
+    distance: float | None
+    notes: list[str]
+
+
+def inspect(
     split: Split,
     folder: Path,
     detector: Detector | Predictions | None = None,
     clip: TextImageModel | None = None,
     features: Features | None = None,
+    reference: Gaussian | None = None,
     min_score: float = 0.25,
     batch: int = 32,
     report: Callable[[int], None] = lambda count: None,
-) -> Outcome:
-    """Measures the pictures of all scenes of a split; they lie in FOLDER/images.
+) -> Inspected:
+    """Looks at the pictures of all scenes of a split; they lie in FOLDER/images.
 
     Args:
         detector: finds instances; without one only CLIP's scores and the Fréchet distance are measured.
         clip: scores pictures and crops against captions, and names attributes where the detector knows none.
-        features: describe pictures, for the Fréchet distance to the real images; None: it is not measured.
+        features: describe pictures, for the Fréchet distance to real images; None: it is not measured.
+        reference: of the features of other real images than the split's own.
         min_score: less sure detections count for average precision alone.
         batch: pictures in memory at a time.
         report: called with the number of pictures that are done.
@@ -117,7 +131,8 @@ def measure(
             pictures.append(Picture(scene, row, measures, *scored))
         if features is not None:
             drawn.append(_described(features, images))
-            real.append(_described(features, np.stack([scene.real_image() for scene in scenes])))
+            if reference is None:
+                real.append(_described(features, np.stack([scene.real_image() for scene in scenes])))
         report(len(scenes))
 
     notes, kinds = [], []
@@ -132,10 +147,21 @@ def measure(
                 notes.append("The detector names no attributes; --clip would.")
         if not finds_masks(detector):
             notes.append("The detector finds boxes only: no number is about masks.")
-    metrics = summarize(pictures, split, detector, kinds)
+    distance = None
     if features is not None and len(pictures) > 1:
-        metrics["FID"], remark = _distance(np.concatenate(drawn), np.concatenate(real))
-        notes += remark
+        described = np.concatenate(drawn)
+        reference = reference or fit_gaussian(np.concatenate(real), "features of the real images")
+        distance, remarks = _distance(described, reference, len(described))
+        notes += remarks
+    return Inspected(pictures, kinds, distance, notes)
+
+
+def measure(split: Split, folder: Path, detector: Detector | Predictions | None = None, **options: Any) -> Outcome:
+    """Measures the pictures of all scenes of a split; arguments and errors are those of `inspect`."""
+    pictures, kinds, distance, notes = inspect(split, folder, detector, **options)
+    metrics = summarize(pictures, split, detector, kinds)
+    if distance is not None:
+        metrics["FID"] = distance
     by_count = []
     for low, high in _GROUPS:
         group = [picture for picture in pictures if low <= len(picture.scene.asked) <= high]
@@ -164,7 +190,9 @@ def summarize(
             numbers[f"{name}_IoU"] = mean(getattr(item, f"{name}_iou") for item in measures)
         numbers["PiM_point"] = mean(item.point_in for item in measures)
         numbers["PiM_scribble"] = mean(item.scribble_in for item in measures)
+        numbers["found"] = mean(item.match is not None for item in measures)
         numbers |= attribute_accuracy(targets, measures, kinds)
+        numbers |= attribute_leakage([(picture.scene.asked, picture.measures) for picture in pictures], kinds)
     numbers["CLIP_global"] = mean(picture.clip_global for picture in pictures)
     numbers["CLIP_local"] = mean(value for picture in pictures for value in picture.clip_local)
     return {name: value for name, value in numbers.items() if value is not None}
@@ -226,10 +254,10 @@ def _described(features: Features, images: UInt8[np.ndarray, "b H W 3"]) -> Floa
     return vectors
 
 
-def _distance(drawn: Float[np.ndarray, "n d"], real: Float[np.ndarray, "m d"]) -> tuple[float, list[str]]:
-    distance = frechet_distance(fit_gaussian(drawn), fit_gaussian(real, "features of the real images"))
-    few = min(len(drawn), len(real)) <= drawn.shape[1]
-    remark = f"FID: {len(drawn)} pictures for {drawn.shape[1]} features; it is biased upwards with so few."
+def _distance(drawn: Float[np.ndarray, "n d"], real: Gaussian, fewest: int) -> tuple[float, list[str]]:
+    distance = frechet_distance(fit_gaussian(drawn), real)
+    few = fewest <= drawn.shape[1]
+    remark = f"FID: {fewest} pictures for {drawn.shape[1]} features; it is biased upwards with so few."
     return distance, [remark] if few else []
 
 
@@ -240,7 +268,8 @@ def fid_of_file(path: str | Path) -> tuple[float, list[str]]:
             drawn, real = arrays["generated"], arrays["real"]
     except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
         raise InputError(f"--features: {path}: expected an .npz with arrays generated and real ({error})") from error
-    return _distance(np.asarray(drawn), np.asarray(real))
+    gaussian = fit_gaussian(real, f"--features: {path}: real")
+    return _distance(np.asarray(drawn, np.float64), gaussian, min(len(drawn), len(real)))
 
 
 def open_features(name: str | None, detector: Detector | Predictions | None) -> Features | None:

@@ -134,6 +134,29 @@ def attribute_accuracy(
     return numbers
 
 
+def attribute_leakage(
+    pictures: Sequence[tuple[Sequence[Target], Sequence[TargetMeasure]]], kinds: Sequence[str]
+) -> dict[str, float | None]:
+    """Per kind KIND_leak: of instances that were found with a wrong attribute, the share whose attribute is that of
+    another instance that the same picture was asked for.
+
+    Args:
+        pictures: each one's targets and their measures.
+        kinds: of attributes.
+    """
+    numbers: dict[str, float | None] = {}
+    for kind in kinds:
+        leaked = []
+        for targets, measures in pictures:
+            wanted = [target.attributes.get(kind) for target in targets]
+            for value, measure in zip(wanted, measures, strict=True):
+                seen = None if measure.match is None else measure.match.attributes.get(kind)
+                if value is not None and seen is not None and seen != value:
+                    leaked.append(seen in wanted)
+        numbers[f"{kind}_leak"] = mean(leaked)
+    return numbers
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of what is not None; None of nothing."""
     kept = [float(value) for value in values if value is not None]
@@ -176,7 +199,8 @@ def average_precision(
                 row = {"image_id": number, "category_id": number_of[detection.category], "score": detection.score}
                 x, y, w, h = detection.box
                 found.append(row | {"bbox": [x, y, w, h], "segmentation": detection.rle, "area": w * h, "iscrowd": 0})
-    images = [{"id": number} for number in range(1, len(scenes) + 1)]
+    # Sizes are asked for even where masks are RLE already.
+    images = [{"id": k, "width": scene.size, "height": scene.size} for k, scene in enumerate(scenes, 1)]
     listed = [{"id": k, "name": name} for name, k in number_of.items()]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_coco(images, truth, listed), _coco(images, found, listed), kind)
@@ -211,4 +235,4 @@ def _coco(images: list[dict], rows: list[dict], categories: list[dict]) -> COCO:
 
 
 def _box_rle(box: Sequence[float], size: int) -> dict[str, Any]:
-    return coco_mask.frPyObjects([list(box)], size, size)[0]
+    return coco_mask.frPyObjects(np.array([box], np.float64), size, size)[0]

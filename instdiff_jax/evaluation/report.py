@@ -138,13 +138,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     lines = ["# Evaluation", "", "AP, AR, IoU, PiM and accuracy in percent.", ""]
     for title, head, rows in tables(report):
-        lines += [f"## {title}", "", _line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
-        lines += [*map(_line, rows), ""]
+        lines += [f"## {title}", "", table_line(head), table_line(["---"] + ["---:"] * (len(head) - 1))]
+        lines += [*map(table_line, rows), ""]
     if report["notes"]:
         lines += ["## Notes", "", *(f"- {note}" for note in report["notes"]), ""]
-    lines += ["## Settings", "", _line(["setting", "value"]), _line(["---", "---"])]
+    lines += ["## Settings", "", table_line(["setting", "value"]), table_line(["---", "---"])]
     for name, value in flat(report["settings"]):
-        lines.append(_line([name, value]))
+        lines.append(table_line([name, value]))
     return "\n".join(lines) + "\n"
 
 
@@ -159,7 +159,8 @@ def flat(settings: Mapping[str, Any], start: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
-def _line(cells: Sequence[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 

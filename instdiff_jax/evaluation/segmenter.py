@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -118,11 +119,11 @@ def find_instances(maps: PixelMaps) -> list[Detection]:
     found = []
     for number, name in enumerate(SHAPES):
         heights = centre[..., number]
+        pixels = np.argwhere(label == number + 1)
+        if not len(pixels) or heights.max() < _PEAK_HEIGHT:
+            continue
         peaks = (heights == maximum_filter(heights, _PEAK_WINDOW)) & (heights >= _PEAK_HEIGHT)
         points = np.argwhere(peaks)
-        pixels = np.argwhere(label == number + 1)
-        if not len(points) or not len(pixels):
-            continue
         distance = np.linalg.norm(seen[tuple(pixels.T)][:, None] - points[None], axis=-1)
         nearest = np.where(distance.min(1) <= _REACH, distance.argmin(1), -1)
         for k, point in enumerate(points):
@@ -142,10 +143,16 @@ def find_instances(maps: PixelMaps) -> list[Detection]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(network: SegmentationNetwork, params: Any, images: UInt8[Array, "b H W 3"]) -> tuple[PixelMaps, Array]:
-    maps, features = network.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)
+def _find(network: SegmentationNetwork, params: Any, images: UInt8[Array, "b H W 3"]) -> PixelMaps:
+    maps, _ = network.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)
     soft = [jax.nn.softmax(part) for part in maps[:3]]
-    return PixelMaps(*soft, jax.nn.sigmoid(maps.centre), maps.offset), features
+    return PixelMaps(*soft, jax.nn.sigmoid(maps.centre), maps.offset)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _describe(network: SegmentationNetwork, params: Any, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b c"]:
+    # The half of the network that makes maps is not in this program.
+    return network.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)[1]
 
 
 class Segmenter:
@@ -158,23 +165,23 @@ class Segmenter:
     def detect(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[list[Detection]]:
         """The instances of each picture; sides are multiples of 8 pixels."""
         found = []
-        for maps, _, count in self._chunks(images):
+        for maps, count in self._chunks(_find, images):
             found += [find_instances(PixelMaps(*(part[i] for part in maps))) for i in range(count)]
         return found
 
     def features(self, images: UInt8[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b c"]:
         """The deepest features' mean over each picture: what the Fréchet distance compares."""
-        return np.concatenate([features[:count] for _, features, count in self._chunks(images)])
+        return np.concatenate([features[:count] for features, count in self._chunks(_describe, images)])
 
-    def _chunks(self, images: np.ndarray):
+    def _chunks(self, program: Callable, images: UInt8[np.ndarray, "b H W 3"]) -> Iterator[tuple[Any, int]]:
+        """What a program gives of some pictures at a time, and of how many it is true."""
         for first in range(0, len(images), _CHUNK):
             part = np.asarray(images[first : first + _CHUNK])
             if part.shape[1] % 8 or part.shape[2] % 8:
                 raise InputError(f"picture: expected sides that are multiples of 8 pixels, got {part.shape[1:3]}")
             # The last chunk is filled up: one program for any number of pictures of a size.
             padded = np.concatenate([part, np.repeat(part[-1:], _CHUNK - len(part), axis=0)])
-            maps, features = jax.device_get(_run(self._network, self.params, padded))
-            yield maps, features, len(part)
+            yield jax.device_get(program(self._network, self.params, padded)), len(part)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:

@@ -1,0 +1,185 @@
+"""What each part of sampling costs: time, UNet evaluations, operations, and memory beside the parameters.
+
+The programs are those that the pipeline runs, compiled for one full batch of pictures of four instances each.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instdiff_jax import pipeline as pipelines
+from instdiff_jax.diffusion.multi_instance import (
+    FUSER_GROUP,
+    Piece,
+    count_evaluations,
+    denoise,
+    pack_rows,
+    plan_pieces,
+    start_state,
+)
+from instdiff_jax.diffusion.solvers import solver_table
+from instdiff_jax.evaluation.files import write_file
+from instdiff_jax.evaluation.generate import image_seed, make_layout
+from instdiff_jax.evaluation.study_runs import Study
+from instdiff_jax.flops import count_flops
+
+INSTANCES = 4
+_SCENES = f"count_{INSTANCES}"
+
+
+def cost_file(study: Study) -> tuple[Path, dict[str, Any]]:
+    """Where the numbers are kept, and what they are of."""
+    key = {"checkpoint": study.fingerprint, "sampling": study.sampling.to_dict(), "size": study.size}
+    key |= {"dtype": study.dtype, "version": 1}
+    return study.workdir / "numbers" / "cost.json", json.loads(json.dumps(key))
+
+
+def known_cost(study: Study) -> dict[str, Any] | None:
+    """The numbers of an earlier run; None where there are none."""
+    path, key = cost_file(study)
+    try:
+        cost = json.loads(path.read_text())
+        return cost if cost["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def measure_cost(study: Study) -> dict[str, Any]:
+    """Measures every part: each is compiled, run once to warm up, and timed once more.
+
+    Returns:
+        `pictures` of the batch, and `parts`: a list of {part, seconds, evaluations, gflop: of one picture;
+        temporary_mb: of the batch's program}. The last two are whole calls, with MIS and without.
+    """
+    pipeline = study.pipeline()
+    canvas = (study.size, study.size)
+    count = max(pipeline._max_rows(canvas) // (INSTANCES + 1), 1)
+    scenes = study.split(_SCENES, count).scenes
+    layouts = [make_layout(scene, "box") for scene in scenes]
+    seeds = [image_seed(0, scene.image_id) for scene in scenes]
+    settings = study.sampling.to_dict()
+    job = pipelines._Job(
+        layouts=layouts,
+        seeds=seeds,
+        seed_per_layout=True,
+        canvases=[canvas] * count,
+        settings=study.sampling,
+        table=solver_table(settings["sampler"], settings["steps"], pipeline.config.schedule, settings["alpha"]),
+        format="auto",
+        drop=(),
+        noise=None,
+        start=None,
+        from_noise=True,
+    )
+    parts = _parts(pipeline, job)
+    for name, mis in (("whole call", study.sampling.mis), ("whole call, MIS off", 0.0)):
+
+        def call(mis: float = mis) -> None:
+            pipeline(layouts, layout_seeds=seeds, **settings | {"mis": mis})
+
+        parts.append(dict(part=name, seconds=_seconds(call) / count))
+    path, key = cost_file(study)
+    cost = {"key": key, "pictures": count, "instances": INSTANCES, "parts": parts}
+    write_file(path, json.dumps(cost).encode())
+    return cost
+
+
+def _parts(pipeline: pipelines.Pipeline, job: Any) -> list[dict[str, Any]]:
+    config, count = pipeline.config, len(job.layouts)
+    side = job.canvases[0][0] // config.latent_stride
+    with jax.default_matmul_precision("highest" if pipeline.dtype == "float32" else "default"):
+        conditions, images = pipeline._conditions(job, list(range(count)), (side, side))
+        parts = [_text_and_tokens(pipeline, job, (side, side))]
+        pieces = plan_pieces(job.table, job.mis_steps)
+        for piece in pieces:
+            parts.append(_piece(pipeline, job, piece, conditions, images, side))
+        latents = jnp.zeros((count, side, side, config.autoencoder.z_channels))
+        one = latents[: pipeline._decode_chunk]
+        args = (pipeline._autoencoder, pipeline._params["autoencoder"], one)
+        memory = pipelines._decode.lower(*args).compile().memory_analysis()
+        parts.append(
+            dict(
+                part="decoding",
+                seconds=_seconds(lambda: pipeline.decode(latents)) / count,
+                gflop=count_flops(functools.partial(pipelines._decode, args[0]), *args[1:]) / len(one) / 1e9,
+                temporary_mb=memory.temp_size_in_bytes / 1e6,
+            )
+        )
+    return parts
+
+
+def _text_and_tokens(pipeline: pipelines.Pipeline, job: Any, grid: tuple[int, int]) -> dict[str, Any]:
+    """Text encoder, UniFusion, and the keys and values of both in every block."""
+    count = len(job.layouts)
+    seconds = _seconds(lambda: jax.block_until_ready(pipeline._conditions(job, list(range(count)), grid)[0]))
+    texts = jnp.zeros((pipelines._CHUNK, pipeline.config.text_encoder.max_length), jnp.int32)
+    encode = (pipeline._text_encoder, pipeline._params["text_encoder"], texts)
+    grounding = pipelines.groundings.make_grounding(job.layouts[0], pipeline.config, "auto")
+    grounding.pop("maps")
+    batch = pipelines.groundings.stack([grounding] * pipelines._CHUNK)
+    context = jnp.zeros((pipelines._CHUNK, texts.shape[1], pipeline.config.unet.context_dim))
+    modules = (pipeline._unifusion, pipeline._predict_noise.unet)
+    params = pipeline._params["unifusion"], pipeline._params["unet"]
+    condition = (modules, *params, batch, context, False)
+    rows = [1 + len(layout.instances) for layout in job.layouts]
+    phrases = {instance.caption for layout in job.layouts for instance in layout.instances}
+    # Phrases are encoded twice: alone for their embeddings, and as the instances' prompts.
+    encoded = 2 * len(phrases) + count + 1
+    flops = encoded * count_flops(functools.partial(pipelines._encode_text, encode[0]), *encode[1:])
+    run = functools.partial(pipelines._condition, modules)
+    flops += (sum(rows) + 1) * count_flops(lambda *args: run(*args, False), *condition[1:-1])
+    programs = pipelines._encode_text.lower(*encode), pipelines._condition.lower(*condition)
+    memory = max(program.compile().memory_analysis().temp_size_in_bytes for program in programs)
+    return dict(
+        part="text, UniFusion, keys and values",
+        seconds=seconds / count,
+        gflop=flops / pipelines._CHUNK / count / 1e9,
+        temporary_mb=memory / 1e6,
+    )
+
+
+def _piece(
+    pipeline: pipelines.Pipeline, job: Any, piece: Piece, conditions: dict[str, Any], images: list, side: int
+) -> dict[str, Any]:
+    """One run of the sampler's loop."""
+    guided = job.settings.guidance_scale != 1
+    rows = pack_rows(images, instances=piece.instances, guided=guided, max_rows=pipeline._max_rows(job.canvases[0]))
+    used = {name: tree for name, tree in conditions.items() if piece.use_fusers or name != FUSER_GROUP}
+    given = jax.tree.map(lambda leaf: leaf[rows.conditions[: rows.chunk]], used)
+    noise = np.random.default_rng(0).standard_normal((rows.chunk, side, side, pipeline.config.unet.in_channels))
+    coefficients, scale = jax.device_put((job.table.coefficients, np.float32(job.settings.guidance_scale)))
+    bounds = jnp.int32(piece.start), jnp.int32(piece.stop)
+    predict, params = pipeline._predict_noise, pipeline._params["unet"]
+    args = (given, coefficients, *bounds, scale)
+    compiled = denoise.lower(predict, params, start_state(noise), *args, use_fusers=piece.use_fusers).compile()
+
+    def call() -> None:
+        jax.block_until_ready(compiled(params, start_state(noise), *args))
+
+    chunks = len(rows.image) // rows.chunk
+    run = functools.partial(denoise, predict, use_fusers=piece.use_fusers)
+    # Counted for the loop's body; the rows that fill up a chunk are work, too.
+    flops = count_flops(run, params, start_state(noise), *args) * (piece.stop - piece.start) * chunks
+    kind = "MIS: all rows" if piece.instances else "global row"
+    return dict(
+        part=f"{kind}, fusers {'on' if piece.use_fusers else 'off'}",
+        seconds=_seconds(call) * chunks / len(images),
+        evaluations=count_evaluations([piece], images, guided) / len(images),
+        gflop=flops / len(images) / 1e9,
+        temporary_mb=compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    )
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Of one call after another that warms up."""
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

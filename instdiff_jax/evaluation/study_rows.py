@@ -1,0 +1,256 @@
+"""What the study measures: held-out scenes, and the rows of every table (paper, sections 3 and 4, at small scale)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from instdiff_jax.config import SamplingConfig
+from instdiff_jax.data.shape_scenes import SceneSettings
+
+COUNTS = tuple(range(1, 11))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """A set of held-out scenes, and seeds of its own: no scene here is one that anything was trained on.
+
+    Attributes:
+        seed: of the scenes whose layouts are drawn.
+        reference_seed: of as similar other scenes, whose pictures the Fréchet distance compares with.
+        settings: what scenes look like.
+    """
+
+    seed: int
+    reference_seed: int
+    settings: SceneSettings
+
+
+SCENES: dict[str, Scenes] = {
+    "main": Scenes(101, 201, SceneSettings(min_instances=2, max_instances=6)),
+    "confusable": Scenes(102, 202, SceneSettings(min_instances=2, max_instances=6, confusable=True)),
+} | {
+    f"count_{n}": Scenes(110 + n, 210 + n, SceneSettings(min_instances=n, max_instances=n)) for n in COUNTS
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a table: how some pictures are made.
+
+    Attributes:
+        label: for people.
+        scenes: a name in SCENES.
+        pictures: drawn from layouts, or from captions by the base model, or the real ones.
+        format: what layouts hold, see `generate.make_layout`.
+        drop: formats that they hold but the model does not see.
+        scaleu: False switches ScaleU off.
+        sampling: settings of `SamplingConfig` other than the checkpoint's.
+    """
+
+    label: str
+    scenes: str = "main"
+    pictures: Literal["layouts", "captions", "real"] = "layouts"
+    format: str = "box"
+    drop: tuple[str, ...] = ()
+    scaleu: bool = True
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def settings(self, own: SamplingConfig) -> SamplingConfig:
+        """The row's sampling settings, where the checkpoint's are `own`."""
+        return SamplingConfig.from_dict(own.to_dict() | dict(self.sampling), "sampling")
+
+    def slug(self, own: SamplingConfig) -> str:
+        """A name that tells these pictures from others: what differs from the checkpoint's own way."""
+        parts = [self.scenes, self.pictures if self.pictures != "layouts" else self.format]
+        if self.pictures == "real":
+            return "-".join(parts)
+        parts += [f"no_{name}" for name in self.drop]
+        if not self.scaleu:
+            parts.append("no_scaleu")
+        settings = self.settings(own)
+        for name in sorted(self.sampling):
+            if getattr(settings, name) != getattr(own, name):
+                value = self.sampling[name]
+                parts.append(f"{name}_{value:g}" if isinstance(value, float) else f"{name}_{value}")
+        return "-".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One part of the study.
+
+    Attributes:
+        title: of its part of the page.
+        text: what is compared.
+        rows: in the table's order.
+        columns: names of metrics, see `measure.summarize`.
+        large: whether it is of the large count of pictures and seeds.
+    """
+
+    title: str
+    text: str
+    rows: tuple[Row, ...]
+    columns: tuple[str, ...]
+    large: bool = False
+
+
+class Task(NamedTuple):
+    """The pictures of one row with one seed, of the first `count` of its scenes."""
+
+    row: Row
+    seed: int
+    count: int
+
+
+PLACES = ("box_AP", "box_AP50", "box_AR", "mask_AP", "mask_AP50", "mask_IoU", "PiM_point", "PiM_scribble")
+LOOKS = ("colour_accuracy", "texture_accuracy", "FID")
+_SHORT = ("box_AP", "box_AP50", "mask_IoU", *LOOKS)
+_LEAKS = tuple(f"{kind}_{what}" for kind in ("colour", "texture") for what in ("accuracy", "accuracy_found", "leak"))
+
+REAL = Row("real images", pictures="real")
+BOX = Row("box")
+NO_MIS = {"mis": 0.0}
+GLIGEN = Row("GLIGEN-like: box tokens alone, no ScaleU, no MIS", drop=("point",), scaleu=False, sampling=NO_MIS)
+CAPTION = Row(
+    "base model: caption alone", pictures="captions", scaleu=False, sampling={"alpha": 0.0, "mis": 0.0}
+)
+CONFUSED = Row("MIS on", scenes="confusable")
+MASKED = {"masked_attention": "correct"}
+
+
+def _named(name: str, values: Sequence[float]) -> tuple[Row, ...]:
+    return tuple(Row(f"{value:g}", sampling={name: value}) for value in values)
+
+
+# In the order of importance: a study that is cut off has measured the first ones.
+SECTIONS: dict[str, Section] = {
+    "formats": Section(
+        "Formats",
+        "Layouts give each instance its box, mask, scribble (20 points of the mask) or point (one pixel of it) and "
+        "nothing else; the sampler adds a mask's box and a box's centre. Mixed: box, mask, scribble and point in turn. "
+        "Real images are what the detector can see at best: the upper bound.",
+        (REAL, BOX, *(Row(name, format=name) for name in ("mask", "scribble", "point", "mixed"))),
+        (*PLACES, *LOOKS),
+        large=True,
+    ),
+    "baselines": Section(
+        "Against no grounding and against boxes alone",
+        "The base model draws from the caption alone: fusers, ScaleU and MIS are off. The GLIGEN-like row is an "
+        "ablation at inference of this model, not a trained GLIGEN: of UniFusion's tokens only the boxes', no ScaleU, "
+        "no MIS.",
+        (REAL, BOX, GLIGEN, CAPTION),
+        (*PLACES, *LOOKS),
+        large=True,
+    ),
+    "leakage": Section(
+        "Attributes between confusable neighbours",
+        "Neighbours have one shape and swapped colours and textures. Accuracy is over all instances, and over those "
+        "found; leaked is the share of wrong attributes that another instance of the picture has.",
+        (
+            dataclasses.replace(REAL, scenes="confusable"),
+            CONFUSED,
+            Row("MIS off", scenes="confusable", sampling=NO_MIS),
+            Row("MIS off, masked attention", scenes="confusable", sampling=NO_MIS | MASKED),
+            Row("MIS with crop-and-paste", scenes="confusable", sampling={"merge": "crop"}),
+        ),
+        ("box_AP50", "found", *_LEAKS),
+    ),
+    "ablations": Section(
+        "Each part on and off",
+        "Parts are switched off at inference; nothing is trained again. The first rows give boxes; the last ones give "
+        "box, scribble and mask of every instance, and leave out one of UniFusion's formats.",
+        (
+            BOX,
+            Row("box, no MIS", sampling=NO_MIS),
+            Row("box, no ScaleU", scaleu=False),
+            Row("box, masked attention", sampling=MASKED),
+            Row("box, no MIS, masked attention", sampling=NO_MIS | MASKED),
+            Row("all formats", format="auto"),
+            Row("all but box", format="auto", drop=("box",)),
+            Row("all but point", format="auto", drop=("point",)),
+            Row("all but scribble", format="auto", drop=("scribble",)),
+            Row("all but mask", format="auto", drop=("mask",)),
+        ),
+        ("box_AP", "box_AP50", "mask_IoU", "PiM_point", "PiM_scribble", *LOOKS),
+    ),
+    "mis": Section(
+        "Fraction of steps of the multi-instance sampler",
+        "Boxes. The last row merges by crop and paste instead of the mean.",
+        (
+            *_named("mis", (0.0, 0.2, 0.36, 0.6, 0.8)),
+            Row("0.36, crop and paste", sampling={"mis": 0.36, "merge": "crop"}),
+        ),
+        _SHORT,
+    ),
+    "alpha": Section(
+        "Fraction of steps that the fusers are on",
+        "Boxes.",
+        _named("alpha", (0.25, 0.5, 0.75, 1.0)),
+        _SHORT,
+    ),
+    "instances": Section(
+        "Number of instances",
+        "Scenes of exactly so many instances, boxes; beside each number that of the real images in brackets.",
+        tuple(
+            Row(f"{n}{', real' * (pictures == 'real')}", scenes=f"count_{n}", pictures=pictures)
+            for n in COUNTS
+            for pictures in ("layouts", "real")
+        ),
+        ("box_AP", "box_AP50", "mask_IoU", "PiM_point", *LOOKS),
+    ),
+    "guidance": Section(
+        "Guidance scale",
+        "Boxes.",
+        _named("guidance_scale", (1.5, 2.5, 4.0, 7.5)),
+        _SHORT,
+    ),
+    "solvers": Section(
+        "Solver and number of steps",
+        "Boxes; PLMS takes one UNet evaluation more than it has steps.",
+        tuple(
+            Row(f"{sampler}, {steps}", sampling={"sampler": sampler, "steps": steps})
+            for steps in (20, 10, 5, 50)
+            for sampler in ("dpm++", "ddim", "plms")
+        ),
+        _SHORT,
+    ),
+}
+COST = "cost"
+NAMES = (*SECTIONS, COST)
+
+
+class Sizes(NamedTuple):
+    """How many pictures a row has, and with how many seeds: those of large sections, and of the others."""
+
+    count: int
+    seeds: int
+    small_count: int
+    small_seeds: int
+
+    def of(self, section: Section) -> tuple[int, int]:
+        """Pictures of a seed, and seeds."""
+        return (self.count, self.seeds) if section.large else (self.small_count, self.small_seeds)
+
+
+Key = tuple[str, int, int]
+
+
+def row_keys(row: Row, section: Section, sizes: Sizes, own: SamplingConfig) -> list[Key]:
+    """Slug, seed and count of a row's tasks; real images have no seeds."""
+    count, seeds = sizes.of(section)
+    return [(row.slug(own), seed, count) for seed in range(1 if row.pictures == "real" else seeds)]
+
+
+def make_tasks(names: Sequence[str], sizes: Sizes, own: SamplingConfig) -> dict[Key, Task]:
+    """What is to be done for some sections, in order: the first seed of all comes before the second of any.
+
+    What two sections share is there once.
+    """
+    sections = [SECTIONS[name] for name in SECTIONS if name in names]
+    tasks: dict[Key, Task] = {}
+    for number in range(max(sizes.seeds, sizes.small_seeds)):
+        for section in sections:
+            for row in section.rows:
+                for key in row_keys(row, section, sizes, own)[number : number + 1]:
+                    tasks.setdefault(key, Task(row, *key[1:]))
+    return tasks

@@ -1,0 +1,177 @@
+"""Draws and measures the study's rows: pictures and numbers stay in its workdir, and are not made again."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instdiff_jax.config import SamplingConfig
+from instdiff_jax.data.shape_scenes import render_scene
+from instdiff_jax.data.shapes import write_coco
+from instdiff_jax.evaluation.fid import Gaussian, fit_gaussian
+from instdiff_jax.evaluation.files import checkpoint_fingerprint, claim_folder, write_file
+from instdiff_jax.evaluation.generate import copy_real, generate, sampling_settings
+from instdiff_jax.evaluation.measure import Picture, inspect, summarize
+from instdiff_jax.evaluation.segmenter import Segmenter
+from instdiff_jax.evaluation.split import Split, read_split
+from instdiff_jax.evaluation.study_rows import SCENES, Row, Task
+from instdiff_jax.pipeline import Pipeline
+
+# Another one when what numbers mean changes: older ones are measured again.
+_VERSION = 1
+# Layouts in memory at a time; the fewer batches are cut short, the fewer programs are compiled.
+_BATCH = 1024
+
+Numbers = dict[str, Any]
+
+
+class TimeUp(Exception):
+    """Raised from the report of a picture: no more are to be drawn."""
+
+
+class Study:
+    """Draws and measures rows; all of them share one pipeline, loaded when the first picture is to be drawn.
+
+    Attributes:
+        sampling: the checkpoint's settings, with the steps that were asked for.
+        size: side of the pictures in pixels.
+        dtype: of the pipeline.
+        fingerprint: of the checkpoint.
+        workdir: where all is kept.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        segmenter: Path,
+        workdir: Path,
+        size: int,
+        reference_count: int,
+        dtype: str,
+        steps: int | None = None,
+        max_rows: int | None = None,
+    ):
+        """Opens the checkpoint's config and the segmenter; InputError where either is none."""
+        self.sampling = sampling_settings(checkpoint, {} if steps is None else {"steps": steps})
+        self.size, self.dtype, self.checkpoint = size, dtype, checkpoint
+        self.fingerprint = checkpoint_fingerprint(checkpoint)
+        self._detector = Segmenter.from_folder(segmenter)
+        files = b"".join((segmenter / name).read_bytes() for name in ("config.json", "params.npz"))
+        self._detector_fingerprint = hashlib.sha256(files).hexdigest()[:32]
+        self.workdir, self._reference_count, self._max_rows = workdir, reference_count, max_rows
+        self._pipelines: dict[bool, Pipeline] = {}
+        self._splits: dict[tuple[str, int], Split] = {}
+        self._references: dict[str, Gaussian] = {}
+
+    def pipeline(self, scaleu: bool = True) -> Pipeline:
+        """The pipeline, with or without ScaleU."""
+        if True not in self._pipelines:
+            self._pipelines[True] = Pipeline.from_checkpoint(self.checkpoint, self.dtype, max_rows=self._max_rows)
+            self._pipelines[False] = self._pipelines[True].without_scaleu()
+        return self._pipelines[scaleu]
+
+    def split(self, scenes: str, count: int) -> Split:
+        """The first scenes of a set, rendered if they are not there yet."""
+        if (scenes, count) not in self._splits:
+            folder, kind = self.workdir / "scenes" / f"{scenes}_{count}", SCENES[scenes]
+            write_coco(folder, "held_out", count, kind.seed, self.size, kind.settings)
+            self._splits[scenes, count] = read_split(folder, "held_out")
+        return self._splits[scenes, count]
+
+    def done(self, task: Task) -> Numbers | None:
+        """A task's numbers from an earlier run; None where it is to be done."""
+        path, key = self._numbers_file(task)
+        try:
+            numbers = json.loads(path.read_text())
+            return numbers if numbers["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def run(self, task: Task, drawn: Callable[[], None]) -> Numbers:
+        """Draws what pictures are missing, measures all of the task's, and keeps the numbers.
+
+        Args:
+            task: what to do.
+            drawn: called after every picture; what it raises ends the drawing, and pictures made so far stay.
+
+        Returns:
+            `metrics` by name, and `of_picture`: sums over each picture's instances.
+        """
+        row, settings = task.row, self._settings(task)
+        folder = self.workdir / "pictures" / self._name(task)
+        claim_folder(folder, settings, "--workdir")
+        split = self.split(row.scenes, task.count)
+        if row.pictures == "real":
+            copy_real(split.scenes, folder, drawn)
+        else:
+            generate(
+                self.pipeline(row.scaleu),
+                split.scenes,
+                folder,
+                seed=task.seed,
+                format=row.format,
+                caption_only=row.pictures == "captions",
+                drop=row.drop,
+                batch=_BATCH,
+                report=drawn,
+                **row.settings(self.sampling).to_dict(),
+            )
+        path, key = self._numbers_file(task)
+        numbers = {"key": key} | self._measured(split, folder, row)
+        write_file(path, json.dumps(numbers).encode())
+        return numbers
+
+    def _measured(self, split: Split, folder: Path, row: Row) -> Numbers:
+        features, reference = self._detector.features, self._reference(row.scenes)
+        seen = inspect(split, folder, self._detector, features=features, reference=reference)
+        metrics = summarize(seen.pictures, split, self._detector, seen.kinds) | {"FID": seen.distance}
+        return {"metrics": metrics, "of_picture": [_sums(picture, seen.kinds) for picture in seen.pictures]}
+
+    def _reference(self, scenes: str) -> Gaussian:
+        """The features' Gaussian of other scenes like those of a set."""
+        if scenes not in self._references:
+            kind = SCENES[scenes]
+            numbers = range(self._reference_count)
+            images = [render_scene(kind.reference_seed, i, self.size, kind.settings).image for i in numbers]
+            self._references[scenes] = fit_gaussian(self._detector.features(np.stack(images)))
+        return self._references[scenes]
+
+    def _name(self, task: Task) -> str:
+        return f"{task.row.slug(self.sampling)}-seed_{task.seed}"
+
+    def _numbers_file(self, task: Task) -> tuple[Path, Mapping[str, Any]]:
+        """Where a task's numbers are kept, and what they depend on."""
+        key = {"version": _VERSION, "pictures": self._settings(task), "segmenter": self._detector_fingerprint}
+        key |= {"count": task.count, "reference_count": self._reference_count}
+        path = self.workdir / "numbers" / f"{self._name(task)}-{task.count}.json"
+        return path, json.loads(json.dumps(key))
+
+    def _settings(self, task: Task) -> dict[str, Any]:
+        """All that decides what a task's pictures look like."""
+        row, scenes = task.row, SCENES[task.row.scenes]
+        settings: dict[str, Any] = {"pictures": row.pictures, "size": self.size, "scenes_seed": scenes.seed}
+        settings["scenes"] = dataclasses.asdict(scenes.settings)
+        if row.pictures != "real":
+            settings |= {"checkpoint": self.fingerprint, "dtype": self.dtype, "seed": task.seed, "format": row.format}
+            settings |= {"drop": row.drop, "scaleu": row.scaleu}
+            settings["sampling"] = row.settings(self.sampling).to_dict()
+        return settings
+
+
+def _sums(picture: Picture, kinds: Sequence[str]) -> dict[str, float]:
+    """One picture's numbers as sums over its instances: what paired comparisons of two rows are made of."""
+    measures, targets = picture.measures, picture.scene.asked
+    sums: dict[str, float] = {"instances": len(targets), "found": sum(item.match is not None for item in measures)}
+    for name, field in (("mask_IoU", "mask_iou"), ("PiM_point", "point_in"), ("PiM_scribble", "scribble_in")):
+        sums[name] = sum(getattr(item, field) or 0.0 for item in measures)
+    for kind in kinds:
+        right = [
+            item.match is not None and item.match.attributes.get(kind) == target.attributes.get(kind)
+            for target, item in zip(targets, measures, strict=True)
+        ]
+        sums[f"{kind}_accuracy"] = sum(right)
+    return sums
