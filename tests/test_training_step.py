@@ -156,9 +156,22 @@ def test_accumulated_parts_give_the_same_step():
 def test_bfloat16_and_remat_come_close():
     batches = [tiny_batch(step) for step in range(2)]
     _, exact = run_steps(tiny_settings(), batches)
-    state, rounded = run_steps(tiny_settings(dtype="bfloat16", remat="blocks"), batches)
+    settings = tiny_settings(dtype="bfloat16", remat="blocks")
+    state, rounded = run_steps(settings, batches)
     assert relative_error([m["loss"] for m in rounded], [m["loss"] for m in exact]) < 0.02
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.float32.dtype}
+    frozen = jax.tree.leaves(make_run(tiny_model(), settings).layout.frozen)
+    assert {leaf.dtype for leaf in frozen if leaf.ndim >= 2} == {jnp.bfloat16.dtype}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["blocks", "dots"])
+def test_computing_again_instead_of_keeping_changes_nothing(remat):
+    batches = [tiny_batch(step) for step in range(2)]
+    _, kept = run_steps(tiny_settings(), batches)
+    _, again = run_steps(tiny_settings(remat=remat), batches)
+    for name in ("loss", "grad_norm"):
+        assert relative_error([m[name] for m in again], [m[name] for m in kept]) < 1e-5
 
 
 class Echo:
