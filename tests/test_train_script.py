@@ -136,7 +136,7 @@ def test_updates_skipped_in_a_row_end_the_run_with_its_state_saved(inputs, tmp_p
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"error: {tmp_path / 'run'}: stopped after step") and "3 times in a row" in last
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["skipped_in_row"] for line in lines[-4:]][-1] >= 3 and lines[-1]["loss"] is None
+    assert lines[-1]["skipped_in_row"] >= 3 and lines[-1]["loss"] is None
     assert str(lines[-1]["step"]) in os.listdir(tmp_path / "run" / "checkpoints")
 
 
