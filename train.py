@@ -290,6 +290,10 @@ def train(run: RunSettings, workdir: Path) -> str:
     def put(batch: Mapping[str, Any]) -> dict[str, Any]:
         return put_batch({key: value for key, value in batch.items() if key in keys}, mesh)
 
+    masked = None
+    if run.train.masked_attention != "none":
+        masked = run.train.masked_attention, run.data.examples.image_size // run.model.latent_stride
+
     def loader(dataset: InstanceDataset, examples: DataConfig, **options: Any) -> Iterator[dict[str, Any]]:
         return make_loader(
             dataset,
@@ -298,6 +302,7 @@ def train(run: RunSettings, workdir: Path) -> str:
             phrases=phrases,
             batch_size=run.train.batch_size,
             rows=range(rows.start, rows.stop),
+            masked=masked,
             seed=run.train.seed,
             **options,
         )

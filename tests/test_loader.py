@@ -12,8 +12,9 @@ from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.latents import LatentCache, cache_latents
 from instdiff_jax.data.loader import BatchReader, DevicePrefetch, make_loader
 from instdiff_jax.data.phrases import phrase_table
-from instdiff_jax.data.transforms import Crop, DataConfig, select_instances
+from instdiff_jax.data.transforms import Crop, DataConfig, load_image, select_instances
 from instdiff_jax.errors import InputError
+from instdiff_jax.grounding import region_words
 
 SIZE = 64
 CONFIG = DataConfig(image_size=SIZE, map_size=SIZE)
@@ -187,6 +188,28 @@ def test_cached_latents_follow_image_and_flip(data_dir, settings, tmp_path):
         LatentCache(tmp_path / "latents", dataset, "other", SIZE)
     with pytest.raises(InputError, match="dataset: expected"):
         LatentCache(tmp_path / "latents", InstanceDataset(data_dir, "val"), "vae", SIZE)
+
+
+def test_latents_of_unflipped_images_alone(data_dir, tmp_path):
+    dataset = InstanceDataset(data_dir, "train")
+    cache = cache_latents(encode, dataset, tmp_path / "latents", "vae", SIZE, flips=False)
+    image = Crop(dataset[3].width, dataset[3].height, SIZE, False).image(load_image(dataset[3].image))
+    np.testing.assert_array_equal(cache.lookup(3, False)[0], encode(image[None])[0][0])
+    assert np.load(tmp_path / "latents" / "mean.npy", mmap_mode="r").shape[0] == 1
+    with pytest.raises(InputError, match="flips: expected True"):
+        LatentCache(tmp_path / "latents", dataset, "vae", SIZE)
+
+
+@pytest.mark.parametrize("orientation", ["correct", "official"])
+def test_regions_are_those_of_the_groundings(data_dir, settings, orientation):
+    dataset = InstanceDataset(data_dir, "train")
+    batch = next(make_loader(dataset, CONFIG, masked=(orientation, 8), **settings))
+    assert "regions" not in next(make_loader(dataset, CONFIG, **settings))
+    for i in range(settings["batch_size"]):
+        grounding = {name: value[i] for name, value in batch["grounding"].items()}
+        visual, tokens = region_words(grounding, 8, 8, orientation)
+        np.testing.assert_array_equal(batch["regions"]["visual"][i], visual)
+        np.testing.assert_array_equal(batch["regions"]["tokens"][i], tokens)
 
 
 def test_everything_sent_to_workers_is_small(data_dir, settings):

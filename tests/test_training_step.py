@@ -1,17 +1,20 @@
 """The real train step against the official code's four steps, and what it does with numbers that are not finite."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from training_common import make_run, resized, small_model, tiny_batch, tiny_model, tiny_settings
+from training_common import make_run, numpy_params, resized, small_model, tiny_batch, tiny_model, tiny_settings
 
 from common import parity, relative_error, state_dict
 from instdiff_jax.checkpoint.rename import flatten, from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
-from instdiff_jax.diffusion.schedule import alphas_cumprod
+from instdiff_jax.diffusion.schedule import alphas_cumprod, velocity_weights
 from instdiff_jax.errors import InputError
+from instdiff_jax.grounding import EVERYWHERE, region_words
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import Networks, init_state, make_networks, split_params
 from instdiff_jax.training.step import (
@@ -182,6 +185,40 @@ class Echo:
             return None
         noisy, timesteps, *_ = args
         return 0.6 * noisy + 1e-3 * timesteps[:, None, None, None]
+
+
+@pytest.mark.parametrize("limit", [1.5, 20.0])
+def test_a_weights_limit_bounds_it(limit):
+    schedule = tiny_model().schedule
+    weights, limited = velocity_weights(schedule), velocity_weights(schedule, limit)
+    np.testing.assert_array_equal(limited, np.minimum(weights, np.float32(limit)))
+    assert float(weights.max()) > 200
+    with pytest.raises(InputError, match="loss_weight_limit: expected 0 or a positive number"):
+        tiny_settings(loss_weight_limit=-1.0).validate()
+
+
+def test_masked_attention_in_training():
+    """Regions that are everywhere change nothing; an instance's words reach the pixels of its box alone."""
+    model = dataclasses.replace(tiny_model(), unet=dataclasses.replace(tiny_model().unet, attention_resolutions=(1,)))
+    settings = tiny_settings(masked_attention="correct", batch_size=2)
+    networks, batch = make_networks(model, settings), tiny_batch(0, 2)
+    batch["grounding"]["boxes"] = np.tile(np.float32([0, 0, 0.5, 0.5]), (2, 30, 1))
+    words = [region_words({k: v[i] for k, v in batch["grounding"].items()}, 8, 8, "correct") for i in range(2)]
+    regions = {"visual": np.stack([w[0] for w in words]), "tokens": np.stack([w[1] for w in words])}
+    everywhere = jax.tree.map(lambda word: np.full_like(word, EVERYWHERE), regions)
+    params = numpy_params(make_run(model, settings).layout.params)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def loss(mode, **more):
+        settings = tiny_settings(masked_attention=mode, batch_size=2)
+        return float(jax.jit(diffusion_loss(networks, model, settings))(params, batch | more, keys))
+
+    plain = loss("none")
+    assert loss("correct", regions=everywhere) == pytest.approx(plain, rel=1e-5)
+    assert loss("correct", regions=regions) != pytest.approx(plain, rel=1e-4)
+    assert "regions" in batch_keys(settings) and "regions" not in batch_keys(tiny_settings())
+    with pytest.raises(InputError, match="masked_attention: expected none where"):
+        tiny_settings(masked_attention="correct", grounding=False).validate()
 
 
 @pytest.mark.parametrize("weight", ["epsilon", "velocity"])

@@ -30,6 +30,7 @@ from instdiff_jax.data.transforms import (
     write_caption,
 )
 from instdiff_jax.errors import InputError
+from instdiff_jax.grounding import Orientation, region_words
 
 TokenizeFunction = Callable[[list[str]], Int[np.ndarray, "n length"]]
 Batch = dict[str, Any]
@@ -52,12 +53,13 @@ class BatchReader:
         seed: int,
         shuffle: bool = True,
         latents: LatentCache | None = None,
+        masked: tuple[Orientation, int] | None = None,
     ):
         """See `make_loader`."""
         if batch_size < 1 or not all(0 <= row < batch_size for row in rows):
             raise InputError(f"rows: expected numbers from 0 to {batch_size - 1} in a batch of {batch_size}")
         self.dataset, self.config, self.tokenize, self.phrases = dataset, config, tokenize, phrases
-        self.batch_size, self.rows, self.seed, self.latents = batch_size, tuple(rows), seed, latents
+        self.batch_size, self.rows, self.seed, self.latents, self.masked = batch_size, tuple(rows), seed, latents, masked
         order = grain.MapDataset.range(len(dataset))
         # Every epoch gets its own shuffle.
         self.order = (order.shuffle(seed) if shuffle else order).repeat()
@@ -96,6 +98,10 @@ class BatchReader:
         arrays = apply_formats(locate(chosen, record, crop, config.map_size, rng), kept)
         arrays["phrase_embeddings"] = self.phrases.lookup(phrases)
         result = {"grounding": arrays, "caption_ids": np.asarray(self.tokenize([caption])[0], np.int32)}
+        if self.masked is not None:
+            orientation, side = self.masked
+            visual, tokens = region_words(arrays, side, side, orientation)
+            result["regions"] = {"visual": visual, "tokens": tokens}
         return result | self._pixels(index, record, crop)
 
     def _pixels(self, index: int, record: Record, crop: Crop) -> dict[str, np.ndarray]:
@@ -133,6 +139,7 @@ def make_loader(
     start_step: int = 0,
     shuffle: bool = True,
     latents: LatentCache | None = None,
+    masked: tuple[Orientation, int] | None = None,
     workers: int = 0,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
@@ -149,6 +156,7 @@ def make_loader(
         start_step: the first batch to give.
         shuffle: whether epochs are shuffled; without, images come in the split's order.
         latents: cached posteriors, given instead of images.
+        masked: for instance-masked attention, its orientation and the side of the latent grid; None without it.
         workers: processes that make batches; 0 makes them in a thread of this one.
         prefetch: batches made ahead (by each worker).
 
@@ -156,7 +164,8 @@ def make_loader(
         Batches: caption_ids int32 [n, length]; image uint8 [n, S, S, 3], or latent_mean and latent_logvar float32
         [n, h, w, z]; grounding: boxes [n, 30, 4], points [n, 30, 2], scribbles [n, 30, 40], mask_points [n, 30, 512],
         phrase_embeddings [n, 30, width], valid, has_box, has_point, has_scribble, has_mask [n, 30], has_map [n],
-        float32, and maps uint32 [n, map_size, map_size], bit i for slot i.
+        float32, and maps uint32 [n, map_size, map_size], bit i for slot i; with `masked` also regions: visual uint32
+        [n, side²] and tokens [n, 184], see `grounding.region_words`.
 
     Raises:
         InputError: for rows outside the batch, or a setting out of its range.
@@ -165,7 +174,7 @@ def make_loader(
     if not 0 <= seed < 1 << 32:
         raise InputError(f"seed: expected a whole number from 0 to {(1 << 32) - 1}, got {seed}")
     rows = range(batch_size) if rows is None else rows
-    reader = BatchReader(dataset, config, tokenize, phrases, batch_size, rows, seed, shuffle, latents)
+    reader = BatchReader(dataset, config, tokenize, phrases, batch_size, rows, seed, shuffle, latents, masked)
     steps = grain.MapDataset.range(start_step, _MANY_STEPS).map(reader)
     batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(prefetch, 1)))
     if workers:

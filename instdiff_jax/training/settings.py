@@ -52,6 +52,8 @@ class TrainSettings(Settings):
         start: checkpoint folder to start from; empty initialises everything.
         trainable: a name of TRAINABLE, or ordered pairs (regex, "train" or "freeze").
         grounding: False trains on captions alone; UniFusion and the fusers are then not part of the model.
+        masked_attention: keep instances apart inside the fusers of the highest resolution (paper section 3.3), as
+            config.sampling's of the same name; "none" as released.
         batch_size: images a step, over all devices.
         accumulate: parts that each device's share of a batch is taken in, one after the other.
         dtype: of the computation and of what is frozen; what trains is always kept in float32.
@@ -73,6 +75,7 @@ class TrainSettings(Settings):
     start: str = ""
     trainable: Rules = TRAINABLE["paper"]
     grounding: bool = True
+    masked_attention: Literal["none", "correct", "official"] = "none"
     accumulate: int = 1
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -118,6 +121,8 @@ class TrainSettings(Settings):
         for rule in self.trainable:
             if len(rule) != 2 or rule[1] not in ("train", "freeze"):
                 raise InputError(f"{where}.trainable: expected pairs (regex, train or freeze), got {rule!r}")
+        if self.masked_attention != "none" and not self.grounding:
+            raise InputError(f"{where}.masked_attention: expected none where {where}.grounding is False")
         if self.loss_weight_limit < 0:
             raise InputError(f"{where}.loss_weight_limit: expected 0 or a positive number")
         optimizer = self.optimizer

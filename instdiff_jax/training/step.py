@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.diffusion.schedule import q_sample, velocity_weights
+from instdiff_jax.models.attention import Regions
 from instdiff_jax.models.autoencoder import sample_posterior
 from instdiff_jax.parallel import BATCH, DATA, FSDP, REPLICATED, gather, sum_gradients
 from instdiff_jax.training.optimizer import apply_gradients, global_norm, learning_rate
@@ -44,6 +45,7 @@ class Batch(TypedDict, total=False):
     caption_ids: Int[Array, "b n"]
     context: Float[Array, "b n c"]
     grounding: dict[str, Array]
+    regions: Regions
     noise: Float[Array, "b h w z"]
     timesteps: Int[Array, " b"]
 
@@ -53,7 +55,9 @@ def batch_keys(settings: TrainSettings) -> set[str]:
     if settings.task == "autoencoder":
         return {"image"}
     keys = {"image", "latent_mean", "latent_logvar", "caption_ids"}
-    return keys | {"grounding"} if settings.grounding else keys
+    if settings.grounding:
+        keys |= {"grounding"}
+    return keys | {"regions"} if settings.masked_attention != "none" else keys
 
 
 def row_keys(seed: int, step: Int[Array, ""], rows: Int[Array, " b"]) -> jax.Array:
@@ -103,6 +107,8 @@ def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettin
             tokens, alpha = networks.unifusion.apply({"params": params["unifusion"]}, batch["grounding"]), 1.0
         unet = {"params": params["unet"]}
         conditions = networks.unet.apply(unet, context, tokens, method="condition")
+        if settings.masked_attention != "none":
+            conditions["regions"] = batch["regions"]
         noisy = q_sample(latents, noise, timesteps, model.schedule)
         prediction = networks.unet.apply(unet, noisy, timesteps, conditions, alpha)
         error = jnp.square(prediction.astype(jnp.float32) - noise)
