@@ -22,6 +22,7 @@ from instdiff_jax.evaluation.study_rows import COST, NAMES, Sizes, make_tasks
 # Of a row that is done, in the terminal.
 _PRINTED = ("box_AP50", "mask_IoU", "colour_accuracy", "FID")
 
+
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m instdiff_jax.evaluation.study",
