@@ -351,6 +351,8 @@ def train(run: RunSettings, workdir: Path) -> str:
                             writer.image(done, "samples", sheet)
                     stopped = stop.reached(done)
                     if due(done, run.train.save_every) or stopped or not sound or done == run.train.steps:
+                        # Saving waits for the step anyway, and what is saved has its numbers written.
+                        sound, previous = report(done, previous) and sound, None
                         checkpoints.save(done, state)
             sound = sound and (previous is None or report(done, previous))
     finally:

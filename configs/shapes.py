@@ -42,7 +42,7 @@ STAGES = {
         grounding=False,
         loss_weight="velocity",
         loss_weight_limit=20.0,
-        steps=1500,
+        steps=1200,
         batch_size=16,
         learning_rate=1e-3,
         warmup_steps=100,
@@ -56,7 +56,7 @@ STAGES = {
         grounding=True,
         loss_weight="velocity",
         loss_weight_limit=20.0,
-        steps=2600,
+        steps=1800,
         batch_size=16,
         learning_rate=2e-3,
         warmup_steps=100,
@@ -85,7 +85,7 @@ def get_config(stage: str = "adapters") -> ConfigDict:
         unifusion=dict(mid_dim=192, trunk_depths=(1, 1, 2, 1), trunk_dims=(16, 32, 64, 64), map_size=64),
         # One latent pixel stands for 4x4 pixels; scale_factor is 1 / standard deviation of the latents. At 32 channels
         # the 32 groups of its norms would hold one each, and lose the colour of a whole picture.
-        autoencoder=dict(ch=64, ch_mult=(1, 1, 1), num_res_blocks=0, z_channels=8, scale_factor=0.4),
+        autoencoder=dict(ch=64, ch_mult=(1, 1, 1), num_res_blocks=0, z_channels=8, scale_factor=0.607),
         text_encoder=dict(
             vocab_size=1024,
             hidden_size=128,

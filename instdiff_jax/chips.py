@@ -124,6 +124,8 @@ def scaling(
 
 
 def _axis(collective: Collective, mesh: Mapping[str, int]) -> str:
+    if collective.group == 1:
+        return "data" if mesh["data"] == 1 else "fsdp"
     if collective.group == mesh["data"] * mesh["fsdp"]:
         return "both" if mesh["data"] > 1 else "fsdp"
     return "data" if collective.stride > 1 or mesh["fsdp"] == 1 else "fsdp"

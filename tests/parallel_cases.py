@@ -18,7 +18,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from training_common import make_run, tiny_batch, tiny_model, tiny_settings  # noqa: E402
 
+from instdiff_jax.checkpoint.rename import flatten  # noqa: E402
 from instdiff_jax.parallel import initialize_distributed, process_rows, put_batch  # noqa: E402
+from instdiff_jax.training.state import fresh_params  # noqa: E402
 from instdiff_jax.training.step import batch_keys, compile_step, make_train_step  # noqa: E402
 
 STEPS, ROWS = 5, 8
@@ -48,7 +50,7 @@ def run_case(name: str) -> dict:
             compiled = step.lower(state, frozen, batch).compile()
         state, metrics = compiled(state, frozen, batch)
         losses.append(float(metrics["loss"]))
-    return {
+    case = {
         "losses": losses,
         "grad_norm": float(metrics["grad_norm"]),
         "flops": compiled.cost_analysis()["flops"],
@@ -57,6 +59,9 @@ def run_case(name: str) -> dict:
         "frozen_bytes": local_bytes(frozen),
         "rows": [rows.start, rows.stop],
     }
+    if frozen_how:
+        case["fresh_bytes"] = local_bytes(fresh_params(run.layout, 0, set(flatten(run.layout.params))))
+    return case
 
 
 if __name__ == "__main__":

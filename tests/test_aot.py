@@ -160,6 +160,14 @@ def test_predicted_time_and_efficiency():
     assert rows[2]["efficiency_hidden"] == 1
 
 
+def test_a_sum_over_an_axis_of_one_chip_costs_nothing_where_that_axis_stays_one():
+    alone = Collective("all-reduce", 1, 1, 1, 0, 100e6, 0.0)
+    costs = ProgramCosts((alone,), memory_bytes=0.0, cycles=0, open_loops=0)
+    prediction = predict(CHIPS["v5e"], 1e12, costs)
+    rows = scaling(CHIPS["v5e"], prediction, costs.collectives, {"data": 1, "fsdp": 16}, 128)
+    assert [row["interconnect"] for row in rows] == [0, 0, 0]
+
+
 def test_memory_table_counts_donated_arguments_once():
     stats = SimpleNamespace(
         argument_size_in_bytes=10,

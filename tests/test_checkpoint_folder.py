@@ -21,6 +21,8 @@ from instdiff_jax.config import (
     UniFusionConfig,
 )
 from instdiff_jax.errors import InputError
+from instdiff_jax.training.settings import TrainSettings
+from instdiff_jax.training.start import base_fingerprint
 
 TOKENIZER = PARITY / "tokenizer"
 TINY = ModelConfig(
@@ -45,6 +47,24 @@ def saved(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module", params=["few files", "a file an array"])
+def either(request, saved, tmp_path_factory):
+    """The same folder as a small model's and as a large one's."""
+    if request.param == "few files":
+        return saved
+    directory = tmp_path_factory.mktemp("large") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder, "SMALL_PART", 0)
+        folder.save_folder(directory, tiny_params(), TINY, SamplingConfig(steps=7), TOKENIZER)
+    return directory
+
+
+def data_files(part):
+    """Files of a part with numbers in them, the largest first; orbax's notes start with _ or . or are not numbers."""
+    files = [path for path in part.rglob("*") if path.is_file() and path.name[0] not in "_." and path.suffix != ".txt"]
+    return sorted(files, key=lambda path: (-path.stat().st_size, path))
+
+
 @pytest.fixture
 def copied(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
@@ -66,6 +86,31 @@ def test_what_is_saved_is_restored(saved):
     assert_equal(params, tiny_params())
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     assert sorted(path.name for path in saved.parent.iterdir()) == ["tiny"]
+
+
+def test_small_parts_are_few_files_and_large_ones_a_file_an_array(saved, either):
+    arrays = len(jax.tree.leaves(tiny_params()["unet"]))
+    assert arrays > 100
+    if either == saved:
+        assert len(data_files(either / "params/unet")) < 30
+        assert set(folder.stored_digests(either)) == {"unet", "unifusion", "autoencoder", "text_encoder"}
+    else:
+        assert len(data_files(either / "params/unet")) >= arrays
+        assert folder.stored_digests(either) == {}
+    assert_equal(folder.restore_params(either), tiny_params())
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_fingerprint_follows_the_values(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SMALL_PART", folder.SMALL_PART if small else 0)
+    marks, params = [], tiny_params()
+    for name, change in (("a", 0), ("b", 0), ("c", 1)):
+        params["text_encoder"]["final_norm"]["bias"] = params["text_encoder"]["final_norm"]["bias"] + change
+        folder.save_folder(tmp_path / name, params, TINY, SamplingConfig(), TOKENIZER)
+        settings = TrainSettings(steps=1, batch_size=1, start=str(tmp_path / name))
+        marks.append([base_fingerprint(settings, TINY, part) for part in ("", "text_encoder", "unet")])
+    assert marks[0] == marks[1]
+    assert [a == c for a, c in zip(marks[0], marks[2], strict=True)] == [False, False, True]
 
 
 def test_it_can_be_moved(copied):
@@ -176,10 +221,10 @@ def test_config_of_other_sizes_names_the_parameter(copied):
         folder.restore_params(copied)
 
 
-def test_missing_and_damaged_files(saved, tmp_path):
+def test_missing_and_damaged_files(either, tmp_path):
     for number, damage in enumerate(("remove", "cut", "config", "no folder")):
-        copy = shutil.copytree(saved, tmp_path / str(number))
-        file = next(path for path in (copy / "params/unet/conv_in.kernel").iterdir() if path.name != ".zarray")
+        copy = shutil.copytree(either, tmp_path / str(number))
+        file = data_files(copy / "params/unet")[0]
         if damage == "remove":
             file.unlink()
         elif damage == "cut":
@@ -196,11 +241,13 @@ def test_missing_and_damaged_files(saved, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from the reader's own event loop
-def test_damaged_metadata_ends_in_one_line_or_reads(saved, tmp_path):
-    copy = shutil.copytree(saved, tmp_path / "copy")
+def test_damaged_metadata_ends_in_one_line_or_reads(either, tmp_path):
+    copy = shutil.copytree(either, tmp_path / "copy")
     random = np.random.default_rng(0)
-    for name in ("_METADATA", "conv_in.kernel/.zarray"):
+    for name in ("_METADATA", "conv_in.kernel/.zarray", "manifest.ocdbt"):
         path = copy / "params/unet" / name
+        if not path.exists():
+            continue
         original = path.read_bytes()
         for _ in range(6):
             damaged = bytearray(original)

@@ -2,18 +2,11 @@
 
     git clone https://github.com/frank-xwang/InstanceDiffusion
     INSTDIFF_REFERENCE=InstanceDiffusion python -m pytest tests/test_live_reference.py
-
-Its modules are imported without what importing them usually does: no window toolkit, GPU, timm or torchvision is
-needed, and nothing is downloaded.
 """
 
 import dataclasses
 import functools
-import importlib
 import os
-import sys
-import types
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -38,41 +31,16 @@ pytestmark = pytest.mark.skipif(
     not REFERENCE, reason="INSTDIFF_REFERENCE does not name a clone of the official repository"
 )
 torch = pytest.importorskip("torch")
-OFFICIAL = {
-    "GroundingNetInput": "grounding_input.text_grounding_tokinzer_input",
-    "AutoencoderKL": "ldm.models.autoencoder",
-    "LatentDiffusion": "ldm.models.diffusion.ldm",
-    "PLMSSampler": "ldm.models.diffusion.plms",
-    "PLMSSamplerInst": "ldm.models.diffusion.plms_instance",
-    "UNetModel": "ldm.modules.diffusionmodules.openaimodel",
-}
+from benchmarks import official as baseline  # noqa: E402  (needs torch)
+
 SAMPLER_STEPS = [(12, 0.0, 7.5, (0.8, 0.0, 0.2)), (12, 0.36, 7.5, (0.5, 0.25, 0.25)), (6, 0.5, 1.0, (1.0, 0.0, 0.0))]
-
-
-def stub(name: str, **members) -> types.ModuleType:
-    module = types.ModuleType(name)
-    module.__dict__.update(members)
-    return module
 
 
 @pytest.fixture(scope="module")
 def official():
     """The official classes."""
-    timm = [
-        stub("timm"),
-        stub("timm.models"),
-        stub("timm.models.layers", trunc_normal_=torch.nn.init.trunc_normal_, DropPath=torch.nn.Identity),
-        stub("timm.models.registry", register_model=lambda function: function),
-    ]
-    others = [stub("tkinter"), stub("tkinter.messagebox", NO="no"), stub("torchvision")]
-    missing = {module.__name__: module for module in timm + others if module.__name__ not in sys.modules}
-    with (
-        mock.patch.dict(sys.modules, missing),
-        mock.patch.object(sys, "path", [REFERENCE, *sys.path]),
-        mock.patch("torch.hub.load_state_dict_from_url", lambda **_: {"model": {}}),
-    ):
-        found = {name: getattr(importlib.import_module(module), name) for name, module in OFFICIAL.items()}
-        yield types.SimpleNamespace(**found)
+    with baseline.official_classes(REFERENCE) as classes:
+        yield classes
 
 
 @functools.cache
@@ -86,38 +54,6 @@ def config() -> ModelConfig:
         ),
         unifusion=dataclasses.replace(small.unifusion, mid_dim=64),
     )
-
-
-def build_unet(official, model: ModelConfig, kept: tuple[str, ...]):
-    """The official UNet with deterministic weights; formats that are not kept are dropped as in its configs."""
-    unet, names = model.unet, ("boxes", "points", "scribbles", "masks")
-    tokenizer = dict(in_dim=768, out_dim=768, mid_dim=model.unifusion.mid_dim, use_seperate_tokenizer=True)
-    tokenizer |= {f"test_drop_{name}": name not in kept for name in names}
-    network = official.UNetModel(
-        image_size=64,
-        in_channels=unet.in_channels,
-        out_channels=unet.out_channels,
-        model_channels=unet.model_channels,
-        attention_resolutions=list(unet.attention_resolutions),
-        num_res_blocks=unet.num_res_blocks,
-        channel_mult=list(unet.channel_mult),
-        num_heads=unet.num_heads,
-        transformer_depth=1,
-        context_dim=unet.context_dim,
-        fuser_type="gatedSA",
-        use_checkpoint=False,
-        sd_v1_5=True,
-        efficient_attention=False,
-        grounding_tokenizer=dict(
-            target="ldm.modules.diffusionmodules.text_grounding_net.UniFusion", params=tokenizer
-        ),
-    ).eval()
-    weights = {key: common.make_array(key, value.shape) for key, value in network.state_dict().items()}
-    network.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=True)
-    network.grounding_tokenizer_input = official.GroundingNetInput()
-    # It would read a file that is not in the repository; that layer is frozen, so nothing changes.
-    network.restore_first_conv_from_SD = lambda: None
-    return network
 
 
 @functools.cache
@@ -137,18 +73,6 @@ def our_programs():
         return tokens, unet.apply({"params": params["unet"]}, context, tokens, method="condition")
 
     return condition, jax.jit(NoisePredictor(unet))
-
-
-def set_alpha(network, alpha: float) -> None:
-    for module in network.modules():
-        if type(module).__name__ == "GatedSelfAttentionDense":
-            module.scale = float(alpha)
-
-
-def alphas(length: int, fractions: tuple[float, float, float]) -> list[float]:
-    """Ones, a linear fall, zeros; lengths truncated."""
-    ones, fall = int(fractions[0] * length), int(fractions[1] * length)
-    return [1.0] * ones + [1 - (i + 1) / fall for i in range(fall)] + [0.0] * (length - ones - fall)
 
 
 def inputs(valid: int = 3, seed: int = 0) -> dict:
@@ -179,7 +103,7 @@ DROPPED = dict(zip(KEPT, (common.DROPPED[format] for format in ("box", "point", 
 
 @pytest.mark.parametrize("kept", KEPT, ids=" ".join)
 def test_unifusion_and_unet(official, kept):
-    network, (condition, predict), data = build_unet(official, config(), kept), our_programs(), inputs()
+    network, (condition, predict), data = baseline.build_unet(official, config(), kept), our_programs(), inputs()
     grounding = official_grounding(data)
     rng = np.random.default_rng(1)
     x, context = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 4, 8, 12), (1, 77, 768)))
@@ -189,7 +113,7 @@ def test_unifusion_and_unet(official, kept):
         expected, _ = network.position_net(*(grounding[name] for name in order))
         assert relative_error(tokens, expected) <= 2e-5
         for alpha in (1.0, 0.3):
-            set_alpha(network, alpha)
+            baseline.set_alpha(network, alpha)
             given = dict(x=torch.from_numpy(x), timesteps=torch.tensor([601]), context=torch.from_numpy(context))
             noise = network(given | dict(grounding_input=grounding))
             ours = predict(our_params()["unet"], channels_last(x), np.array([601]), conditions, alpha)
@@ -198,7 +122,7 @@ def test_unifusion_and_unet(official, kept):
 
 @pytest.mark.parametrize(("steps", "mis", "guidance", "fractions"), SAMPLER_STEPS)
 def test_plms_and_multi_instance_sampler(official, steps, mis, guidance, fractions):
-    network, (condition, _), data = build_unet(official, config(), KEPT[0]), our_programs(), inputs()
+    network, (condition, _), data = baseline.build_unet(official, config(), KEPT[0]), our_programs(), inputs()
     rng = np.random.default_rng(2)
     noise = rng.standard_normal((1, 4, 8, 8)).astype(np.float32)
     contexts = rng.standard_normal((5, 77, 768)).astype(np.float32)  # the layout, three instances, the negative prompt
@@ -238,7 +162,9 @@ def test_plms_and_multi_instance_sampler(official, steps, mis, guidance, fractio
         )
     schedule = config().schedule
     diffusion = official.LatentDiffusion("linear", schedule.timesteps, schedule.linear_start, schedule.linear_end)
-    settings = dict(alpha_generator_func=lambda length: alphas(length, fractions), set_alpha_scale=set_alpha)
+    settings = dict(
+        alpha_generator_func=lambda length: baseline.alphas(length, fractions), set_alpha_scale=baseline.set_alpha
+    )
     uncond = torch.from_numpy(contexts[4:])
     if mis:
         sampler, batch = official.PLMSSamplerInst(diffusion, network, mis=mis, **settings), given
@@ -257,25 +183,9 @@ def test_an_export_loads_in_the_official_code(official, tmp_path):
         params |= from_state_dict(part, {k: common.make_array(k, e.torch_shape) for k, e in table.items()}, small)
     save_pytorch(tmp_path / "small.pth", params, small)
     content = torch.load(tmp_path / "small.pth", map_location="cpu", weights_only=True)
-    network = build_unet(official, small, KEPT[0])
+    network = baseline.build_unet(official, small, KEPT[0])
     network.load_state_dict(content["model"], strict=True)
-    sizes = small.autoencoder
-    autoencoder = official.AutoencoderKL(
-        ddconfig=dict(
-            double_z=True,
-            z_channels=sizes.z_channels,
-            resolution=256,
-            in_channels=3,
-            out_ch=3,
-            ch=sizes.ch,
-            ch_mult=list(sizes.ch_mult),
-            num_res_blocks=sizes.num_res_blocks,
-            attn_resolutions=[],
-            dropout=0.0,
-        ),
-        embed_dim=sizes.z_channels,
-        scale_factor=sizes.scale_factor,
-    )
+    autoencoder = baseline.build_autoencoder(official, small.autoencoder)
     autoencoder.load_state_dict(content["autoencoder"], strict=True)
     schedule = small.schedule
     diffusion = official.LatentDiffusion("linear", schedule.timesteps, schedule.linear_start, schedule.linear_end)

@@ -52,6 +52,8 @@ def test_meshes_of_eight_devices_compute_what_one_does():
         for column in ("trainable_bytes", "optimizer_bytes"):
             assert case[column] < (1 / fsdp + copied) * one[column]
         assert case["frozen_bytes"] < (1 / (fsdp if "sharded" in name else 1) + copied) * one["frozen_bytes"]
+    # Fresh parameters are born where they belong.
+    assert case["fresh_bytes"] == case["trainable_bytes"] + case["frozen_bytes"]
 
 
 @pytest.mark.slow

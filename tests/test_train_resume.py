@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -216,24 +217,30 @@ def run_train(inputs: Path, workdir: Path, *overrides: str) -> str:
     return result.stderr
 
 
+def start_train(inputs: Path, workdir: Path, *overrides: str, log: Path, **env: str) -> subprocess.Popen:
+    """A run that goes on beside the test, and what it says in a file."""
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command(inputs, workdir, *overrides), env=environment(inputs) | env, stdout=file, stderr=file
+        )
+
+
 def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that are finished: orbax gives a folder its name last."""
     folder = workdir / FOLDER
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def kill_run(inputs: Path, workdir: Path, after: float, number=signal.SIGKILL, *overrides: str) -> int:
-    """Starts a run and sends a signal some seconds after its first new checkpoint; returns its exit code."""
-    old = saved_steps(workdir)
-    with (workdir.parent / "log.txt").open("a") as log:
-        process = subprocess.Popen(
-            command(inputs, workdir, *overrides), env=environment(inputs), stdout=log, stderr=log
-        )
-        while process.poll() is None and not set(saved_steps(workdir)) - set(old):
-            time.sleep(0.01)
-        time.sleep(after)
-        if process.poll() is None:
-            process.send_signal(number)
-        return process.wait()
+def unfinished(workdir: Path) -> set[str]:
+    """Checkpoints that are being written, or were when their writer died."""
+    folder = workdir / FOLDER
+    return {path.name for path in folder.iterdir() if not path.name.isdigit()} if folder.is_dir() else set()
+
+
+def wait_for(happened, *processes: subprocess.Popen) -> None:
+    """Returns when something has happened, or when one of the processes has ended."""
+    while not happened() and all(process.poll() is None for process in processes):
+        time.sleep(0.001)
 
 
 def final_state(workdir: Path, step: int):
@@ -246,14 +253,18 @@ def final_state(workdir: Path, step: int):
 
 
 def numbers(workdir: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines]
+    """Step, loss, gradient norm and learning rate of every whole line."""
+    lines = (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [tuple(json.loads(line)[name] for name in ("step", "loss", "grad_norm", "learning_rate")) for line in lines]
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(inputs, tmp_path):
     assert "from step 0" in run_train(inputs, tmp_path / "straight")
-    assert kill_run(inputs, tmp_path / "killed", 0.0) == -signal.SIGKILL
+    process = start_train(inputs, tmp_path / "killed", log=tmp_path / "log.txt")
+    wait_for(lambda: saved_steps(tmp_path / "killed"), process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert saved_steps(tmp_path / "killed") == [5]
     assert "from step 5" in run_train(inputs, tmp_path / "killed")
     assert_same(final_state(tmp_path / "killed", 10), final_state(tmp_path / "straight", 10))
@@ -263,23 +274,123 @@ def test_a_killed_run_goes_on_bit_for_bit(inputs, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_well(inputs, tmp_path):
-    assert kill_run(inputs, tmp_path / "run", 0.5, signal.SIGTERM, "--config.train.steps=100000") == 0
-    step = saved_steps(tmp_path / "run")[-1]
-    assert step == numbers(tmp_path / "run")[-1][0]
-    assert f"saved after step {step}" in (tmp_path / "log.txt").read_text()
+    workdir, log = tmp_path / "run", tmp_path / "log.txt"
+    process = start_train(inputs, workdir, "--config.train.steps=1000000", log=log)
+    wait_for(lambda: saved_steps(workdir), process)
+    time.sleep(0.5)
+    process.terminate()
+    assert process.wait() == 0
+    step = saved_steps(workdir)[-1]
+    assert step == numbers(workdir)[-1][0]
+    assert f"saved after step {step}" in log.read_text()
 
 
 @pytest.mark.slow
-def test_random_kills_lose_only_the_steps_since_the_last_save(inputs, tmp_path):
-    rng = random.Random(0)
-    steps = ["--config.train.steps=60", "--config.train.save_every=2", "--config.train.log_every=2"]
-    run_train(inputs, tmp_path / "straight", *steps)
-    before = 0
-    for _ in range(5):
-        kill_run(inputs, tmp_path / "killed", rng.random(), signal.SIGKILL, *steps)
-        assert saved_steps(tmp_path / "killed")[-1] >= before
-        before = saved_steps(tmp_path / "killed")[-1]
-    said = run_train(inputs, tmp_path / "killed", *steps)
-    assert f"from step {before}" in said and "damaged" not in said
-    assert_same(final_state(tmp_path / "killed", 60), final_state(tmp_path / "straight", 60))
-    assert tiny_model() == read_run(tmp_path / "killed")[0]
+def test_twenty_kills_lose_only_the_steps_since_the_last_finished_save(inputs, tmp_path):
+    """SIGKILL while the program starts, between saves, and with a checkpoint half written."""
+    rng, workdir, log = random.Random(0), tmp_path / "run", tmp_path / "log.txt"
+    every, newest, startup, in_saves = 2, 0, 0.0, 0
+    flags = [f"--config.train.save_every={every}", "--config.train.steps=1000000"]
+    # The first one gets as far as a checkpoint.
+    moments = ["running", *rng.sample(["starting"] * 4 + ["running"] * 7 + ["saving"] * 8, 19)]
+    for moment in moments:
+        process, began = start_train(inputs, workdir, *flags, log=log), time.monotonic()
+        if moment == "starting":
+            time.sleep(rng.random() * startup)
+        elif moment == "running":
+            wait_for(lambda: saved_steps(workdir)[-1:] > [newest], process)
+            startup = time.monotonic() - began
+            time.sleep(rng.random())
+        else:
+            # Leftovers of other saves are removed at the start.
+            wait_for(lambda: "from step" in log.read_text(), process)
+            wait_for(lambda: unfinished(workdir), process)
+            time.sleep(rng.random() * 0.02)
+        assert process.poll() is None, log.read_text()[-3000:]
+        process.kill()
+        process.wait()
+        said, before = log.read_text(), newest
+        newest = saved_steps(workdir)[-1]
+        in_saves += bool(unfinished(workdir))
+        # It went on after the newest checkpoint there was, and at most one more save was on its way.
+        assert "damaged" not in said and ("from step" not in said or f"from step {before} to" in said)
+        assert newest >= before
+        assert numbers(workdir)[-1][0] - newest <= 2 * every
+    print(f"{len(moments)} kills, {in_saves} with a checkpoint half written; step {newest}")
+    assert in_saves >= 4
+
+    flags = [f"--config.train.steps={newest + 3}", f"--config.train.save_every={every}"]
+    said = run_train(inputs, workdir, *flags)
+    assert f"from step {newest} to" in said and "damaged" not in said
+    run_train(inputs, tmp_path / "straight", f"--config.train.steps={newest + 3}", "--config.train.save_every=1000000")
+    assert_same(final_state(workdir, newest + 3), final_state(tmp_path / "straight", newest + 3))
+    assert numbers(workdir) == numbers(tmp_path / "straight")
+    assert tiny_model() == read_run(workdir)[0]
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def start_job(inputs: Path, workdir: Path, *overrides: str) -> list[subprocess.Popen]:
+    """One run in two processes of one device each; what they say is in WORKDIR.0 and WORKDIR.1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    job = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
+    return [
+        start_train(inputs, workdir, *overrides, log=job_log(workdir, i), **job, JAX_PROCESS_ID=str(i))
+        for i in range(2)
+    ]
+
+
+def job_log(workdir: Path, process: int) -> Path:
+    return workdir.with_suffix(f".{process}")
+
+
+def finish_job(workdir: Path, processes: list[subprocess.Popen]) -> str:
+    """Waits for both; returns what the first has said, where both ended well and alike."""
+    codes = [process.wait() for process in processes]
+    said = [job_log(workdir, i).read_text() for i in range(2)]
+    assert codes == [0, 0], said[0][-2000:] + said[1][-2000:]
+    assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
+    return said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["data", "fsdp"])
+def test_a_job_of_two_processes_stops_at_one_step_and_goes_on_bit_for_bit(inputs, tmp_path, mesh):
+    mesh = [f"--config.parallel.data={mesh[0]}", f"--config.parallel.fsdp={mesh[1]}"]
+    workdir = tmp_path / "run"
+    job = start_job(inputs, workdir, *mesh, "--config.train.steps=1000000")
+    wait_for(lambda: saved_steps(workdir), *job)
+    time.sleep(0.3)
+    # One process alone is told.
+    job[1].terminate()
+    said = finish_job(workdir, job)
+    step = saved_steps(workdir)[-1]
+    assert f"stopped by a signal, saved after step {step};" in said
+    assert numbers(workdir)[-1][0] == step
+    shutil.copytree(workdir, tmp_path / "alone")
+
+    flags = [f"--config.train.steps={step + 4}", "--config.train.save_every=1000000"]
+    said = finish_job(workdir, start_job(inputs, workdir, *mesh, *flags))
+    assert f"from step {step} to" in said
+    finish_job(tmp_path / "straight", start_job(inputs, tmp_path / "straight", *mesh, *flags))
+    assert_same(final_state(workdir, step + 4), final_state(tmp_path / "straight", step + 4))
+    assert numbers(workdir) == numbers(tmp_path / "straight")
+
+    # The same examples come where the number of processes has changed.
+    assert f"from step {step} to" in run_train(inputs, tmp_path / "alone", *flags)
+    ours, theirs = (np.array(numbers(tmp_path / name))[-4:, 1] for name in ("alone", "run"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_stops_a_job_at_one_step(inputs, tmp_path):
+    workdir = tmp_path / "run"
+    job = start_job(inputs, workdir, "--config.train.steps=1000000")
+    wait_for(lambda: saved_steps(workdir), *job)
+    for process in job:
+        process.terminate()
+    said = finish_job(workdir, job)
+    assert f"stopped by a signal, saved after step {saved_steps(workdir)[-1]};" in said

@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_common import save_dataset, save_start, tiny_model
@@ -13,7 +14,7 @@ from instdiff_jax import export
 from instdiff_jax.checkpoint.folder import read_config, restore_params
 from instdiff_jax.checkpoint.rename import flatten
 from instdiff_jax.errors import InputError
-from instdiff_jax.training.metrics import MetricsWriter, peak_flops
+from instdiff_jax.training.metrics import MetricsWriter, ProfilerWindow, peak_flops
 
 CONFIG = f"--config={PARITY.parent / 'tiny_config.py'}"
 
@@ -123,6 +124,31 @@ def test_a_run_from_a_base_without_adapters_trains_validates_and_exports(tmp_pat
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="changed since the run"):
         export.export(tmp_path / "run", tmp_path / "again")
+
+
+def test_updates_skipped_in_a_row_end_the_run_with_its_state_saved(inputs, tmp_path, capsys):
+    # The first update with a rate above 0 throws every parameter far away.
+    argv = flags(inputs, f"--workdir={tmp_path / 'run'}", "--config.train.optimizer.learning_rate=1e30")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        train.main(argv)
+    assert end.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'run'}: stopped after step") and "3 times in a row" in last
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["skipped_in_row"] >= 3 and lines[-1]["loss"] is None
+    assert str(lines[-1]["step"]) in os.listdir(tmp_path / "run" / "checkpoints")
+
+
+def test_the_profiler_traces_the_steps_asked_for(tmp_path):
+    for folder, first in ((tmp_path / "some", 1), (tmp_path / "none", -1)):
+        window = ProfilerWindow(folder, first, 2)
+        for step in range(4):
+            window.before(step)
+            window.after(step, jnp.sin(jnp.ones(3)))
+        window.close()
+    assert len(list((tmp_path / "some" / "profile").rglob("*.xplane.pb"))) == 1
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_resumed_run_does_not_repeat_its_numbers(tmp_path):

@@ -10,10 +10,17 @@ from training_common import make_run, resized, small_model, tiny_batch, tiny_mod
 from common import parity, relative_error, state_dict
 from instdiff_jax.checkpoint.rename import flatten, from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
+from instdiff_jax.diffusion.schedule import alphas_cumprod
 from instdiff_jax.errors import InputError
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
-from instdiff_jax.training.state import init_state, make_networks, split_params
-from instdiff_jax.training.step import batch_keys, compile_step, make_train_step, make_validation_step
+from instdiff_jax.training.state import Networks, init_state, make_networks, split_params
+from instdiff_jax.training.step import (
+    batch_keys,
+    compile_step,
+    diffusion_loss,
+    make_train_step,
+    make_validation_step,
+)
 
 
 def official_batch(data):
@@ -149,9 +156,61 @@ def test_accumulated_parts_give_the_same_step():
 def test_bfloat16_and_remat_come_close():
     batches = [tiny_batch(step) for step in range(2)]
     _, exact = run_steps(tiny_settings(), batches)
-    state, rounded = run_steps(tiny_settings(dtype="bfloat16", remat="blocks"), batches)
+    settings = tiny_settings(dtype="bfloat16", remat="blocks")
+    state, rounded = run_steps(settings, batches)
     assert relative_error([m["loss"] for m in rounded], [m["loss"] for m in exact]) < 0.02
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.float32.dtype}
+    frozen = jax.tree.leaves(make_run(tiny_model(), settings).layout.frozen)
+    assert {leaf.dtype for leaf in frozen if leaf.ndim >= 2} == {jnp.bfloat16.dtype}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["blocks", "dots"])
+def test_computing_again_instead_of_keeping_changes_nothing(remat):
+    batches = [tiny_batch(step) for step in range(2)]
+    _, kept = run_steps(tiny_settings(), batches)
+    _, again = run_steps(tiny_settings(remat=remat), batches)
+    for name in ("loss", "grad_norm"):
+        assert relative_error([m[name] for m in again], [m[name] for m in kept]) < 1e-5
+
+
+class Echo:
+    """A network that predicts a fixed function of what it is given, so that a loss can be worked out by hand."""
+
+    def apply(self, variables, *args, method=None):
+        if method == "condition":
+            return None
+        noisy, timesteps, *_ = args
+        return 0.6 * noisy + 1e-3 * timesteps[:, None, None, None]
+
+
+@pytest.mark.parametrize("weight", ["epsilon", "velocity"])
+def test_the_loss_is_the_mean_squared_error_of_what_its_weight_names(weight):
+    rng, model = np.random.default_rng(0), tiny_model()
+    latents, noise = rng.standard_normal((2, 5, 8, 8, 4), np.float32)
+    timesteps = np.array([0, 17, 400, 800, 999], np.int32)
+    settings = tiny_settings(grounding=False, loss_weight=weight)
+    batch = dict(latents=latents, noise=noise, timesteps=timesteps, context=np.zeros((5, 1, 64), np.float32))
+    echo = Networks(Echo(), None, None, None)
+    loss = diffusion_loss(echo, model, settings)({"unet": {}}, batch, jax.random.split(jax.random.key(0), 5))
+
+    signal, sigma = (
+        np.sqrt(share)[timesteps][:, None, None, None]
+        for share in (alphas_cumprod(model.schedule), 1 - alphas_cumprod(model.schedule))
+    )
+    noisy = signal * latents + sigma * noise
+    predicted = 0.6 * noisy + 1e-3 * timesteps[:, None, None, None]
+    error = predicted - noise
+    if weight == "velocity":
+        clean = (noisy - sigma * predicted) / signal
+        error = (signal * predicted - sigma * clean) - (signal * noise - sigma * latents)
+    assert float(loss) == pytest.approx(np.mean(np.square(error)), rel=1e-5)
+
+
+def test_the_released_loss_is_the_default():
+    assert TrainSettings(steps=1, batch_size=1).loss_weight == "epsilon"
+    with pytest.raises(InputError, match="config.train.loss_weight: expected one of epsilon, velocity"):
+        TrainSettings.from_dict(dict(steps=1, batch_size=1, loss_weight="x0"))
 
 
 def test_captions_alone_train_the_base_and_the_text_encoder():

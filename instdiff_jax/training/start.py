@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from instdiff_jax.checkpoint.folder import read_config, restore_params
+from instdiff_jax.checkpoint.folder import read_config, restore_params, stored_digests
 from instdiff_jax.checkpoint.rename import flatten, parameter_shapes, unflatten
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
@@ -31,11 +31,16 @@ def base_fingerprint(settings: TrainSettings, model: ModelConfig, part: str = ""
     directory = Path(settings.start)
     read_config(directory)
     digest = hashlib.sha256()
-    root = directory / "params" / part
+    root, digests = directory / "params" / part, stored_digests(directory)
+    for name, value in sorted(digests.items()):
+        if part in ("", name):
+            digest.update(f"{name} {value}\n".encode())
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        if path.relative_to(directory / "params").parts[0] in digests:
+            continue
         size = path.stat().st_size
-        # orbax's notes hold the time of writing: two conversions of one file are the same start.
-        if path.name.startswith("_"):
+        # orbax's notes hold time and place of writing: two conversions of one file are the same start.
+        if path.name.startswith("_") or path.name == "commit_success.txt":
             continue
         digest.update(f"{path.relative_to(root)} {size}\n".encode())
         with path.open("rb") as file:

@@ -1,0 +1,351 @@
+"""The official code from a user's clone: its classes, its networks, and the baseline's side of the benchmarks.
+
+    git clone https://github.com/frank-xwang/InstanceDiffusion
+
+Its modules are imported without what importing them usually does: no window toolkit, GPU, timm or torchvision is
+needed, and nothing is downloaded.
+"""
+
+import contextlib
+import copy
+import importlib
+import io
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from benchmarks.common import HostMemory, Model, cores, make_layout, random_grounding
+from instdiff_jax.config import AutoencoderConfig, ModelConfig
+from instdiff_jax.errors import InputError
+from tests.parity.weights import make_array
+
+CLASSES = {
+    "GroundingNetInput": "grounding_input.text_grounding_tokinzer_input",
+    "AutoencoderKL": "ldm.models.autoencoder",
+    "LatentDiffusion": "ldm.models.diffusion.ldm",
+    "PLMSSampler": "ldm.models.diffusion.plms",
+    "PLMSSamplerInst": "ldm.models.diffusion.plms_instance",
+    "UNetModel": "ldm.modules.diffusionmodules.openaimodel",
+    "get_trainable_params": "utils.optimizer",
+    "update_ema": "utils.optimizer",
+}
+FORMATS = ("boxes", "points", "scribbles", "masks")
+
+
+def _stub(name: str, **members: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(members)
+    return module
+
+
+@contextlib.contextmanager
+def official_classes(clone: str | Path) -> Iterator[types.SimpleNamespace]:
+    """The official classes and functions of CLASSES, usable inside the context.
+
+    Raises:
+        InputError: for a folder that is not a clone of the official repository.
+    """
+    if not (Path(clone) / "ldm" / "models" / "diffusion" / "plms_instance.py").is_file():
+        raise InputError(f"--reference {clone}: expected a clone of github.com/frank-xwang/InstanceDiffusion")
+    timm = [
+        _stub("timm"),
+        _stub("timm.models"),
+        _stub("timm.models.layers", trunc_normal_=torch.nn.init.trunc_normal_, DropPath=torch.nn.Identity),
+        _stub("timm.models.registry", register_model=lambda function: function),
+    ]
+    others = [_stub("tkinter"), _stub("tkinter.messagebox", NO="no"), _stub("torchvision")]
+    missing = {module.__name__: module for module in timm + others if module.__name__ not in sys.modules}
+    with (
+        mock.patch.dict(sys.modules, missing),
+        mock.patch.object(sys, "path", [str(clone), *sys.path]),
+        mock.patch("torch.hub.load_state_dict_from_url", lambda **_: {"model": {}}),
+    ):
+        found = {name: getattr(importlib.import_module(module), name) for name, module in CLASSES.items()}
+        yield types.SimpleNamespace(**found)
+
+
+def _load_made_up(network: torch.nn.Module) -> None:
+    for key, value in network.state_dict().items():
+        value.copy_(torch.from_numpy(make_array(key, value.shape)))
+
+
+def build_unet(
+    official: types.SimpleNamespace, model: ModelConfig, kept: tuple[str, ...], **settings: Any
+) -> torch.nn.Module:
+    """The official UNet with deterministic weights; formats that are not kept are dropped as in its configs.
+
+    `settings` are its `use_checkpoint` and `efficient_attention`, both on in the released configs and off here.
+    """
+    unet = model.unet
+    tokenizer = dict(in_dim=768, out_dim=768, mid_dim=model.unifusion.mid_dim, use_seperate_tokenizer=True)
+    tokenizer |= {f"test_drop_{name}": name not in kept for name in FORMATS}
+    settings = dict(use_checkpoint=False, efficient_attention=False) | settings
+    network = official.UNetModel(
+        image_size=64,
+        in_channels=unet.in_channels,
+        out_channels=unet.out_channels,
+        model_channels=unet.model_channels,
+        attention_resolutions=list(unet.attention_resolutions),
+        num_res_blocks=unet.num_res_blocks,
+        channel_mult=list(unet.channel_mult),
+        num_heads=unet.num_heads,
+        transformer_depth=1,
+        context_dim=unet.context_dim,
+        fuser_type="gatedSA",
+        sd_v1_5=True,
+        grounding_tokenizer=dict(target="ldm.modules.diffusionmodules.text_grounding_net.UniFusion", params=tokenizer),
+        **settings,
+    ).eval()
+    _load_made_up(network)
+    network.grounding_tokenizer_input = official.GroundingNetInput()
+    # It would read a file that is not in the repository; that layer is frozen, so nothing changes.
+    network.restore_first_conv_from_SD = lambda: None
+    return network
+
+
+def build_autoencoder(official: types.SimpleNamespace, sizes: AutoencoderConfig) -> torch.nn.Module:
+    """The official autoencoder with deterministic weights."""
+    details = dict(
+        double_z=True,
+        z_channels=sizes.z_channels,
+        resolution=256,
+        in_channels=3,
+        out_ch=3,
+        ch=sizes.ch,
+        ch_mult=list(sizes.ch_mult),
+        num_res_blocks=sizes.num_res_blocks,
+        attn_resolutions=[],
+        dropout=0.0,
+    )
+    network = official.AutoencoderKL(ddconfig=details, embed_dim=sizes.z_channels, scale_factor=sizes.scale_factor)
+    _load_made_up(network)
+    return network.eval()
+
+
+def set_alpha(network: torch.nn.Module, alpha: float) -> None:
+    """Sets the fusers' scale."""
+    for module in network.modules():
+        if type(module).__name__ == "GatedSelfAttentionDense":
+            module.scale = float(alpha)
+
+
+def alphas(length: int, fractions: tuple[float, float, float]) -> list[float]:
+    """Ones, a linear fall, zeros; lengths truncated."""
+    ones, fall = int(fractions[0] * length), int(fractions[1] * length)
+    return [1.0] * ones + [1 - (i + 1) / fall for i in range(fall)] + [0.0] * (length - ones - fall)
+
+
+class Official:
+    """The baseline: float32 on a CPU, float16 autocast and flash attention on a GPU, as released.
+
+    Text is given as ready embeddings: encoding it is not in the baseline's time.
+    """
+
+    def __init__(self, clone: Path, model: Model, compiled: bool):
+        self._stack = contextlib.ExitStack()
+        self._official = official = self._stack.enter_context(official_classes(clone))
+        self.model, self._memory = model, HostMemory()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(cores())
+        torch.manual_seed(0)
+        settings = dict(use_checkpoint=True, efficient_attention=True)
+        self._unet = build_unet(official, model.config, ("boxes", "points"), **settings).to(self.device)
+        self._autoencoder = build_autoencoder(official, model.config.autoencoder).to(self.device)
+        schedule = model.config.schedule
+        self._diffusion = official.LatentDiffusion(
+            "linear", schedule.timesteps, schedule.linear_start, schedule.linear_end
+        ).to(self.device)
+        self._called = torch.compile(self._unet) if compiled else self._unet
+        self._rng = np.random.default_rng(0)
+
+    # ------------------------------------------------------------ sampling
+
+    def sample(self, images: int, instances: int, mis: float, steps: int, alpha: float) -> float:
+        """Seconds from embeddings to the pixels of all the pictures of a layout."""
+        layout = make_layout(instances, self.model.canvas)
+        whole = self._grounding(layout, images)
+        entries = [whole]
+        if mis and instances:
+            for slot in range(instances):
+                alone = {key: torch.zeros_like(value) for key, value in whole.items()}
+                for key, value in whole.items():
+                    alone[key][:, 0] = value[:, slot]
+                entries.append(alone)
+        self._unet.grounding_tokenizer_input.prepare(whole)
+        side = self.model.canvas // self.model.config.latent_stride
+        shape = (images, self.model.config.unet.in_channels, side, side)
+        noise, context = self._normal(*shape), self._normal(images, 77, 768)
+        given = [
+            dict(x=noise.clone(), timesteps=None, context=context, grounding_input=_renamed(entry)) for entry in entries
+        ]
+        settings = dict(
+            alpha_generator_func=lambda length: alphas(length, (alpha, 0.0, 1.0 - alpha)),
+            set_alpha_scale=lambda _, value: set_alpha(self._unet, value),
+        )
+        if len(given) > 1:
+            sampler, batch = self._official.PLMSSamplerInst(self._diffusion, self._called, mis=mis, **settings), given
+        else:
+            sampler, batch = self._official.PLMSSampler(self._diffusion, self._called, **settings), given[0]
+
+        def run() -> None:
+            with self._autocast():
+                latents = sampler.sample(steps, shape, batch, uc=context, guidance_scale=7.5)
+            with torch.no_grad():
+                pictures = torch.clamp(self._autoencoder.decode(latents), -1, 1) * 0.5 + 0.5
+                (pictures.cpu().numpy() * 255).astype(np.uint8)
+
+        return self._seconds(run)
+
+    # ------------------------------------------------------------ UNet
+
+    def forward(self, inputs: dict[str, np.ndarray], grounding: dict[str, np.ndarray]) -> np.ndarray:
+        """One evaluation with grounding; keeps what `time_forward` runs again."""
+        given = {key: torch.from_numpy(value).to(self.device) for key, value in grounding.items()}
+        self._unet.grounding_tokenizer_input.prepare(given)
+        x = torch.from_numpy(np.moveaxis(inputs["latents"], -1, 1).copy()).to(self.device)
+        times, context = (torch.from_numpy(inputs[name]).to(self.device) for name in ("timesteps", "context"))
+        set_alpha(self._unet, 1.0)
+        self._forward = dict(x=x, timesteps=times, context=context, grounding_input=_renamed(given))
+        with torch.no_grad(), self._autocast():
+            return np.moveaxis(self._called(self._forward).float().cpu().numpy(), 1, -1)
+
+    def time_forward(self, fusers: bool = True) -> float:
+        """Seconds of the evaluation given to `forward`; without fusers α is 0, and they are computed all the same."""
+        set_alpha(self._unet, 1.0 if fusers else 0.0)
+        with torch.no_grad(), self._autocast():
+            return self._seconds(lambda: self._called(self._forward))
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of an evaluation by kind of layer, from clocks around every layer."""
+        kinds = {"Conv2d": "convolutions", "Linear": "projections", "GroupNorm": "norms", "LayerNorm": "norms"}
+        taken: dict[str, float] = {}
+        starts: list[float] = []
+        handles = []
+
+        def enter(*_: Any) -> None:
+            self._wait()
+            starts.append(time.perf_counter())
+
+        def leave(kind: str) -> Callable:
+            def hook(*_: Any) -> None:
+                self._wait()
+                taken[kind] = taken.get(kind, 0.0) + time.perf_counter() - starts.pop()
+
+            return hook
+
+        for name, module in self._unet.named_modules():
+            kind = kinds.get(type(module).__name__)
+            if name == "position_net":
+                kind = "UniFusion"
+            elif name.startswith("position_net."):
+                kind = None
+            if kind is not None:
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave(kind))]
+        attention = torch.nn.functional.scaled_dot_product_attention
+
+        def timed_attention(*args: Any, **options: Any) -> torch.Tensor:
+            enter()
+            out = attention(*args, **options)
+            leave("attention")()
+            return out
+
+        with torch.no_grad(), self._autocast():
+            with mock.patch("torch.nn.functional.scaled_dot_product_attention", timed_attention):
+                whole = self._seconds(lambda: self._unet(self._forward))
+        for handle in handles:
+            handle.remove()
+        return taken | dict(rest=whole - sum(taken.values()))
+
+    # ------------------------------------------------------------ training
+
+    def prepare_training(self, batch: int) -> None:
+        """An optimizer and averages as in the official trainer, and a batch of ready latents and embeddings."""
+        network, names = self._unet, [name for name, _ in self._unet.named_parameters()]
+        with contextlib.redirect_stdout(io.StringIO()):
+            params = self._official.get_trainable_params(network, names)
+        self._optimizer = torch.optim.AdamW(params, lr=5e-5, weight_decay=0.0)
+        self._average = list(copy.deepcopy(network).parameters())
+        network.train()
+        given = {
+            key: value.repeat_interleave(batch, 0).to(self.device)
+            for key, value in ((k, torch.from_numpy(v)) for k, v in random_grounding(6, self._rng).items())
+        }
+        side = self.model.canvas // self.model.config.latent_stride
+        self._batch = dict(
+            latents=self._normal(batch, self.model.config.unet.in_channels, side, side),
+            context=self._normal(batch, 77, 768),
+            grounding=network.grounding_tokenizer_input.prepare(given),
+        )
+        self._scaler = torch.amp.GradScaler(self.device, enabled=self.device == "cuda")
+
+    def train(self) -> float:
+        """Seconds of one step on the batch: loss, gradients, AdamW, average."""
+
+        def step() -> None:
+            latents = self._batch["latents"]
+            noise = torch.randn_like(latents)
+            times = (torch.rand(len(latents), device=self.device) * 1000).long()
+            noisy = self._diffusion.q_sample(x_start=latents, t=times, noise=noise)
+            given = dict(
+                x=noisy, timesteps=times, context=self._batch["context"], grounding_input=self._batch["grounding"]
+            )
+            self._optimizer.zero_grad(set_to_none=True)
+            with self._autocast():
+                loss = torch.nn.functional.mse_loss(self._called(given), noise)
+            self._scaler.scale(loss).backward()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            with torch.no_grad():
+                self._official.update_ema(self._average, list(self._unet.parameters()), 0.9999)
+            loss.item()
+
+        return self._seconds(step)
+
+    # ------------------------------------------------------------ machine
+
+    def reset_peak(self) -> None:
+        """Begins a new peak."""
+        self._memory.reset()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> float:
+        """Peak bytes since: of the device's memory, or on a CPU of this process's."""
+        return float(torch.cuda.max_memory_allocated()) if self.device == "cuda" else self._memory.peak()
+
+    def _autocast(self) -> Any:
+        enabled = self.device == "cuda"
+        return torch.autocast(self.device, dtype=torch.float16 if enabled else torch.bfloat16, enabled=enabled)
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _seconds(self, run: Callable[[], Any]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        run()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _normal(self, *shape: int) -> torch.Tensor:
+        return torch.from_numpy(self._rng.standard_normal(shape, np.float32)).to(self.device)
+
+    def _grounding(self, layout: Any, images: int) -> dict[str, torch.Tensor]:
+        data = random_grounding(len(layout.instances), self._rng)
+        return {
+            key: torch.from_numpy(value).repeat_interleave(images, 0).to(self.device) for key, value in data.items()
+        }
+
+
+def _renamed(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {"text_embeddings": "positive_embeddings"}
+    return {renamed.get(key, key): value for key, value in data.items()}

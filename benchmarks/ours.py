@@ -1,0 +1,242 @@
+"""Our side of the benchmarks: what runs in its worker process."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.common import (
+    TOKENIZER,
+    HostMemory,
+    Model,
+    make_layout,
+    make_params,
+    random_grounding,
+    seconds,
+)
+from benchmarks.parts import record_layers, time_layers
+from instdiff_jax import grounding as groundings
+from instdiff_jax.config import SamplingConfig
+from instdiff_jax.diffusion.multi_instance import ImageRows, count_evaluations, plan_pieces
+from instdiff_jax.diffusion.solvers import solver_table
+from instdiff_jax.flops import count_flops
+from instdiff_jax.models.clip_text import CLIPTextEncoder
+from instdiff_jax.models.unet import UNet
+from instdiff_jax.models.unifusion import UniFusion
+from instdiff_jax.parallel import ParallelSettings, make_mesh
+from instdiff_jax.pipeline import DTYPES, NoisePredictor, Pipeline
+from instdiff_jax.starts import initial_noise
+from instdiff_jax.text import Tokenizer
+from instdiff_jax.training.settings import TrainSettings
+from instdiff_jax.training.state import init_state, split_params
+from instdiff_jax.training.state import make_layout as make_run_layout
+from instdiff_jax.training.step import compile_step, make_train_step
+from tests.common import grounding_arrays
+
+# What of compiling takes time: tracing, lowering, and the compiler itself.
+_COMPILING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
+_compiling: dict[str, float] = dict.fromkeys(_COMPILING, 0.0)
+
+
+def _count_compiling(event: str, duration: float, **_: Any) -> None:
+    name = event.rsplit("/", 1)[-1]
+    if name in _compiling:
+        _compiling[name] += duration
+
+
+class Ours:
+    """The pipeline and its UNet in one dtype."""
+
+    def __init__(self, model: Model, dtype: str):
+        jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured
+        jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else "default")
+        jax.monitoring.register_event_duration_secs_listener(_count_compiling)
+        self.model, self.dtype, self._memory = model, dtype, HostMemory()
+        self._unet, self._unifusion = (
+            UNet(model.config.unet, DTYPES[dtype]),
+            UniFusion(model.config.unifusion, model.config.unet.context_dim, DTYPES[dtype]),
+        )
+        if model.folder is None:
+            text = model.config.text_encoder
+            self._params = make_params(model.config, DTYPES[dtype])
+            self._tokenizer = Tokenizer(TOKENIZER, text.vocab_size, text.max_length)
+            self._pipeline = Pipeline(model.config, SamplingConfig(), self._params, self._tokenizer, dtype)
+        else:
+            from instdiff_jax.loading import load_model
+
+            loaded = load_model(model.folder, DTYPES[dtype])
+            self._params, self._tokenizer = loaded.params, loaded.tokenizer
+            self._pipeline = Pipeline(*loaded, dtype)
+
+    # ------------------------------------------------------------ sampling
+
+    def sample(self, images: int, instances: int, mis: float, steps: int, alpha: float) -> float:
+        """Seconds from a layout to the pixels of all its pictures."""
+        layout = make_layout(instances, self.model.canvas)
+        settings = dict(steps=steps, mis=mis, alpha=alpha, sampler="plms", guidance_scale=7.5)
+        return seconds(lambda: self._pipeline([layout], seeds=range(images), **settings))
+
+    def compile_seconds(self, function: str, *args: Any) -> float:
+        """Seconds that a method of this object spends on compiling."""
+        before = sum(_compiling.values())
+        getattr(self, function)(*args)
+        return sum(_compiling.values()) - before
+
+    def evaluations(self, instances: int, mis: float, steps: int, alpha: float) -> tuple[int, int]:
+        """UNet evaluations of single latents for a picture, guidance included: with the fusers, and without."""
+        table = solver_table("plms", steps, self.model.config.schedule, (alpha, 0.0, 1.0 - alpha))
+        pieces = plan_pieces(table, int(table.steps * mis) if instances else 0)
+        image = [ImageRows(layout=0, negative=0, instances=tuple(range(instances)))]
+        fused = count_evaluations([piece for piece in pieces if piece.use_fusers], image, guided=True)
+        return fused, count_evaluations(pieces, image, guided=True) - fused
+
+    # ------------------------------------------------------------ UNet
+
+    def flops(self, fusers: bool) -> int:
+        """FLOPs of one UNet evaluation of one latent, conditions ready."""
+        alpha = 1.0 if fusers else None
+        return count_flops(NoisePredictor(self._unet), self._params["unet"], *self._unet_shapes(1), alpha)
+
+    def forward(self, inputs: dict[str, np.ndarray], grounding: dict[str, np.ndarray]) -> np.ndarray:
+        """One evaluation; keeps what `time_forward` runs again."""
+        use_maps = bool(grounding["has_map"].any())
+
+        @jax.jit
+        def condition(params, grounding, context):
+            tokens = self._unifusion.apply({"params": params["unifusion"]}, grounding, use_maps)
+            return self._unet.apply({"params": params["unet"]}, context, tokens, method="condition")
+
+        conditions = condition(self._params, grounding, inputs["context"])
+        predict = jax.jit(NoisePredictor(self._unet))
+        given = jax.device_put((inputs["latents"], inputs["timesteps"]))
+        self._forward = functools.partial(predict, self._params["unet"], *given, conditions)
+        return np.asarray(self._forward(1.0))
+
+    def time_forward(self, fusers: bool = True) -> float:
+        """Seconds of the evaluation given to `forward`, with the fusers or without."""
+        alpha = 1.0 if fusers else None
+        return seconds(lambda: jax.block_until_ready(self._forward(alpha)))
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of the evaluation given to `forward` by kind of layer, each timed alone; see parts.py."""
+        params, *given = self._forward.args
+        bound = NoisePredictor(self._unet)
+        taken = time_layers(record_layers(lambda: bound(params, *given, 1.0)))
+        whole = min(self.time_forward() for _ in range(3))
+        return taken | {"rest, less what fusing saves": whole - sum(taken.values())}
+
+    def picture_parts(self, instances: int, steps: int = 50, mis: float = 0.36, alpha: float = 0.8) -> dict[str, float]:
+        """Seconds of one picture by network; the UNet's as the evaluations times one of `forward`'s latents."""
+        config, layout = self.model.config, make_layout(instances, self.model.canvas)
+        texts = 2 + 2 * instances  # prompts, phrases, the negative prompt
+        ids = jnp.zeros((4, config.text_encoder.max_length), jnp.int32)
+        encoder = CLIPTextEncoder(config.text_encoder, DTYPES[self.dtype])
+        encode = jax.jit(lambda params, ids: encoder.apply({"params": params}, ids))
+        context = encode(self._params["text_encoder"], ids)[0]
+        grounding = groundings.stack([groundings.make_grounding(layout, config)] * 4)
+        grounding.pop("maps")
+
+        @jax.jit
+        def condition(params, grounding, context):
+            tokens = self._unifusion.apply({"params": params["unifusion"]}, grounding, False)
+            return self._unet.apply({"params": params["unet"]}, context, tokens, method="condition")
+
+        def host() -> None:
+            self._tokenizer.encode_prompts([layout.caption] * texts)
+            groundings.instance_groundings(groundings.make_grounding(layout, config))
+            solver_table("plms", steps, config.schedule, (alpha, 0.0, 1.0 - alpha))
+            initial_noise(0, (side, side, config.autoencoder.z_channels))
+
+        def best(run: Callable[[], Any]) -> float:
+            run()
+            return min(seconds(run) for _ in range(3))
+
+        side = self.model.canvas // config.latent_stride
+        latents = jnp.zeros((1, side, side, config.autoencoder.z_channels))
+        rows = len(self._forward.args[1])
+        counts = self.evaluations(instances, mis, steps, alpha)
+        chunks = -(-texts // 4), -(-(2 + instances) // 4)  # the pipeline encodes four at a time
+        self.time_forward(False)
+        return {
+            "UNet": sum(n * self.time_forward(on) / rows for n, on in zip(counts, (True, False), strict=True)),
+            "autoencoder": best(lambda: self._pipeline.decode(latents)),
+            "text encoder": chunks[0] * best(lambda: jax.block_until_ready(encode(self._params["text_encoder"], ids))),
+            "UniFusion, keys and values": chunks[1]
+            * best(lambda: jax.block_until_ready(condition(self._params, grounding, context))),
+            "host": best(host),
+        }
+
+    def _unet_shapes(self, rows: int) -> tuple:
+        config, side = self.model.config, self.model.canvas // self.model.config.latent_stride
+        width, length = config.unet.context_dim, config.text_encoder.max_length
+
+        def condition(params):
+            context, tokens = jnp.zeros((rows, length, width)), jnp.zeros((rows, 184, width))
+            return self._unet.apply({"params": params}, context, tokens, method="condition")
+
+        latents = jax.ShapeDtypeStruct((rows, side, side, config.unet.in_channels), jnp.float32)
+        times = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        return latents, times, jax.eval_shape(condition, self._params["unet"])
+
+    # ------------------------------------------------------------ training
+
+    def prepare_training(self, batch: int, remat: str) -> None:
+        """The paper's training step of ready latents and text, compiled by its first call."""
+        config, rng = self.model.config, np.random.default_rng(0)
+        settings = TrainSettings(steps=100, batch_size=batch, dtype=self.dtype, remat=remat)
+        mesh = make_mesh(ParallelSettings(), jax.devices()[:1])
+        layout = make_run_layout(config, settings, ParallelSettings(), mesh)
+        trainable, frozen = split_params(self._params, settings)
+        state = init_state(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable))
+        frozen = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), frozen, layout.frozen)
+        side, width = self.model.canvas // config.latent_stride, config.unet.context_dim
+        given = random_grounding(6, rng, width, config.unifusion.map_size)
+        grounding = {key: value.repeat(batch, 0) for key, value in grounding_arrays(given).items()}
+        arrays = dict(
+            latents=rng.standard_normal((batch, side, side, config.unet.in_channels), np.float32),
+            context=rng.standard_normal((batch, config.text_encoder.max_length, width), np.float32),
+            grounding=grounding,
+        )
+        self._state = jax.device_put(state, layout.state_shardings())
+        self._batch = jax.device_put(frozen, layout.frozen_shardings()), jax.device_put(arrays)
+        step = make_train_step(config, settings, layout)
+        self._train_flops = count_flops(step, self._state, *self._batch)
+        self._step = compile_step(step, layout)
+
+    def train(self) -> float:
+        """Seconds of one step on the batch: loss, gradients, AdamW, average."""
+
+        def step() -> None:
+            self._state, metrics = self._step(self._state, *self._batch)
+            jax.block_until_ready((self._state, metrics))
+
+        return seconds(step)
+
+    def train_flops(self) -> int:
+        """FLOPs of a step, what is computed twice counted twice."""
+        return self._train_flops
+
+    # ------------------------------------------------------------ machine
+
+    def matmul_rate(self, side: int | None = None) -> float:
+        """FLOP/s of a square matrix product in this dtype, the best of ten: what the device can really do."""
+        side = side or (2048 if jax.default_backend() == "cpu" else 8192)
+        a = jax.random.normal(jax.random.key(0), (side, side), jnp.float32).astype(DTYPES[self.dtype])
+        product = jax.jit(jnp.matmul)
+        jax.block_until_ready(product(a, a))
+        return 2 * side**3 / min(seconds(lambda: jax.block_until_ready(product(a, a))) for _ in range(10))
+
+    def reset_peak(self) -> None:
+        """Begins a new peak where the platform can; an accelerator's counts from the process's start."""
+        self._memory.reset()
+
+    def peak(self) -> float:
+        """Peak bytes: of the device's memory, or on a CPU of this process's."""
+        stats = jax.devices()[0].memory_stats()
+        if jax.default_backend() == "cpu":
+            return self._memory.peak()
+        return float(stats["peak_bytes_in_use"]) if stats else math.nan
