@@ -19,6 +19,9 @@ from pathlib import Path
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.evaluation.study_rows import COST, NAMES, Sizes, make_tasks
 
+# Of a row that is done, in the terminal.
+_PRINTED = ("box_AP50", "mask_IoU", "colour_accuracy", "FID")
+
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -68,8 +71,8 @@ def run(args: argparse.Namespace, command: str) -> None:
 
     # Late, so that a wrong flag need not wait for jax.
     import jax
-    from tqdm import tqdm
 
+    from instdiff_jax.evaluation.report import metrics_line
     from instdiff_jax.evaluation.study_cost import known_cost, measure_cost
     from instdiff_jax.evaluation.study_report import write_study
     from instdiff_jax.evaluation.study_results import make_results
@@ -88,26 +91,22 @@ def run(args: argparse.Namespace, command: str) -> None:
             raise TimeUp
 
     waiting = [key for key in tasks if key not in numbers]
-    with tqdm(total=sum(count for _, _, count in waiting), unit="picture", disable=None) as bar:
-
-        def drawn() -> None:
-            bar.update()
+    try:
+        for number, (name, seed, count) in enumerate(waiting, 1):
             check_time()
-
-        try:
-            for name, seed, count in waiting:
-                if COST in sections and cost is None and seed > 0:
-                    cost = measure_cost(study)
-                bar.set_description(f"{name}, seed {seed}")
-                begin = bar.n
-                check_time()
-                numbers[name, seed, count] = study.run(tasks[name, seed, count], drawn)
-                bar.update(begin + count - bar.n)
-            if COST in sections and cost is None:
-                check_time()
+            if COST in sections and cost is None and seed > 0:
                 cost = measure_cost(study)
-        except TimeUp:
-            print(f"--minutes {args.minutes:g} are over; the page says what was not measured", file=sys.stderr)
+            begin = time.monotonic()
+            found = study.run(tasks[name, seed, count], check_time)
+            numbers[name, seed, count] = found
+            shown = metrics_line({metric: found["metrics"].get(metric) for metric in _PRINTED})
+            seconds = time.monotonic() - begin
+            print(f"{number}/{len(waiting)} {name}, seed {seed}, {count} pictures: {shown} ({seconds:.0f} s)", flush=True)
+        if COST in sections and cost is None:
+            check_time()
+            cost = measure_cost(study)
+    except TimeUp:
+        print(f"--minutes {args.minutes:g} are over; the page says what was not measured", file=sys.stderr)
     write_study(make_results(study, sections, sizes, numbers, cost, command), args.docs)
     print(f"written: {args.docs / 'results.md'}")
 

@@ -18,18 +18,20 @@ class Scenes:
         seed: of the scenes whose layouts are drawn.
         reference_seed: of as similar other scenes, whose pictures the Fréchet distance compares with.
         settings: what scenes look like.
+        group: sets of one group are drawn together, in one folder: each alone would need programs of its own sizes.
     """
 
     seed: int
     reference_seed: int
     settings: SceneSettings
+    group: str
 
 
 SCENES: dict[str, Scenes] = {
-    "main": Scenes(101, 201, SceneSettings(min_instances=2, max_instances=6)),
-    "confusable": Scenes(102, 202, SceneSettings(min_instances=2, max_instances=6, confusable=True)),
+    "main": Scenes(101, 201, SceneSettings(min_instances=2, max_instances=6), "main"),
+    "confusable": Scenes(102, 202, SceneSettings(min_instances=2, max_instances=6, confusable=True), "confusable"),
 } | {
-    f"count_{n}": Scenes(110 + n, 210 + n, SceneSettings(min_instances=n, max_instances=n)) for n in COUNTS
+    f"count_{n}": Scenes(110 + n, 210 + n, SceneSettings(min_instances=n, max_instances=n), "counts") for n in COUNTS
 }
 
 
@@ -59,9 +61,9 @@ class Row:
         """The row's sampling settings, where the checkpoint's are `own`."""
         return SamplingConfig.from_dict(own.to_dict() | dict(self.sampling), "sampling")
 
-    def slug(self, own: SamplingConfig) -> str:
-        """A name that tells these pictures from others: what differs from the checkpoint's own way."""
-        parts = [self.scenes, self.pictures if self.pictures != "layouts" else self.format]
+    def slug(self, own: SamplingConfig, scenes: str | None = None) -> str:
+        """A name that tells this row from others: its scenes, and what differs from the checkpoint's own way."""
+        parts = [scenes or self.scenes, self.pictures if self.pictures != "layouts" else self.format]
         if self.pictures == "real":
             return "-".join(parts)
         parts += [f"no_{name}" for name in self.drop]
@@ -136,8 +138,8 @@ SECTIONS: dict[str, Section] = {
     "baselines": Section(
         "Against no grounding and against boxes alone",
         "The base model draws from the caption alone: fusers, ScaleU and MIS are off. The GLIGEN-like row is an "
-        "ablation at inference of this model, not a trained GLIGEN: of UniFusion's tokens only the boxes', no ScaleU, "
-        "no MIS.",
+        "ablation at inference of this model, not a trained GLIGEN: of UniFusion's tokens the boxes' alone know a "
+        "place, and ScaleU and MIS are off.",
         (REAL, BOX, GLIGEN, CAPTION),
         (*PLACES, *LOOKS),
         large=True,

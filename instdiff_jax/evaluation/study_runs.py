@@ -1,7 +1,7 @@
 """Draws and measures the study's rows: pictures and numbers stay in its workdir, and are not made again."""
 
-import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,16 +101,18 @@ class Study:
         Returns:
             `metrics` by name, and `of_picture`: sums over each picture's instances.
         """
-        row, settings = task.row, self._settings(task)
-        folder = self.workdir / "pictures" / self._name(task)
-        claim_folder(folder, settings, "--workdir")
-        split = self.split(row.scenes, task.count)
+        row, group = task.row, SCENES[task.row.scenes].group
+        folder = self.workdir / "pictures" / f"{row.slug(self.sampling, group)}-seed_{task.seed}"
+        claim_folder(folder, self._settings(task), "--workdir")
+        together = [self.split(name, task.count).scenes for name, kind in SCENES.items() if kind.group == group]
+        # One scene of each set after another: batches are alike.
+        scenes = [scene for some in itertools.zip_longest(*together) for scene in some if scene is not None]
         if row.pictures == "real":
-            copy_real(split.scenes, folder, drawn)
+            copy_real(scenes, folder, drawn)
         else:
             generate(
                 self.pipeline(row.scaleu),
-                split.scenes,
+                scenes,
                 folder,
                 seed=task.seed,
                 format=row.format,
@@ -121,7 +123,7 @@ class Study:
                 **row.settings(self.sampling).to_dict(),
             )
         path, key = self._numbers_file(task)
-        numbers = {"key": key} | self._measured(split, folder, row)
+        numbers = {"key": key} | self._measured(self.split(row.scenes, task.count), folder, row)
         write_file(path, json.dumps(numbers).encode())
         return numbers
 
@@ -140,21 +142,19 @@ class Study:
             self._references[scenes] = fit_gaussian(self._detector.features(np.stack(images)))
         return self._references[scenes]
 
-    def _name(self, task: Task) -> str:
-        return f"{task.row.slug(self.sampling)}-seed_{task.seed}"
-
     def _numbers_file(self, task: Task) -> tuple[Path, Mapping[str, Any]]:
         """Where a task's numbers are kept, and what they depend on."""
         key = {"version": _VERSION, "pictures": self._settings(task), "segmenter": self._detector_fingerprint}
-        key |= {"count": task.count, "reference_count": self._reference_count}
-        path = self.workdir / "numbers" / f"{self._name(task)}-{task.count}.json"
+        key |= {"scenes": task.row.scenes, "count": task.count, "reference_count": self._reference_count}
+        path = self.workdir / "numbers" / f"{task.row.slug(self.sampling)}-seed_{task.seed}-{task.count}.json"
         return path, json.loads(json.dumps(key))
 
     def _settings(self, task: Task) -> dict[str, Any]:
         """All that decides what a task's pictures look like."""
-        row, scenes = task.row, SCENES[task.row.scenes]
-        settings: dict[str, Any] = {"pictures": row.pictures, "size": self.size, "scenes_seed": scenes.seed}
-        settings["scenes"] = dataclasses.asdict(scenes.settings)
+        row, group = task.row, SCENES[task.row.scenes].group
+        kinds = {name: kind for name, kind in SCENES.items() if kind.group == group}
+        settings: dict[str, Any] = {"pictures": row.pictures, "size": self.size}
+        settings["scenes"] = {name: {"seed": kind.seed} | kind.settings.to_dict() for name, kind in kinds.items()}
         if row.pictures != "real":
             settings |= {"checkpoint": self.fingerprint, "dtype": self.dtype, "seed": task.seed, "format": row.format}
             settings |= {"drop": row.drop, "scaleu": row.scaleu}
