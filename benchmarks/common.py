@@ -12,6 +12,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +33,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TOKENIZER = ROOT / "tests" / "parity" / "tokenizer"
 BOX = ROOT / "checkpoints" / "shapes"
+
+# The parity tests' weights and inputs, which the official code can hold too: modules `weights` and `common`.
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+
+from weights import make_array  # noqa: E402
 
 # What a size changes of the released model, and the side of its pictures. The official code fixes the text's width and
 # UniFusion's trunk, so even the tiny one has those.
@@ -94,7 +100,6 @@ def make_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
 
     from instdiff_jax.checkpoint.rename import unflatten
     from instdiff_jax.checkpoint.tables import PARTS, rename_table
-    from tests.parity.weights import make_array
 
     leaves = {}
     for part in PARTS:

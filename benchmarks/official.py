@@ -21,10 +21,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.common import HostMemory, Model, cores, make_layout, random_grounding
+from benchmarks.common import HostMemory, Model, cores, make_array, make_layout, random_grounding
 from instdiff_jax.config import AutoencoderConfig, ModelConfig
 from instdiff_jax.errors import InputError
-from tests.parity.weights import make_array
 
 CLASSES = {
     "GroundingNetInput": "grounding_input.text_grounding_tokinzer_input",
@@ -205,19 +204,22 @@ class Official:
 
     # ------------------------------------------------------------ UNet
 
-    def forward(self, inputs: dict[str, np.ndarray], grounding: dict[str, np.ndarray]) -> np.ndarray:
-        """One evaluation with grounding; keeps what `time_forward` runs again."""
+    def prepare_forward(self, inputs: dict[str, np.ndarray], grounding: dict[str, np.ndarray]) -> None:
+        """What the evaluation that `time_forward` times is given."""
         given = {key: torch.from_numpy(value).to(self.device) for key, value in grounding.items()}
         self._unet.grounding_tokenizer_input.prepare(given)
         x = torch.from_numpy(np.moveaxis(inputs["latents"], -1, 1).copy()).to(self.device)
         times, context = (torch.from_numpy(inputs[name]).to(self.device) for name in ("timesteps", "context"))
-        set_alpha(self._unet, 1.0)
         self._forward = dict(x=x, timesteps=times, context=context, grounding_input=_renamed(given))
+
+    def output(self) -> np.ndarray:
+        """What the evaluation predicts, with the fusers, channels last."""
+        set_alpha(self._unet, 1.0)
         with torch.no_grad(), self._autocast():
             return np.moveaxis(self._called(self._forward).float().cpu().numpy(), 1, -1)
 
     def time_forward(self, fusers: bool = True) -> float:
-        """Seconds of the evaluation given to `forward`; without fusers α is 0, and they are computed all the same."""
+        """Seconds of the prepared evaluation; without fusers α is 0, and they are computed all the same."""
         set_alpha(self._unet, 1.0 if fusers else 0.0)
         with torch.no_grad(), self._autocast():
             return self._seconds(lambda: self._called(self._forward))

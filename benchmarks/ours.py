@@ -19,6 +19,7 @@ from benchmarks.common import (
     seconds,
 )
 from benchmarks.parts import record_layers, time_layers
+from common import grounding_arrays
 from instdiff_jax import grounding as groundings
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.diffusion.multi_instance import ImageRows, count_evaluations, plan_pieces
@@ -35,7 +36,6 @@ from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import init_state, split_params
 from instdiff_jax.training.state import make_layout as make_run_layout
 from instdiff_jax.training.step import compile_step, make_train_step
-from tests.common import grounding_arrays
 
 # What of compiling takes time: tracing, lowering, and the compiler itself.
 _COMPILING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
@@ -101,8 +101,8 @@ class Ours:
         alpha = 1.0 if fusers else None
         return count_flops(NoisePredictor(self._unet), self._params["unet"], *self._unet_shapes(1), alpha)
 
-    def forward(self, inputs: dict[str, np.ndarray], grounding: dict[str, np.ndarray]) -> np.ndarray:
-        """One evaluation; keeps what `time_forward` runs again."""
+    def prepare_forward(self, inputs: dict[str, np.ndarray], grounding: dict[str, np.ndarray]) -> None:
+        """Makes the conditions of the evaluation that `time_forward` times."""
         use_maps = bool(grounding["has_map"].any())
 
         @jax.jit
@@ -114,15 +114,18 @@ class Ours:
         predict = jax.jit(NoisePredictor(self._unet))
         given = jax.device_put((inputs["latents"], inputs["timesteps"]))
         self._forward = functools.partial(predict, self._params["unet"], *given, conditions)
+
+    def output(self) -> np.ndarray:
+        """What the evaluation predicts, with the fusers."""
         return np.asarray(self._forward(1.0))
 
     def time_forward(self, fusers: bool = True) -> float:
-        """Seconds of the evaluation given to `forward`, with the fusers or without."""
+        """Seconds of the evaluation given to `prepare_forward`, with the fusers or without."""
         alpha = 1.0 if fusers else None
         return seconds(lambda: jax.block_until_ready(self._forward(alpha)))
 
     def parts(self) -> dict[str, float]:
-        """Seconds of the evaluation given to `forward` by kind of layer, each timed alone; see parts.py."""
+        """Seconds of the evaluation given to `prepare_forward` by kind of layer, each timed alone; see parts.py."""
         params, *given = self._forward.args
         bound = NoisePredictor(self._unet)
         taken = time_layers(record_layers(lambda: bound(params, *given, 1.0)))
@@ -130,7 +133,7 @@ class Ours:
         return taken | {"rest, less what fusing saves": whole - sum(taken.values())}
 
     def picture_parts(self, instances: int, steps: int = 50, mis: float = 0.36, alpha: float = 0.8) -> dict[str, float]:
-        """Seconds of one picture by network; the UNet's as the evaluations times one of `forward`'s latents."""
+        """Seconds of one picture by network; the UNet's from its evaluations and the prepared one's time."""
         config, layout = self.model.config, make_layout(instances, self.model.canvas)
         texts = 2 + 2 * instances  # prompts, phrases, the negative prompt
         ids = jnp.zeros((4, config.text_encoder.max_length), jnp.int32)
@@ -184,7 +187,7 @@ class Ours:
 
     # ------------------------------------------------------------ training
 
-    def prepare_training(self, batch: int, remat: str) -> None:
+    def prepare_training(self, batch: int, remat: str = "none") -> None:
         """The paper's training step of ready latents and text, compiled by its first call."""
         config, rng = self.model.config, np.random.default_rng(0)
         settings = TrainSettings(steps=100, batch_size=batch, dtype=self.dtype, remat=remat)

@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def make_inputs(model: Model, rows: int, instances: int = 6) -> tuple[dict, dict, dict]:
     """Latents, timesteps and text for both sides; the grounding for ours, and for the official code."""
-    from tests.common import DROPPED, grounding_arrays
+    from common import DROPPED, grounding_arrays
 
     rng, side = np.random.default_rng(rows), model.canvas // model.config.latent_stride
     width, length = model.config.unet.context_dim, model.config.text_encoder.max_length
@@ -54,17 +54,19 @@ def evaluation(args: argparse.Namespace, model: Model, workers: dict[str, Worker
     for name, worker in workers.items():
         worker.reset_peak()
         try:
-            output = worker.forward(inputs, grounding if name == "ours" else official)
+            worker.prepare_forward(inputs, grounding if name == "ours" else official)
+            if name == "ours":
+                row["compile"] = worker.compile_seconds("time_forward")
+                worker.time_forward(False)
+            output = worker.output()
         except RuntimeError as error:
             row[f"{name}_failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             continue
         asked[name] = worker
         if name == "ours":
             expected = output
-            worker.time_forward(False)
         else:
             row[f"{name}_difference"] = float(np.abs(output - expected).max() / np.abs(expected).max())
-        worker.time_forward()
     taken = common.alternate({name: w.time_forward for name, w in asked.items()}, args.repeats)
     plain = common.alternate({"ours": lambda: workers["ours"].time_forward(False)}, args.repeats)["ours"]
     flops = rows * workers["ours"].flops(True)
@@ -93,6 +95,7 @@ def evaluation_columns(names: Sequence[str]) -> list[Column]:
         Column("tflops", "TFLOP", ".3f"),
         Column("utilisation", "FLOP utilisation", ".0%"),
         Column("peak", "peak GB", ".2f"),
+        Column("compile", "compile s", ".1f"),
     ]
     for name in names[1:]:
         found += [

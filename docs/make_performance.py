@@ -1,0 +1,35 @@
+"""Writes the tables of docs/performance.md from what the benchmarks saved, so that the page never drifts from them.
+
+    python docs/make_performance.py
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, and comes from benchmarks/results/NAME.json; where
+there is no such file the page says that it was not measured.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import RESULTS, render  # noqa: E402
+
+PAGE = ROOT / "docs" / "performance.md"
+_TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """The page with every table as its file has it."""
+
+    def table(match: re.Match) -> str:
+        path = results / f"{match[2]}.json"
+        body = render(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not measured.\n"
+        return f"{match[1]}{body}{match[3]}"
+
+    return _TABLE.sub(table, text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
