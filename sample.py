@@ -18,20 +18,13 @@ from pathlib import Path
 
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.sampling_flags import add_sampling_flags, read_overrides
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shapes"
 DEFAULT_LAYOUTS = Path(__file__).parent / "examples" / "shapes"
-# Settings of config.SamplingConfig that have a flag of the same name; None keeps the checkpoint's own.
-SAMPLING_FLAGS = ("steps", "sampler", "guidance_scale", "alpha", "mis", "merge", "masked_attention", "negative_prompt")
 
 
 # ---------------------------------------------------------------- flags
-
-
-def fractions(text: str) -> tuple[float, ...] | float:
-    """`0.8`, or three fractions `0.5,0.25,0.25`."""
-    numbers = tuple(float(part) for part in text.split(","))
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,14 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="image i of every layout has seed SEED + i")
     add("--width", type=int, help="of the pictures in pixels; the layout's own by default")
     add("--height", type=int)
-    add("--steps", type=int, help="solver steps")
-    add("--sampler", help="plms, ddim or dpm++")
-    add("--guidance_scale", type=float, help="classifier-free guidance; 1 turns it off")
-    add("--alpha", type=fractions, help="fraction of the steps that the fusers are on (or three: ones, decay, zeros)")
-    add("--mis", type=float, help="fraction of the steps of the multi-instance sampler; 0 turns it off")
-    add("--merge", help="how the multi-instance sampler merges: mean or crop")
-    add("--masked_attention", help="none, correct or official")
-    add("--negative_prompt")
+    add_sampling_flags(parser)
     add("--format", default="auto", choices=("auto", "box", "point", "scribble", "mask"), help="which places count")
     add("--init_image", type=Path, help="a picture to start from, of the canvas's size")
     add("--inpaint_mask", type=Path, help="a picture that is white where --init_image is to be painted anew")
@@ -183,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"--num_images: expected a whole number of at least 1, got {args.num_images}")
     if args.max_rows is not None and args.max_rows < 1:
         raise InputError(f"--max_rows: expected a whole number of at least 1, got {args.max_rows}")
-    overrides = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    overrides = read_overrides(args)
     # Checked before minutes go into loading a checkpoint.
     SamplingConfig.from_dict(overrides, "sampling")
     if args.checkpoint == DEFAULT_CHECKPOINT and not args.checkpoint.is_dir():

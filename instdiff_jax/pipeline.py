@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from instdiff_jax import grounding as groundings
 from instdiff_jax.compilation import enable_compilation_cache
-from instdiff_jax.config import ModelConfig, SamplingConfig
+from instdiff_jax.config import ModelConfig, SamplingConfig, with_preset
 from instdiff_jax.diffusion.multi_instance import ImageRows, Inpaint, sample_rows
 from instdiff_jax.diffusion.schedule import q_sample
 from instdiff_jax.diffusion.solvers import SolverTable, solver_table
@@ -149,6 +149,7 @@ class Pipeline:
         init_image: UInt8[np.ndarray, "H W 3"] | None = None,
         inpaint_mask: Bool[np.ndarray, "H W"] | None = None,
         strength: float | None = None,
+        preset: str | None = None,
         progress: Callable[[int, int], None] | None = None,
         **overrides: Any,
     ) -> Iterator[Result]:
@@ -166,13 +167,14 @@ class Pipeline:
             inpaint_mask: paint only where this is True, and keep `init_image` elsewhere.
             strength: share of the steps that run, on `init_image` noised to the first of them; 1 starts from
                 noise alone. By default 1 with an `inpaint_mask` and 0.75 without.
+            preset: a set of settings of `config.PRESETS`, which `overrides` go before.
             progress: called with UNet evaluations done and in all.
             overrides: settings of `SamplingConfig`.
 
         Raises:
             InputError: for a setting out of range, or a canvas that the networks do not allow.
         """
-        settings = self.settings(**overrides)
+        settings = self.settings(preset, **overrides)
         start = check_start(init_image, inpaint_mask, strength)
         if strength is None:
             strength = 0.75 if start is not None and start.repaint is None else 1.0
@@ -197,9 +199,9 @@ class Pipeline:
             report = None if progress is None else functools.partial(_report, progress, number, len(batches))
             yield from self._sample(job, batch, report)
 
-    def settings(self, **overrides: Any) -> SamplingConfig:
-        """The sampling settings of a call with these overrides; InputError for one out of its range."""
-        return SamplingConfig.from_dict(self.sampling.to_dict() | overrides, "sampling")
+    def settings(self, preset: str | None = None, **overrides: Any) -> SamplingConfig:
+        """The sampling settings of a call with this preset and these overrides; InputError for one out of its range."""
+        return SamplingConfig.from_dict(self.sampling.to_dict() | with_preset(preset, overrides), "sampling")
 
     def without_scaleu(self) -> Self:
         """This pipeline with ScaleU's b and s zero, so that it changes nothing: for ablations. Programs are shared."""
@@ -269,6 +271,8 @@ class Pipeline:
                 job.table,
                 mis_steps=job.mis_steps,
                 guidance_scale=job.settings.guidance_scale,
+                guidance_interval=job.settings.guidance_interval,
+                mis_guidance=job.settings.mis_guidance,
                 merge=job.settings.merge,
                 inpaint=inpaint,
                 max_rows=self._max_rows((width, height)),

@@ -105,6 +105,8 @@ WRONG = [
     (("--sampler", "euler"), "sampler: expected one of"),
     (("--alpha", "1.5"), "alpha: expected a fraction"),
     (("--mis", "-1"), "mis: expected a fraction"),
+    (("--guidance_interval", "0.5,0.2"), "guidance_interval: expected two fractions"),
+    (("--guidance_interval", "0.5"), "guidance_interval: expected a list of float"),
     (("--merge", "paste"), "merge: expected one of mean, crop"),
     (("--masked_attention", "yes"), "masked_attention: expected one of"),
     (("--width", "30"), "width: expected a multiple of 4 pixels, got 30; nearest: 32"),
@@ -132,7 +134,7 @@ def test_exit_code(folder, flags):
     assert not (folder / "out2").exists()
 
 
-@pytest.mark.parametrize("flags", [("--format", "boxes"), ("--steps", "many"), ("--alpha", "x"), ("--unknown",)])
+@pytest.mark.parametrize("flags", [("--format", "boxes"), ("--preset", "slow"), ("--steps", "many"), ("--alpha", "x"), ("--unknown",)])
 def test_flags_of_another_type(folder, flags):
     done = run(folder, *GOOD, *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -97,7 +97,9 @@ def _parts(pipeline: pipelines.Pipeline, job: Any) -> list[dict[str, Any]]:
     with jax.default_matmul_precision("highest" if pipeline.dtype == "float32" else "default"):
         conditions, images = pipeline._conditions(job, list(range(count)), (side, side))
         parts = [_text_and_tokens(pipeline, job, (side, side))]
-        pieces = plan_pieces(job.table, job.mis_steps)
+        settings = job.settings
+        options = dict(guidance_interval=settings.guidance_interval, mis_guidance=settings.mis_guidance)
+        pieces = plan_pieces(job.table, job.mis_steps, **options)
         for piece in pieces:
             parts.append(_piece(pipeline, job, piece, conditions, images, side))
         latents = jnp.zeros((count, side, side, config.autoencoder.z_channels))
@@ -150,9 +152,10 @@ def _piece(
 ) -> dict[str, Any]:
     """One run of the sampler's loop."""
     guided = job.settings.guidance_scale != 1
-    rows = pack_rows(images, instances=piece.instances, guided=guided, max_rows=pipeline._max_rows(job.canvases[0]))
+    rows = pack_rows(images, piece.rows, max_rows=pipeline._max_rows(job.canvases[0]))
+    entries = rows.conditions[: rows.chunk, : 1 + (guided and piece.guided)]
     used = {name: tree for name, tree in conditions.items() if piece.use_fusers or name != FUSER_GROUP}
-    given = jax.tree.map(lambda leaf: leaf[rows.conditions[: rows.chunk]], used)
+    given = jax.tree.map(lambda leaf: leaf[entries], used)
     noise = np.random.default_rng(0).standard_normal((rows.chunk, side, side, pipeline.config.unet.in_channels))
     coefficients, scale = jax.device_put((job.table.coefficients, np.float32(job.settings.guidance_scale)))
     bounds = jnp.int32(piece.start), jnp.int32(piece.stop)
@@ -167,9 +170,10 @@ def _piece(
     run = functools.partial(denoise, predict, use_fusers=piece.use_fusers)
     # Counted for the loop's body; the rows that fill up a chunk are work, too.
     flops = count_flops(run, params, start_state(noise), *args) * (piece.stop - piece.start) * chunks
-    kind = "MIS: all rows" if piece.instances else "global row"
+    kinds = {"all": "MIS: all rows", "global": "MIS: global row", "instances": "MIS: instances", "image": "global row"}
+    unguided = ", no guidance" if guided and not piece.guided else ""
     return dict(
-        part=f"{kind}, fusers {'on' if piece.use_fusers else 'off'}",
+        part=f"{kinds[piece.rows]}, fusers {'on' if piece.use_fusers else 'off'}{unguided}",
         seconds=_seconds(call) * chunks / len(images),
         evaluations=count_evaluations([piece], images, guided) / len(images),
         gflop=flops / len(images) / 1e9,
