@@ -15,17 +15,11 @@ from typing import Any
 
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.sampling_flags import add_sampling_flags, read_overrides
+from instdiff_jax.shards import Shard
 
 # As evaluation/generate.py has them, which is imported late.
 FORMATS = ("auto", "box", "point", "scribble", "mask", "mixed")
-# Settings of config.SamplingConfig that have a flag of the same name; None keeps the checkpoint's own.
-SAMPLING_FLAGS = ("steps", "sampler", "guidance_scale", "alpha", "mis", "merge", "masked_attention", "negative_prompt")
-
-
-def fractions(text: str) -> tuple[float, ...] | float:
-    """`0.8`, or three fractions `0.5,0.25,0.25`."""
-    numbers = tuple(float(part) for part in text.split(","))
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,15 +44,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what("--seed", type=int, default=0, help="a picture's seed follows from this and the image's id")
     what("--batch", type=int, default=128, help="layouts in memory at a time")
     what("--shard", help="i/n: only draw images i, i + n, ...; then run once without it to measure")
-    how = parser.add_argument_group("sampling, the checkpoint's own by default").add_argument
-    how("--steps", type=int, help="solver steps")
-    how("--sampler", help="plms, ddim or dpm++")
-    how("--guidance_scale", type=float, help="classifier-free guidance; 1 turns it off")
-    how("--alpha", type=fractions, help="fraction of the steps that the fusers are on (or three: ones, decay, zeros)")
-    how("--mis", type=float, help="fraction of the steps of the multi-instance sampler; 0 turns it off")
-    how("--merge", help="how the multi-instance sampler merges: mean or crop")
-    how("--masked_attention", help="none, correct or official")
-    how("--negative_prompt")
+    sampling = parser.add_argument_group("sampling, the checkpoint's own by default")
+    add_sampling_flags(sampling)
+    how = sampling.add_argument
     how("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
     how("--max_rows", type=int, help="latents denoised at a time on a device; less needs less memory")
     measures = parser.add_argument_group("measures").add_argument
@@ -158,7 +146,7 @@ def write_reports(args: argparse.Namespace, split, plugs: dict[str, Any], settin
 
 def main(args: argparse.Namespace) -> None:
     check_args(args)
-    overrides = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    overrides = read_overrides(args)
     SamplingConfig.from_dict(overrides, "sampling")
     if args.caption_only:
         overrides |= {"alpha": 0.0, "mis": 0.0}
@@ -168,7 +156,6 @@ def main(args: argparse.Namespace) -> None:
 
     from instdiff_jax.evaluation.detectors import open_detector
     from instdiff_jax.evaluation.files import claim_folder
-    from instdiff_jax.evaluation.generate import Shard
     from instdiff_jax.evaluation.measure import fid_of_file, open_features
     from instdiff_jax.evaluation.report import check_same_images, read_report
     from instdiff_jax.evaluation.split import read_split
@@ -176,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
 
     initialize_distributed()
     several = jax.process_count() > 1
-    shard = Shard(jax.process_index(), jax.process_count()) if args.shard is None else Shard.parse(args.shard)
+    shard = Shard.of_process() if args.shard is None else Shard.parse(args.shard)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     split = read_split(args.coco_dir, args.split, args.size, args.count, args.min_area)
 

@@ -139,7 +139,7 @@ def sampling_flops(counts: tuple[int, ...]) -> int:
     rows = {True: sum(1 + n for n in counts), False: len(counts)}
     total = (rows[True] + 1) * (costs()["condition"] + costs()["unifusion"])
     for piece in plan_pieces(table, int(table.steps * settings.mis)):
-        padded = bucket_size(rows[piece.instances])
+        padded = bucket_size(rows[piece.rows == "all"])
         total += (piece.stop - piece.start) * 2 * padded * costs()["fused" if piece.use_fusers else "unfused"]
     return total
 

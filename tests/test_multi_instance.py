@@ -1,5 +1,6 @@
 """Packed rows against the multi-instance sampler stated one image and one instance at a time."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -144,14 +145,49 @@ def test_packed_rows_equal_the_sequential_sampler(steps, fractions, mis_steps, g
 
 def test_pieces():
     table = solver_table("plms", 50, SCHEDULE, (0.8, 0.0, 0.2))
-    assert mi.plan_pieces(table, 18) == [(0, 19, True, True), (19, 41, False, True), (41, 51, False, False)]
-    assert mi.plan_pieces(table, 0) == [(0, 41, False, True), (41, 51, False, False)]
-    assert mi.plan_pieces(table, 45) == [(0, 41, True, True), (41, 46, True, False), (46, 51, False, False)]
+    plan = functools.partial(mi.plan_pieces, table)
+    released = [(0, 19, "all", True, True), (19, 41, "image", True, True), (41, 51, "image", False, True)]
+    assert plan(18) == plan(18, guidance_interval=(0.0, 1.0), mis_guidance=True) == released
+    assert plan(0) == [(0, 41, "image", True, True), (41, 51, "image", False, True)]
+    assert plan(45) == [(0, 41, "all", True, True), (41, 46, "all", False, True), (46, 51, "image", False, True)]
     full = solver_table("plms", 50, SCHEDULE)
-    assert mi.plan_pieces(full, 0) == [(0, 51, False, True)]
+    assert mi.plan_pieces(full, 0) == [(0, 51, "image", True, True)]
     for n, expected in ((4, 254), (6, 330), (30, 1242)):
-        pieces = mi.plan_pieces(table, 18)
-        assert mi.count_evaluations(pieces, [mi.ImageRows(0, 0, (1,) * n)], guided=True) == expected
+        assert mi.count_evaluations(plan(18), [mi.ImageRows(0, 0, (1,) * n)]) == expected
+
+
+def test_pieces_without_guidance():
+    """Guidance begins and ends between steps, and instances' rows may have none."""
+    table = solver_table("plms", 50, SCHEDULE, (0.8, 0.0, 0.2))
+    plan = functools.partial(mi.plan_pieces, table, 18)
+    unguided = [(0, 19, "all", True, False), (19, 41, "image", True, False), (41, 51, "image", False, False)]
+    for nothing in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
+        for mis_guidance in (True, False):
+            assert plan(guidance_interval=nothing, mis_guidance=mis_guidance) == unguided
+    assert plan(guidance_interval=(0.1, 0.6)) == [
+        (0, 6, "all", True, False),
+        (6, 19, "all", True, True),
+        (19, 31, "image", True, True),
+        (31, 41, "image", True, False),
+        (41, 51, "image", False, False),
+    ]
+    assert plan(guidance_interval=(0.1, 0.9), mis_guidance=False) == [
+        (0, 6, "global", True, False),
+        (6, 19, "global", True, True),
+        (0, 19, "instances", True, False),
+        (19, 41, "image", True, True),
+        (41, 46, "image", False, True),
+        (46, 51, "image", False, False),
+    ]
+    image = mi.ImageRows(0, 0, (1,) * 4)
+    for options, expected in (
+        (dict(), 254),
+        (dict(mis_guidance=False), 4 * 19 + 2 * 51),
+        (dict(guidance_interval=(0.0, 0.8)), 254 - 10),
+        (dict(guidance_interval=(0.36, 1.0)), 5 * 19 + 2 * 32),
+        (dict(guidance_interval=(1.0, 1.0)), 5 * 19 + 32),
+    ):
+        assert mi.count_evaluations(plan(**options), [image]) == expected
 
 
 def test_nothing_compiles_again():
@@ -175,7 +211,7 @@ def test_nothing_compiles_again():
             table,
             mis_steps=mis_steps,
             guidance_scale=guidance,
-            progress=lambda done, total: None,
+            marks=[],
         )
     assert (len(TRACES), mi.denoise._cache_size()) == (traces, compiled)
 
@@ -202,11 +238,11 @@ def test_chunks_equal_one_batch(merge, max_rows):
     assert relative_error(chunked, whole) <= 1e-5
 
 
-def test_progress_counts_every_evaluation():
+def test_marks_count_every_evaluation():
     params, noise, conditions = make_inputs(4)
     images = make_images((1, 4, 0, 6))
     table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
-    calls = []
+    marks = []
     quiet = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7, max_rows=10)
     shown = mi.sample_rows(
         fake_eps,
@@ -217,11 +253,12 @@ def test_progress_counts_every_evaluation():
         table,
         mis_steps=7,
         max_rows=10,
-        progress=lambda done, total: calls.append((done, total)),
+        marks=marks,
     )
     assert relative_error(shown, quiet) <= 1e-6
-    total = mi.count_evaluations(mi.plan_pieces(table, 7), images, guided=True)
-    assert calls[-1] == (total, total) and all(a[0] < b[0] for a, b in zip(calls, calls[1:], strict=False))
+    assert all(np.isfinite(mark.ready).all() and mark.evaluations > 0 for mark in marks)
+    total = mi.count_evaluations(mi.plan_pieces(table, 7), images)
+    assert sum(mark.evaluations for mark in marks) == total and len(marks) > total / (2 * 10 * 6)
 
 
 @pytest.mark.parametrize("devices", [1, 4, 8])
@@ -235,21 +272,26 @@ def test_buckets_waste_little(devices):
 
 
 def test_rows_of_a_batch():
-    rows = mi.pack_rows(make_images((1, 0, 7)), instances=True, guided=True, devices=4)
+    rows = mi.pack_rows(make_images((1, 0, 7)), devices=4)
     assert (rows.count, rows.chunk, len(rows.image)) == (11, 12, 12)
     np.testing.assert_array_equal(rows.segment, [0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3])
     np.testing.assert_array_equal(rows.slot, [0, 1, 0, 0, 1, 2, 3, 4, 5, 6, 7, -1])
     np.testing.assert_array_equal(rows.conditions[:4], [[1, 0], [2, 0], [3, 0], [4, 0]])
-    alone = mi.pack_rows(make_images((1, 0, 7)), instances=False, guided=False)
-    np.testing.assert_array_equal(alone.conditions, [[1], [3], [4]])
+    for which in ("global", "image"):
+        alone = mi.pack_rows(make_images((1, 0, 7)), which)
+        np.testing.assert_array_equal(alone.conditions, [[1, 0], [3, 0], [4, 0]])
+    instances = mi.pack_rows(make_images((1, 0, 7)), "instances", devices=3)
+    assert (instances.count, instances.chunk, len(instances.image)) == (8, 9, 9)
+    np.testing.assert_array_equal(instances.segment, [0, *(2,) * 7, 3])
+    np.testing.assert_array_equal(instances.slot, [1, *range(1, 8), -1])
     for max_rows in range(1, 80):
-        rows = mi.pack_rows(make_images((3,) * 18), instances=True, guided=True, max_rows=max_rows)
+        rows = mi.pack_rows(make_images((3,) * 18), max_rows=max_rows)
         assert rows.chunk <= max_rows and len(rows.image) % rows.chunk == 0
         assert 0 <= len(rows.image) - rows.count < rows.chunk
 
 
 def test_padding_takes_no_part_in_a_merge():
-    rows = mi.pack_rows(make_images((1, 2)), instances=True, guided=True, devices=8)
+    rows = mi.pack_rows(make_images((1, 2)), devices=8)
     latents = np.random.default_rng(0).standard_normal((8, H, W, C)).astype(np.float32)
     latents[rows.count :] = np.nan
     for weights in (mi.mean_weights(rows), mi.crop_weights(rows, H, W)):
@@ -264,7 +306,7 @@ def test_crop_merge_pastes_boxes_on_the_right_axes():
     height, width = 8, 12
     boxes = [(0.0, 0.5, 0.25, 1.0), (0.1, 0.4, 0.5, 0.8), (0.0, 0.0, 0.0, 0.0), (0.3, 0.3, 0.31, 0.31)]
     images = [mi.ImageRows(0, 0), mi.ImageRows(0, 0, (1, 2, 3, 4), boxes)]
-    rows = mi.pack_rows(images, instances=True, guided=False, devices=8)
+    rows = mi.pack_rows(images, devices=8)
     latents = np.random.default_rng(0).standard_normal((len(rows.image), height, width, C)).astype(np.float32)
     weights = mi.crop_weights(rows, height, width)
     merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, jnp.asarray(weights))
@@ -300,7 +342,7 @@ def test_inpainting_follows_the_released_blend():
 
 def test_low_precision_networks_keep_a_float32_solver():
     params, noise, conditions = make_inputs(1)
-    rows = mi.pack_rows(make_images((0,)), instances=False, guided=True)
+    rows = mi.pack_rows(make_images((0,)), "image")
     seen = []
 
     def bfloat16_eps(params, latents, timesteps, conditions, alpha):

@@ -17,7 +17,7 @@ from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 from common import relative_error
 from configs.sd15 import get_config
 from instdiff_jax import Layout, Pipeline
-from instdiff_jax.config import ModelConfig
+from instdiff_jax.config import PRESETS, ModelConfig
 from instdiff_jax.diffusion import multi_instance
 from instdiff_jax.errors import InputError
 from instdiff_jax.flops import count_flops
@@ -172,7 +172,28 @@ def test_fusers_leave_the_program_after_alpha(pipeline, recorded):
     assert [count for _, count, _ in recorded] == [3, 2, 4]
 
 
+def test_without_guidance_an_evaluation_costs_half(pipeline, recorded):
+    """And instances without it take one latent each instead of two."""
+    pipeline([make_layout(3)], seeds=[0], steps=8, alpha=1.0, mis=0.25, guidance_interval=(0.0, 0.5))
+    (whole, *_), guided, unguided = recorded
+    assert [count for _, count, _ in recorded] == [3, 2, 4]
+    assert unguided[0] == pytest.approx(guided[0] / 2, rel=1e-3)
+    recorded.clear()
+    pipeline([make_layout(3)], seeds=[0], steps=8, alpha=1.0, mis=0.25, mis_guidance=False)
+    rows = [flops for flops, _, _ in recorded]
+    assert [count for _, count, _ in recorded] == [3, 3, 6]
+    assert rows[0] == rows[2] == guided[0] and rows[0] + rows[1] == pytest.approx(whole * 5 / 8, rel=1e-3)
+
+
 # ---------------------------------------------------------------- settings
+
+
+def test_a_preset_is_its_settings(pipeline):
+    assert pipeline.settings("quality") == pipeline.settings() == pipeline.sampling
+    assert pipeline.settings("fast", steps=3) == pipeline.settings(**PRESETS["fast"] | {"steps": 3})
+    by_name = pipeline([make_layout(3)], preset="fast", steps=3)[0]
+    by_hand = pipeline([make_layout(3)], **PRESETS["fast"] | {"steps": 3})[0]
+    assert np.array_equal(by_name.latents, by_hand.latents)
 
 
 def test_masked_attention(pipeline):
@@ -194,7 +215,17 @@ def test_masked_attention_spares_instances_without_a_region(pipeline):
     assert relative_error(masked, plain) <= 1e-5
 
 
-@pytest.mark.parametrize("changes", [dict(merge="crop"), dict(mis=0.0), dict(guidance_scale=3.0), dict(format="point")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(merge="crop"),
+        dict(mis=0.0),
+        dict(guidance_scale=3.0),
+        dict(guidance_interval=(0.0, 0.5)),
+        dict(mis_guidance=False),
+        dict(format="point"),
+    ],
+)
 def test_settings_matter(pipeline, changes):
     plain = pipeline([make_layout(3)], seeds=[0])[0]
     assert relative_error(pipeline([make_layout(3)], seeds=[0], **changes)[0].latents, plain.latents) > 1e-3
@@ -249,6 +280,8 @@ def test_strength_orders_how_far_a_picture_moves(pipeline):
         (dict(stepz=4), "sampling.stepz: nothing reads this key"),
         (dict(steps=0), "sampling.steps: expected a whole number from 1 to 1000, got 0"),
         (dict(mis=1.5), "sampling.mis: expected a fraction"),
+        (dict(guidance_interval=(0.5, 1.5)), "sampling.guidance_interval: expected two fractions"),
+        (dict(preset="slow"), "preset: expected one of quality, fast"),
         (dict(alpha=(0.5, 0.5)), "sampling.alpha: expected a fraction"),
         (dict(sampler="euler"), "sampling.sampler: expected one of plms, ddim, dpm"),
         (dict(masked_attention="yes"), "sampling.masked_attention: expected one of none"),

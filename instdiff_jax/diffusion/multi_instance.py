@@ -2,37 +2,31 @@
 
 A row is one latent being denoised: an image's global one, or one instance's. For the first M steps all
 rows of all images are one batch; then each image's rows are merged, and the remaining steps run on one
-row an image, with the global row's solver history. The UNet comes in as a function
-
-    eps_fn(params, latents [n h w c], timesteps [n], conditions, alpha) -> ε [n h w c]
-
-that must be hashable and one object a model, since it is part of the compiled program's key. With
-guidance n is rows · 2, each row's conditional and unconditional entry side by side: halves one after
-the other would cost collectives when rows are sharded.
-
-Conditions are a dict of groups, each a tree of arrays. All leaves have one leading axis of unique
-entries, which rows point into. The group `grounding` is what only the fusers read; it is left out
-wherever they are off.
+row an image, with the global row's solver history. Where there is no guidance, rows have no negative
+entry. The UNet comes in as a function, see loop.py.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from instdiff_jax.diffusion.solvers import HISTORY, Coefficients, SolverTable, update
+from instdiff_jax.diffusion.loop import FUSER_GROUP, DenoiseState, EpsFn, Inpaint, denoise, start_state
+from instdiff_jax.diffusion.solvers import SolverTable
+from instdiff_jax.diffusion.spread import count_devices, replicated, spread, take
 
-FUSER_GROUP = "grounding"
 EXACT_ROWS = 8  # a device: up to here a batch is never padded
 WASTE = 1.2  # above, a batch grows to at most this many times its rows
 
-EpsFn = Callable[[Any, Array, Array, Any, Array | None], Array]
+# Rows that run together. Before the merge: every row, or global ones and instances' apart; after it one an image.
+RowSet = Literal["all", "global", "instances", "image"]
 
 
 class ImageRows(NamedTuple):
@@ -53,7 +47,7 @@ class Rows:
         segment: the image that a row is merged into; padding: `num_images`, which no merge reads.
         slot: 0 for a global row, i for an image's i-th instance, −1 for padding.
         boxes: the instance's box in [0, 1].
-        conditions: unique conditions, conditional first, then the negative one if guided.
+        conditions: unique conditions, the conditional one and the negative one.
         count: rows that are not padding; they come first.
         chunk: rows of one call of the compiled program.
     """
@@ -62,7 +56,7 @@ class Rows:
     segment: Int[np.ndarray, "rows"]
     slot: Int[np.ndarray, "rows"]
     boxes: Float[np.ndarray, "rows 4"]
-    conditions: Int[np.ndarray, "rows groups"]
+    conditions: Int[np.ndarray, "rows 2"]
     num_images: int
     count: int
     chunk: int
@@ -81,23 +75,24 @@ def bucket_size(rows: int, devices: int = 1) -> int:
 
 
 def pack_rows(
-    images: Sequence[ImageRows], *, instances: bool, guided: bool, devices: int = 1, max_rows: int | None = None
+    images: Sequence[ImageRows], which: RowSet = "all", *, devices: int = 1, max_rows: int | None = None
 ) -> Rows:
-    """Packs images into rows: one an image, and one an instance too if `instances`.
+    """Packs images into rows.
 
     Args:
         images: each with any number of instances.
-        instances: whether instances get rows.
-        guided: whether rows have a negative entry.
+        which: of an image's rows; "global" and "image" are both its first one.
         devices: the size of a chunk is a multiple of this.
         max_rows: the most rows of a chunk (at least one a device); None for no bound.
     """
     rows = []
     for i, image in enumerate(images):
-        entries = [image.layout, *(image.instances if instances else ())]
         boxes = list(image.boxes) or [(0.0,) * 4] * len(image.instances)
-        for slot, entry in enumerate(entries):
-            rows.append((i, i, slot, boxes[slot - 1] if slot else (0.0,) * 4, (entry, image.negative)[: 1 + guided]))
+        if which != "instances":
+            rows.append((i, i, 0, (0.0,) * 4, (image.layout, image.negative)))
+        if which in ("all", "instances"):
+            for slot, (entry, box) in enumerate(zip(image.instances, boxes, strict=True), start=1):
+                rows.append((i, i, slot, box, (entry, image.negative)))
     cap = len(rows) if max_rows is None else max(max_rows // devices, 1) * devices
     chunks = -(-len(rows) // cap)
     chunk = bucket_size(-(-len(rows) // chunks), devices)
@@ -118,97 +113,11 @@ def pack_rows(
     )
 
 
-class DenoiseState(NamedTuple):
-    """What a solver carries, float32, rows (or images) first; see solvers.py."""
-
-    latents: Float[Array, "rows h w c"]
-    anchor: Float[Array, "rows h w c"]
-    history: Float[Array, "rows 3 h w c"]
-
-
-class Inpaint(NamedTuple):
-    """An image of which a region is kept. Before each step that region becomes the image, noised to the step.
-
-    `keep` is 1 in the region to keep and 0 where to paint (the `mask` of the official sampler).
-    """
-
-    latents: Float[Array, "rows h w c"]
-    keep: Float[Array, "rows h w 1"]
-    noise: Float[Array, "rows h w c"]
-
-
-def start_state(latents: Float[Array, "rows h w c"]) -> DenoiseState:
-    """The state before a solver's first evaluation."""
-    latents = jnp.asarray(latents, jnp.float32)
-    history = jnp.zeros((latents.shape[0], HISTORY, *latents.shape[1:]), jnp.float32)
-    return DenoiseState(latents, jnp.zeros_like(latents), history)
-
-
-@functools.partial(jax.jit, static_argnames=("eps_fn", "use_fusers", "sharding"), donate_argnames="state")
-def denoise(
-    eps_fn: EpsFn,
-    params: Any,
-    state: DenoiseState,
-    conditions: Any,
-    coefficients: Coefficients,
-    start: Int[Array, ""] | int,
-    stop: Int[Array, ""] | int,
-    guidance_scale: Float[Array, ""] | float,
-    *,
-    use_fusers: bool,
-    inpaint: Inpaint | None = None,
-    sharding: NamedSharding | None = None,
-) -> DenoiseState:
-    """Runs evaluations start … stop−1 of a solver's table on every row, in one compiled loop.
-
-    Only shapes, `eps_fn`, `use_fusers`, `sharding` and whether there is an `inpaint` decide the program.
-
-    Args:
-        eps_fn: the UNet, see the top of the file.
-        params: its parameters.
-        state: donated.
-        conditions: tree of [rows, G, …]; G = 2 with guidance (conditional, negative), 1 without.
-        coefficients: the table's.
-        start: first evaluation.
-        stop: end of the evaluations.
-        guidance_scale: g of ε = u + g·(c − u) (classifier-free guidance); not read where G = 1.
-        use_fusers: False passes alpha=None to `eps_fn`, which leaves the fusers out of the program.
-        inpaint: a region to keep.
-        sharding: how the rows axis is split over a mesh.
-    """
-
-    def run(params, state, conditions, coefficients, start, stop, guidance_scale, inpaint):
-        groups = jax.tree.leaves(conditions)[0].shape[1]
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditions)
-
-        def evaluate(i, state):
-            c = jax.tree.map(lambda column: column[i], coefficients)
-            x = state.latents
-            if inpaint is not None:
-                known = c.signal * inpaint.latents + c.sigma * inpaint.noise
-                keep = jnp.where(c.blend, inpaint.keep, 0.0)
-                x = keep * known + (1.0 - keep) * x
-            pairs = jnp.repeat(x, groups, axis=0)
-            alpha = c.alpha if use_fusers else None
-            eps = eps_fn(params, pairs, jnp.broadcast_to(c.timestep, pairs.shape[:1]), flat, alpha)
-            eps = eps.astype(jnp.float32).reshape(-1, groups, *x.shape[1:])
-            if groups == 2:
-                eps = eps[:, 1] + guidance_scale * (eps[:, 0] - eps[:, 1])
-            else:
-                eps = eps[:, 0]
-            return DenoiseState(*update(c, x, state.anchor, state.history, eps))
-
-        return jax.lax.fori_loop(start, stop, evaluate, state)
-
-    numbers = jax.tree.map(jnp.asarray, (coefficients, start, stop, guidance_scale))
-    arguments = (params, state, conditions, *numbers, inpaint)
-    if sharding is None:
-        return run(*arguments)
-    # Every device runs its own rows. Left to itself XLA gathers them all wherever a network loops over its batch, as
-    # attention's chunks do, and a network could not choose its chunks by the rows that it really has.
-    rows, whole = sharding.spec, PartitionSpec()
-    specs = (whole, rows, rows, whole, whole, whole, whole, rows)
-    return jax.shard_map(run, mesh=sharding.mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
+def join_rows(sets: Sequence[Rows]) -> Rows:
+    """Sets of rows one after the other, as they are merged."""
+    arrays = ("image", "segment", "slot", "boxes", "conditions")
+    joined = {name: np.concatenate([getattr(rows, name) for rows in sets]) for name in arrays}
+    return dataclasses.replace(sets[0], count=sum(rows.count for rows in sets), **joined)
 
 
 def merge_rows(
@@ -223,7 +132,7 @@ def merge_rows(
 
 def mean_weights(rows: Rows) -> Float[np.ndarray, "rows 1 1 1"]:
     """Weights that merge an image's rows to their plain mean, the global one included (as released)."""
-    share = 1.0 / np.append(np.bincount(rows.segment[: rows.count]), 1.0)
+    share = 1.0 / np.maximum(np.bincount(rows.segment, minlength=rows.num_images + 1), 1)
     return share[rows.segment].astype(np.float32)[:, None, None, None]
 
 
@@ -245,25 +154,60 @@ def crop_weights(rows: Rows, height: int, width: int) -> Float[np.ndarray, "rows
 
 
 class Piece(NamedTuple):
-    """Evaluations start … stop−1, run by one program."""
+    """Evaluations start … stop−1 of some rows, run by one program."""
 
     start: int
     stop: int
-    instances: bool
+    rows: RowSet
     use_fusers: bool
+    guided: bool
 
 
-def plan_pieces(table: SolverTable, mis_steps: int) -> list[Piece]:
-    """The at most three runs of `denoise`, split where the rows are merged and where α becomes 0."""
+def plan_pieces(
+    table: SolverTable,
+    mis_steps: int,
+    *,
+    guidance_interval: Sequence[float] = (0.0, 1.0),
+    mis_guidance: bool = True,
+) -> list[Piece]:
+    """The runs of `denoise`, split where rows are merged, where α becomes 0 and where guidance begins and ends.
+
+    Args:
+        table: the solver.
+        mis_steps: M, the steps that instances are denoised on their own for.
+        guidance_interval: between which fractions of the steps there is guidance (Kynkäänniemi et al. 2024, who give
+            noise levels); products with the number of steps are truncated, as α's are. (0, 0) is no guidance.
+        mis_guidance: False leaves the guidance out of instances' rows. The global row keeps its own: it is the one
+            whose solver history goes on, and an image without instances has to be the same in any batch.
+    """
     merge, unfused = table.evaluation_of_step(mis_steps), table.fused_evaluations
-    cuts = sorted({0, merge, unfused, table.evaluations})
-    return [Piece(a, b, a < merge, a < unfused) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    first, last = (table.evaluation_of_step(int(fraction * table.steps)) for fraction in guidance_interval)
+    if first == last:
+        first = last = 0
+
+    def split(rows: RowSet, start: int, stop: int, first: int = first, last: int = last) -> list[Piece]:
+        cuts = sorted({start, stop, *(cut for cut in (unfused, first, last) if start < cut < stop)})
+        return [Piece(a, b, rows, a < unfused, first <= a < last) for a, b in itertools.pairwise(cuts)]
+
+    if mis_guidance or first == last:
+        pieces = split("all", 0, merge)
+    else:
+        pieces = split("global", 0, merge) + split("instances", 0, merge, 0, 0)
+    return pieces + split("image", merge, table.evaluations)
 
 
-def count_evaluations(pieces: Sequence[Piece], images: Sequence[ImageRows], guided: bool) -> int:
-    """UNet evaluations of single latents that sampling takes, padding aside."""
-    rows = {True: sum(1 + len(image.instances) for image in images), False: len(images)}
-    return (1 + guided) * sum(rows[piece.instances] * (piece.stop - piece.start) for piece in pieces)
+def count_evaluations(pieces: Sequence[Piece], images: Sequence[ImageRows], guided: bool = True) -> int:
+    """UNet evaluations of single latents that sampling takes, padding aside; `guided`: with a scale that is not 1."""
+    instances = sum(len(image.instances) for image in images)
+    rows = {"all": len(images) + instances, "global": len(images), "instances": instances, "image": len(images)}
+    return sum((1 + (guided and piece.guided)) * rows[piece.rows] * (piece.stop - piece.start) for piece in pieces)
+
+
+class Mark(NamedTuple):
+    """Some evaluations that are to run: how many, padding aside, and an array that is ready when they are done."""
+
+    evaluations: int
+    ready: Array
 
 
 def sample_rows(
@@ -276,63 +220,64 @@ def sample_rows(
     *,
     mis_steps: int = 0,
     guidance_scale: float = 7.5,
+    guidance_interval: Sequence[float] = (0.0, 1.0),
+    mis_guidance: bool = True,
     merge: Literal["mean", "crop"] = "mean",
     inpaint: Inpaint | None = None,
     max_rows: int | None = None,
     sharding: NamedSharding | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    marks: list[Mark] | None = None,
     stride: int = 5,
 ) -> Float[Array, "images h w c"]:
-    """Samples latents for a batch of images with any numbers of instances.
+    """Samples latents for a batch of images with any numbers of instances; returns before they are ready.
 
     Args:
         eps_fn: the UNet, see the top of the file.
-        params: its parameters; with `sharding`, already on its mesh.
+        params: its parameters; with `sharding`, a copy on every device of its mesh.
         noise: where each image starts: noise, or an image noised to the table's first timestep.
-        conditions: groups of trees of [unique, …].
+        conditions: groups of trees of [unique, …]; with `sharding`, split over it or still to be.
         images: what each image is sampled under.
         table: the solver.
         mis_steps: M, the steps that instances are denoised on their own for.
         guidance_scale: 1 leaves out the unconditional entries.
+        guidance_interval, mis_guidance: where else they are left out, see `plan_pieces`.
         merge: how rows become one: mean, or crop-and-paste.
         inpaint: regions to keep, one an image.
         max_rows: above it rows run in chunks of one program, merged once at the end.
         sharding: splits the rows axis over a mesh, one part a device.
-        progress: called from the host with the evaluations done and to do, padding aside.
-        stride: evaluations between two calls of `progress`.
+        marks: is given a mark for every `stride` evaluations of some rows, which then run one after the other.
+        stride: evaluations between two marks.
 
     Returns:
         float32 latents of each image.
     """
-    guided = guidance_scale != 1
     if not any(image.instances for image in images):
         mis_steps = 0
-    pieces = plan_pieces(table, mis_steps)
-    done, total = 0, count_evaluations(pieces, images, guided)
+    interval = (0.0, 0.0) if guidance_scale == 1 else guidance_interval
+    pieces = plan_pieces(table, mis_steps, guidance_interval=interval, mis_guidance=mis_guidance)
 
-    state, coefficients, scale = start_state(noise), table.coefficients, np.float32(guidance_scale)
-    if sharding is None:
-        devices = 1
-        coefficients, scale = jax.device_put((coefficients, scale))
-    else:
-        devices, replicated = sharding.num_devices, NamedSharding(sharding.mesh, PartitionSpec())
-        put = (state, conditions, inpaint, coefficients, scale)
-        state, conditions, inpaint, coefficients, scale = jax.device_put(put, replicated)
+    coefficients, scale = table.coefficients, np.float32(guidance_scale)
+    coefficients, scale = jax.device_put((coefficients, scale), None if sharding is None else replicated(sharding))
+    state, conditions, inpaint = spread((start_state(noise), conditions, inpaint), sharding)
+    devices = count_devices(sharding)
 
-    for phase in (True, False):
-        todo = [piece for piece in pieces if piece.instances == phase]
-        if not todo:
-            continue
-        rows = pack_rows(images, instances=phase, guided=guided, devices=devices, max_rows=max_rows)
+    finished: list[tuple[Rows, list[DenoiseState]]] = []  # before the merge
+    for which, todo in itertools.groupby(pieces, lambda piece: piece.rows):
+        if which == "image" and finished:
+            state, finished = _merged(finished, merge, sharding), []
+        todo = list(todo)
+        needed = _groups(conditions, any(piece.use_fusers for piece in todo))
+        rows = pack_rows(images, which, devices=devices, max_rows=max_rows)
         parts = []
         for begin in range(0, len(rows.image), rows.chunk):
             chunk = slice(begin, begin + rows.chunk)
-            part, known = _gather((state, inpaint), jnp.asarray(rows.image[chunk]), sharding)
+            part, known = take((state, inpaint), rows.image[chunk], sharding)
+            entries = rows.conditions[chunk]
+            gathered = {kind: take(needed, entries[:, : 1 + kind], sharding) for kind in {p.guided for p in todo}}
             for piece in todo:
-                used = {name: tree for name, tree in conditions.items() if piece.use_fusers or name != FUSER_GROUP}
-                given = _gather(used, jnp.asarray(rows.conditions[chunk]), sharding)
-                for start in range(piece.start, piece.stop, stride if progress else piece.stop - piece.start):
-                    stop = min(start + stride, piece.stop) if progress else piece.stop
+                given = _groups(gathered[piece.guided], piece.use_fusers)
+                for start in range(piece.start, piece.stop, piece.stop - piece.start if marks is None else stride):
+                    stop = piece.stop if marks is None else min(start + stride, piece.stop)
                     part = denoise(
                         eps_fn,
                         params,
@@ -346,38 +291,56 @@ def sample_rows(
                         inpaint=known,
                         sharding=sharding,
                     )
-                    if progress:
-                        part.latents.block_until_ready()
-                        done += (1 + guided) * (stop - start) * min(rows.count - begin, rows.chunk)
-                        progress(done, total)
-                del given  # two pieces' conditions never sit in memory together
+                    if marks is not None:
+                        evaluations = (1 + piece.guided) * (stop - start) * min(rows.count - begin, rows.chunk)
+                        marks.append(Mark(evaluations, _corner(part.latents)))
             parts.append(part)
-        if phase:
-            weights = mean_weights(rows) if merge == "mean" else crop_weights(rows, *noise.shape[1:3])
-            state = _merge(parts, jnp.asarray(rows.segment), jnp.asarray(np.flatnonzero(rows.slot == 0)), weights)
-        else:
-            state = _first(parts, len(images))
-    return state.latents
+        finished.append((rows, parts))
+    if which == "image":
+        return _first([part.latents for part in parts], len(images))
+    return _merged(finished, merge, sharding).latents[: len(images)]
 
 
-@functools.partial(jax.jit, static_argnames="sharding")
-def _gather(tree: Any, index: Int[Array, "..."], sharding: NamedSharding | None) -> Any:
-    taken = jax.tree.map(lambda a: a[index], tree)
-    return taken if sharding is None else jax.lax.with_sharding_constraint(taken, sharding)
+def _groups(conditions: dict[str, Any], use_fusers: bool) -> dict[str, Any]:
+    """The groups that are read with fusers, or without."""
+    return {name: tree for name, tree in conditions.items() if use_fusers or name != FUSER_GROUP}
 
 
 @jax.jit
+def _corner(latents: Float[Array, "rows h w c"]) -> Float[Array, " rows"]:
+    """What is ready when the latents are, and stays when they are donated."""
+    return latents[:, 0, 0, 0]
+
+
+def _merged(
+    finished: Sequence[tuple[Rows, list[DenoiseState]]],
+    merge: Literal["mean", "crop"],
+    sharding: NamedSharding | None,
+) -> DenoiseState:
+    """The images' state from that of all their rows; over a mesh padded as `spread` does it."""
+    rows = join_rows([rows for rows, _ in finished])
+    parts = [part for _, parts in finished for part in parts]
+    height, width = parts[0].latents.shape[1:3]
+    weights = mean_weights(rows) if merge == "mean" else crop_weights(rows, height, width)
+    global_rows = np.flatnonzero(rows.slot == 0)
+    global_rows = np.pad(global_rows, (0, -len(global_rows) % count_devices(sharding)))
+    return _merge(parts, jnp.asarray(rows.segment), jnp.asarray(global_rows), jnp.asarray(weights), sharding)
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
 def _merge(
     parts: list[DenoiseState],
     segment: Int[Array, "rows"],
     global_rows: Int[Array, "images"],
     weights: Float[Array, "rows h2 w2 1"],
+    sharding: NamedSharding | None,
 ) -> DenoiseState:
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     latents = merge_rows(rows.latents, segment, len(global_rows), weights)
-    return DenoiseState(latents, rows.anchor[global_rows], rows.history[global_rows])
+    state = DenoiseState(latents, rows.anchor[global_rows], rows.history[global_rows])
+    return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _first(parts: list[DenoiseState], count: int) -> DenoiseState:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)
+def _first(parts: list[Float[Array, "rows h w c"]], count: int) -> Float[Array, "images h w c"]:
+    return jnp.concatenate(parts)[:count]
