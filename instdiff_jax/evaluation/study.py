@@ -101,7 +101,8 @@ def run(args: argparse.Namespace, command: str) -> None:
             numbers[name, seed, count] = found
             shown = metrics_line({metric: found["metrics"].get(metric) for metric in _PRINTED})
             seconds = time.monotonic() - begin
-            print(f"{number}/{len(waiting)} {name}, seed {seed}, {count} pictures: {shown} ({seconds:.0f} s)", flush=True)
+            what = f"{number}/{len(waiting)} {name}, seed {seed}, {count} pictures"
+            print(f"{what}: {shown} ({seconds:.0f} s)", flush=True)
         if COST in sections and cost is None:
             check_time()
             cost = measure_cost(study)

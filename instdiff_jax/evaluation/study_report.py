@@ -69,7 +69,7 @@ def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:
 def _introduction(made: Mapping[str, Any]) -> str:
     machine, sizes, sampling = made["machine"], made["sizes"], made["sampling"]
     alpha = "/".join(f"{part:g}" for part in sampling["alpha"])
-    return f"""The small model on held-out scenes of shapes, {made["size"]}×{made["size"]} pixels. Everything on this page
+    return f"""The small model on held-out scenes of shapes, {made["size"]}×{made["size"]} pixels. All that this page shows
 was made by one command, which draws only what its workdir lacks:
 
 ```bash
@@ -180,7 +180,7 @@ def _comparisons(comparisons: Sequence[Mapping[str, Any]]) -> str:
         sentences.append(f"Other than in the paper: {_listed(differ)}.")
     if open_:
         sentences.append(f"Not to be told from chance here: {_listed(open_)}.")
-    head = ("claim (section of the paper)", "number", "with", "without", "difference", "with it")
+    head = ("claim of the paper", "number", "with", "without", "difference", "with it")
     if not rows:
         return "Not measured."
     text = (

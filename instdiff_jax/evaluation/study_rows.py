@@ -84,7 +84,7 @@ class Section:
     Attributes:
         title: of its part of the page.
         text: what is compared.
-        rows: in the table's order.
+        rows: in the table's order; one that makes the same pictures as an earlier one is left out.
         columns: names of metrics, see `measure.summarize`.
         large: whether it is of the large count of pictures and seeds.
     """
@@ -112,12 +112,16 @@ _LEAKS = tuple(f"{kind}_{what}" for kind in ("colour", "texture") for what in ("
 REAL = Row("real images", pictures="real")
 BOX = Row("box")
 NO_MIS = {"mis": 0.0}
-GLIGEN = Row("GLIGEN-like: box tokens alone, no ScaleU, no MIS", drop=("point",), scaleu=False, sampling=NO_MIS)
-CAPTION = Row(
-    "base model: caption alone", pictures="captions", scaleu=False, sampling={"alpha": 0.0, "mis": 0.0}
+MASKED, UNMASKED = {"masked_attention": "correct"}, {"masked_attention": "none"}
+GLIGEN = Row(
+    "GLIGEN-like: box tokens alone, no ScaleU, MIS or masked attention",
+    drop=("point",),
+    scaleu=False,
+    sampling=NO_MIS | UNMASKED,
 )
-CONFUSED = Row("MIS on", scenes="confusable")
-MASKED = {"masked_attention": "correct"}
+CAPTION = Row(
+    "base model: caption alone", pictures="captions", scaleu=False, sampling={"alpha": 0.0} | NO_MIS | UNMASKED
+)
 
 
 def _named(name: str, values: Sequence[float]) -> tuple[Row, ...]:
@@ -139,7 +143,7 @@ SECTIONS: dict[str, Section] = {
         "Against no grounding and against boxes alone",
         "The base model draws from the caption alone: fusers, ScaleU and MIS are off. The GLIGEN-like row is an "
         "ablation at inference of this model, not a trained GLIGEN: of UniFusion's tokens the boxes' alone know a "
-        "place, and ScaleU and MIS are off.",
+        "place, and ScaleU, MIS and masked attention are off.",
         (REAL, BOX, GLIGEN, CAPTION),
         (*PLACES, *LOOKS),
         large=True,
@@ -150,23 +154,27 @@ SECTIONS: dict[str, Section] = {
         "found; leaked is the share of wrong attributes that another instance of the picture has.",
         (
             dataclasses.replace(REAL, scenes="confusable"),
-            CONFUSED,
-            Row("MIS off", scenes="confusable", sampling=NO_MIS),
-            Row("MIS off, masked attention", scenes="confusable", sampling=NO_MIS | MASKED),
-            Row("MIS with crop-and-paste", scenes="confusable", sampling={"merge": "crop"}),
+            Row("MIS and masked attention", scenes="confusable", sampling=MASKED),
+            Row("MIS alone", scenes="confusable", sampling=UNMASKED),
+            Row("masked attention alone", scenes="confusable", sampling=NO_MIS | MASKED),
+            Row("neither", scenes="confusable", sampling=NO_MIS | UNMASKED),
+            Row("MIS merged by crop and paste", scenes="confusable", sampling={"merge": "crop"}),
         ),
         ("box_AP50", "found", *_LEAKS),
     ),
     "ablations": Section(
         "Each part on and off",
-        "Parts are switched off at inference; nothing is trained again. The first rows give boxes; the last ones give "
-        "box, scribble and mask of every instance, and leave out one of UniFusion's formats.",
+        "Parts are switched at inference; nothing is trained again, and the first row is as the checkpoint samples by "
+        "itself. The first rows give boxes; the last ones give box, scribble and mask of every instance, and leave out "
+        "one of UniFusion's formats.",
         (
             BOX,
             Row("box, no MIS", sampling=NO_MIS),
             Row("box, no ScaleU", scaleu=False),
             Row("box, masked attention", sampling=MASKED),
+            Row("box, no masked attention", sampling=UNMASKED),
             Row("box, no MIS, masked attention", sampling=NO_MIS | MASKED),
+            Row("box, no MIS, no masked attention", sampling=NO_MIS | UNMASKED),
             Row("all formats", format="auto"),
             Row("all but box", format="auto", drop=("box",)),
             Row("all but point", format="auto", drop=("point",)),
