@@ -7,6 +7,7 @@ import pytest
 
 import train
 from configs import shapes
+from instdiff_jax.checkpoint.rename import flatten
 from instdiff_jax.config import read_config
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel import make_mesh
@@ -29,12 +30,13 @@ def test_each_stage_trains_its_networks():
     assert trained("base")[0] == {"unet", "text_encoder"}
     networks, layout = trained("adapters")
     assert networks == {"unet", "unifusion"}
-    assert all("fuser" in str(path) or "scaleu" in str(path) for path in paths(layout.trainable["unet"]))
-
-
-def paths(tree, prefix=()):
-    for key, value in tree.items():
-        yield from paths(value, (*prefix, key)) if isinstance(value, dict) else [(*prefix, key)]
+    assert set(layout.frozen) == {"autoencoder", "text_encoder"}
+    assert "fuser" in layout.trainable["unet"]["mid_attn"]
+    paper = ["--config=configs/shapes.py:adapters", "--config.train.trainable=paper"]
+    run = train.read_settings(read_config(paper, None)[0])
+    layout = make_layout(run.model, run.train, run.parallel, make_mesh(run.parallel))
+    names = ["/".join(path) for path in flatten(layout.trainable["unet"])]
+    assert names and all("fuser" in name or "scaleu" in name for name in names)
 
 
 def test_all_stages_have_one_model_and_the_last_is_the_default():
