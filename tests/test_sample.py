@@ -213,10 +213,7 @@ def test_exit_code(folder, flags):
     assert not (folder / "out2").exists()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [("--format", "boxes"), ("--preset", "slow"), ("--steps", "many"), ("--alpha", "x"), ("--unknown",)],
-)
+@pytest.mark.parametrize("flags", [("--format", "boxes"), ("--preset", "slow"), ("--steps", "many"), ("--alpha", "x"), ("--unknown",)])
 def test_flags_of_another_type(folder, flags):
     done = run(folder, *GOOD, *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr
