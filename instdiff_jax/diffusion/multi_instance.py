@@ -9,18 +9,17 @@ entry. The UNet comes in as a function, see loop.py.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.diffusion.loop import FUSER_GROUP, DenoiseState, EpsFn, Inpaint, denoise, start_state
 from instdiff_jax.diffusion.solvers import SolverTable
-from instdiff_jax.diffusion.spread import count_devices, replicated, spread, take
 
 EXACT_ROWS = 8  # a device: up to here a batch is never padded
 WASTE = 1.2  # above, a batch grows to at most this many times its rows
@@ -203,13 +202,6 @@ def count_evaluations(pieces: Sequence[Piece], images: Sequence[ImageRows], guid
     return sum((1 + (guided and piece.guided)) * rows[piece.rows] * (piece.stop - piece.start) for piece in pieces)
 
 
-class Mark(NamedTuple):
-    """Some evaluations that are to run: how many, padding aside, and an array that is ready when they are done."""
-
-    evaluations: int
-    ready: Array
-
-
 def sample_rows(
     eps_fn: EpsFn,
     params: Any,
@@ -226,16 +218,16 @@ def sample_rows(
     inpaint: Inpaint | None = None,
     max_rows: int | None = None,
     sharding: NamedSharding | None = None,
-    marks: list[Mark] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     stride: int = 5,
 ) -> Float[Array, "images h w c"]:
-    """Samples latents for a batch of images with any numbers of instances; returns before they are ready.
+    """Samples latents for a batch of images with any numbers of instances.
 
     Args:
         eps_fn: the UNet, see the top of the file.
-        params: its parameters; with `sharding`, a copy on every device of its mesh.
+        params: its parameters; with `sharding`, already on its mesh.
         noise: where each image starts: noise, or an image noised to the table's first timestep.
-        conditions: groups of trees of [unique, …]; with `sharding`, split over it or still to be.
+        conditions: groups of trees of [unique, …].
         images: what each image is sampled under.
         table: the solver.
         mis_steps: M, the steps that instances are denoised on their own for.
@@ -245,8 +237,8 @@ def sample_rows(
         inpaint: regions to keep, one an image.
         max_rows: above it rows run in chunks of one program, merged once at the end.
         sharding: splits the rows axis over a mesh, one part a device.
-        marks: is given a mark for every `stride` evaluations of some rows, which then run one after the other.
-        stride: evaluations between two marks.
+        progress: called from the host with the evaluations done and to do, padding aside.
+        stride: evaluations between two calls of `progress`.
 
     Returns:
         float32 latents of each image.
@@ -255,29 +247,32 @@ def sample_rows(
         mis_steps = 0
     interval = (0.0, 0.0) if guidance_scale == 1 else guidance_interval
     pieces = plan_pieces(table, mis_steps, guidance_interval=interval, mis_guidance=mis_guidance)
+    done, total = 0, count_evaluations(pieces, images)
 
-    coefficients, scale = table.coefficients, np.float32(guidance_scale)
-    coefficients, scale = jax.device_put((coefficients, scale), None if sharding is None else replicated(sharding))
-    state, conditions, inpaint = spread((start_state(noise), conditions, inpaint), sharding)
-    devices = count_devices(sharding)
+    state, coefficients, scale = start_state(noise), table.coefficients, np.float32(guidance_scale)
+    if sharding is None:
+        devices = 1
+        coefficients, scale = jax.device_put((coefficients, scale))
+    else:
+        devices, replicated = sharding.num_devices, NamedSharding(sharding.mesh, PartitionSpec())
+        put = (state, conditions, inpaint, coefficients, scale)
+        state, conditions, inpaint, coefficients, scale = jax.device_put(put, replicated)
 
     finished: list[tuple[Rows, list[DenoiseState]]] = []  # before the merge
     for which, todo in itertools.groupby(pieces, lambda piece: piece.rows):
         if which == "image" and finished:
-            state, finished = _merged(finished, merge, sharding), []
+            state, finished = _merged(finished, merge), []
         todo = list(todo)
-        needed = _groups(conditions, any(piece.use_fusers for piece in todo))
         rows = pack_rows(images, which, devices=devices, max_rows=max_rows)
         parts = []
         for begin in range(0, len(rows.image), rows.chunk):
             chunk = slice(begin, begin + rows.chunk)
-            part, known = take((state, inpaint), rows.image[chunk], sharding)
-            entries = rows.conditions[chunk]
-            gathered = {kind: take(needed, entries[:, : 1 + kind], sharding) for kind in {p.guided for p in todo}}
+            part, known = _gather((state, inpaint), jnp.asarray(rows.image[chunk]), sharding)
             for piece in todo:
-                given = _groups(gathered[piece.guided], piece.use_fusers)
-                for start in range(piece.start, piece.stop, piece.stop - piece.start if marks is None else stride):
-                    stop = piece.stop if marks is None else min(start + stride, piece.stop)
+                used = {name: tree for name, tree in conditions.items() if piece.use_fusers or name != FUSER_GROUP}
+                given = _gather(used, jnp.asarray(rows.conditions[chunk, : 1 + piece.guided]), sharding)
+                for start in range(piece.start, piece.stop, stride if progress else piece.stop - piece.start):
+                    stop = min(start + stride, piece.stop) if progress else piece.stop
                     part = denoise(
                         eps_fn,
                         params,
@@ -291,56 +286,46 @@ def sample_rows(
                         inpaint=known,
                         sharding=sharding,
                     )
-                    if marks is not None:
-                        evaluations = (1 + piece.guided) * (stop - start) * min(rows.count - begin, rows.chunk)
-                        marks.append(Mark(evaluations, _corner(part.latents)))
+                    if progress:
+                        part.latents.block_until_ready()
+                        done += (1 + piece.guided) * (stop - start) * min(rows.count - begin, rows.chunk)
+                        progress(done, total)
+                del given  # two pieces' conditions never sit in memory together
             parts.append(part)
         finished.append((rows, parts))
     if which == "image":
-        return _first([part.latents for part in parts], len(images))
-    return _merged(finished, merge, sharding).latents[: len(images)]
+        return _first(parts, len(images)).latents
+    return _merged(finished, merge).latents
 
 
-def _groups(conditions: dict[str, Any], use_fusers: bool) -> dict[str, Any]:
-    """The groups that are read with fusers, or without."""
-    return {name: tree for name, tree in conditions.items() if use_fusers or name != FUSER_GROUP}
+@functools.partial(jax.jit, static_argnames="sharding")
+def _gather(tree: Any, index: Int[Array, "..."], sharding: NamedSharding | None) -> Any:
+    taken = jax.tree.map(lambda a: a[index], tree)
+    return taken if sharding is None else jax.lax.with_sharding_constraint(taken, sharding)
 
 
-@jax.jit
-def _corner(latents: Float[Array, "rows h w c"]) -> Float[Array, " rows"]:
-    """What is ready when the latents are, and stays when they are donated."""
-    return latents[:, 0, 0, 0]
-
-
-def _merged(
-    finished: Sequence[tuple[Rows, list[DenoiseState]]],
-    merge: Literal["mean", "crop"],
-    sharding: NamedSharding | None,
-) -> DenoiseState:
-    """The images' state from that of all their rows; over a mesh padded as `spread` does it."""
+def _merged(finished: Sequence[tuple[Rows, list[DenoiseState]]], merge: Literal["mean", "crop"]) -> DenoiseState:
+    """The images' state from that of all their rows."""
     rows = join_rows([rows for rows, _ in finished])
     parts = [part for _, parts in finished for part in parts]
     height, width = parts[0].latents.shape[1:3]
     weights = mean_weights(rows) if merge == "mean" else crop_weights(rows, height, width)
-    global_rows = np.flatnonzero(rows.slot == 0)
-    global_rows = np.pad(global_rows, (0, -len(global_rows) % count_devices(sharding)))
-    return _merge(parts, jnp.asarray(rows.segment), jnp.asarray(global_rows), jnp.asarray(weights), sharding)
+    global_rows = jnp.asarray(np.flatnonzero(rows.slot == 0))
+    return _merge(parts, jnp.asarray(rows.segment), global_rows, jnp.asarray(weights))
 
 
-@functools.partial(jax.jit, static_argnames="sharding")
+@jax.jit
 def _merge(
     parts: list[DenoiseState],
     segment: Int[Array, "rows"],
     global_rows: Int[Array, "images"],
     weights: Float[Array, "rows h2 w2 1"],
-    sharding: NamedSharding | None,
 ) -> DenoiseState:
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     latents = merge_rows(rows.latents, segment, len(global_rows), weights)
-    state = DenoiseState(latents, rows.anchor[global_rows], rows.history[global_rows])
-    return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
+    return DenoiseState(latents, rows.anchor[global_rows], rows.history[global_rows])
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _first(parts: list[Float[Array, "rows h w c"]], count: int) -> Float[Array, "images h w c"]:
-    return jnp.concatenate(parts)[:count]
+def _first(parts: list[DenoiseState], count: int) -> DenoiseState:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)
