@@ -11,7 +11,7 @@ from instdiff_jax import aot
 from instdiff_jax.chips import CHIPS, predict, scaling
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.hlo import Collective, ProgramCosts, analyze, ring_bytes
-from instdiff_jax.models import attention
+from instdiff_jax.models import attention, layers
 
 # In the form that the TPU compiler prints; S(1) is memory on the chip, T(…) the tiles that pad an array.
 HLO = """\
@@ -276,6 +276,6 @@ def test_rows_must_be_shared_evenly(monkeypatch):
 def test_attention_chooses_its_chunks_for_the_devices_it_is_traced_for(monkeypatch):
     abstract = SimpleNamespace(abstract_device=SimpleNamespace(platform="tpu"))
     monkeypatch.setattr(attention.jax.sharding, "get_abstract_mesh", lambda: abstract)
-    assert attention._platform() == "tpu"
+    assert layers.platform() == "tpu"
     monkeypatch.undo()
-    assert attention._platform() == jax.default_backend()
+    assert layers.platform() == jax.default_backend()

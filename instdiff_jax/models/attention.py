@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
-from instdiff_jax.models.layers import LayerNorm
+from instdiff_jax.models.layers import LayerNorm, platform
 
 Kernel = Literal["auto", "plain", "chunked", "cudnn"]
 
@@ -85,19 +85,10 @@ def attention(
     return jnp.swapaxes(out, 1, 2)
 
 
-def _platform() -> str:
-    """Where this will run: on the devices of the mesh it is traced for, else on this process's own.
-
-    A program may be compiled for a machine other than the one that compiles it.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def _pick_kernel(q: Float[Array, "b n h d"]) -> Kernel:
     # cuDNN's flash kernel wants 16-bit floats and heads of at most 128, a multiple of 8; SD 1.5's
     # innermost heads are 160 wide, over few tokens, where the chunked form is no slower.
-    if _platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         if q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
             return "cudnn"
     return "chunked"
@@ -119,7 +110,7 @@ def _attend(q, k, v, mask) -> Float[Array, "b h n d"]:
 def _chunked(q, k, v, query_words, key_words) -> Float[Array, "b h n d"]:
     """Chunks of queries, and of the batch where a whole batch's logits for a few queries are too many."""
     b, h, n, d = q.shape
-    budget = _LOGITS.get(_platform(), 1 << 27)
+    budget = _LOGITS.get(platform(), 1 << 27)
     if b > 1 and _MIN_CHUNK * b * h * k.shape[2] > budget:
         one = [None if x is None else x[:, None] for x in (q, k, v, query_words, key_words)]
         return jax.lax.map(lambda row: _chunked(*row), tuple(one))[:, 0]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from instdiff_jax.config import AutoencoderConfig
 from instdiff_jax.models.attention import attention
-from instdiff_jax.models.layers import GroupNorm, upsample_nearest
+from instdiff_jax.models.layers import Conv, GroupNorm, upsample_nearest
 
 # Every GroupNorm of the autoencoder; the UNet's res blocks have 1e-5.
 EPS = 1e-6
@@ -83,7 +83,7 @@ class _Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w moments"]:
         config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), **dtypes)
+        conv = functools.partial(Conv, kernel_size=(3, 3), **dtypes)
         x = conv(config.ch, name="conv_in")(x)
         for level, mult in enumerate(config.ch_mult):
             for i in range(config.num_res_blocks):
@@ -109,7 +109,7 @@ class _Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
         config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), **dtypes)
+        conv = functools.partial(Conv, kernel_size=(3, 3), **dtypes)
         x = conv(config.ch * config.ch_mult[-1], name="conv_in")(x)
         x = _ResBlock(x.shape[-1], name="mid_block_1", **dtypes)(x)
         x = _Attention(name="mid_attn", **dtypes)(x)
@@ -134,9 +134,9 @@ class _ResBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h w out"]:
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         hidden = nn.silu(GroupNorm(EPS, name="norm1", **dtypes)(x))
-        hidden = nn.Conv(self.channels, (3, 3), name="conv1", **dtypes)(hidden)
+        hidden = Conv(self.channels, (3, 3), name="conv1", **dtypes)(hidden)
         hidden = nn.silu(GroupNorm(EPS, name="norm2", **dtypes)(hidden))
-        hidden = nn.Conv(self.channels, (3, 3), name="conv2", **dtypes)(hidden)
+        hidden = Conv(self.channels, (3, 3), name="conv2", **dtypes)(hidden)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, name="skip", **dtypes)(x)
         return x + hidden

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import UNetConfig
 from instdiff_jax.models.attention import GEGLU, Fuser, Kernel, KeyValue, Projections, Regions
-from instdiff_jax.models.layers import GroupNorm, LayerNorm, timestep_embedding, upsample_nearest
+from instdiff_jax.models.layers import Conv, GroupNorm, LayerNorm, timestep_embedding, upsample_nearest
 from instdiff_jax.models.scaleu import ScaleU
 
 
@@ -39,10 +39,10 @@ class ResBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w e"], time: Float[Array, "b t"]) -> Float[Array, "b h w c"]:
         settings = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         y = nn.silu(GroupNorm(name="norm1", **settings)(x))
-        y = nn.Conv(self.channels, (3, 3), name="conv1", **settings)(y)
+        y = Conv(self.channels, (3, 3), name="conv1", **settings)(y)
         y = y + nn.Dense(self.channels, name="time_proj", **settings)(time)[:, None, None, :]
         y = nn.silu(GroupNorm(name="norm2", **settings)(y))
-        y = nn.Conv(self.channels, (3, 3), name="conv2", **settings)(y)
+        y = Conv(self.channels, (3, 3), name="conv2", **settings)(y)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, name="skip", **settings)(x)
         return x + y
@@ -126,7 +126,7 @@ class UNet(nn.Module):
 
         self.time_in = nn.Dense(4 * width, **settings)
         self.time_out = nn.Dense(4 * width, **settings)
-        self.conv_in = nn.Conv(width, (3, 3), **settings)
+        self.conv_in = Conv(width, (3, 3), **settings)
         for level, mult in enumerate(config.channel_mult):
             for i in range(config.num_res_blocks):
                 add_res(f"down_{level}_res_{i}", mult * width)
@@ -134,7 +134,7 @@ class UNet(nn.Module):
                     add_attention(f"down_{level}_attn_{i}", mult * width)
             if level < levels - 1:
                 # PyTorch pads 1 on all sides; "SAME" would pad right and bottom only.
-                conv = nn.Conv(mult * width, (3, 3), strides=2, padding=((1, 1), (1, 1)), **settings)
+                conv = Conv(mult * width, (3, 3), strides=2, padding=((1, 1), (1, 1)), **settings)
                 setattr(self, f"down_{level}_downsample", conv)
         add_res("mid_res_0", config.channel_mult[-1] * width)
         add_attention("mid_attn", config.channel_mult[-1] * width)
@@ -146,9 +146,9 @@ class UNet(nn.Module):
                 if self._attends(level):
                     add_attention(f"up_{level}_attn_{i}", mult * width)
             if level > 0:
-                setattr(self, f"up_{level}_upsample", nn.Conv(mult * width, (3, 3), **settings))
+                setattr(self, f"up_{level}_upsample", Conv(mult * width, (3, 3), **settings))
         self.norm_out = GroupNorm(**settings)
-        self.conv_out = nn.Conv(config.out_channels, (3, 3), **settings)
+        self.conv_out = Conv(config.out_channels, (3, 3), **settings)
 
     def _attends(self, level: int) -> bool:
         return 2**level in self.config.attention_resolutions
