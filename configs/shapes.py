@@ -55,7 +55,7 @@ STAGES = {
         # The paper freezes the base. This one has seen 19,000 pictures and is not finished: it goes on learning.
         trainable="all",
         grounding=True,
-        masked_attention="correct",
+        masked_attention="strict",
         loss_weight="velocity",
         loss_weight_limit=20.0,
         steps=1100,
@@ -107,7 +107,7 @@ def get_config(stage: str = "adapters") -> ConfigDict:
         mis=0.36,
         merge="mean",
         negative_prompt="",
-        masked_attention="correct",
+        masked_attention="strict",
     )
     data = dict(
         dir="datasets/shapes",

@@ -170,7 +170,7 @@ class SamplingConfig(Settings):
     mis_guidance: bool = True
     merge: Literal["mean", "crop"] = "mean"
     negative_prompt: str = ""
-    masked_attention: Literal["none", "correct", "official"] = "none"
+    masked_attention: Literal["none", "correct", "strict", "official"] = "none"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.sampling") -> Self:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal, TypedDict
 
 import numpy as np
-from jaxtyping import Float, UInt32
+from jaxtyping import Bool, Float, UInt32
 
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
@@ -12,7 +12,7 @@ from instdiff_jax.geometry import box_from_mask, mask_points, normalize_points, 
 from instdiff_jax.layout import MAX_INSTANCES, Instance, Layout
 
 Format = Literal["auto", "box", "point", "scribble", "mask"]
-Orientation = Literal["official", "correct"]
+Orientation = Literal["official", "correct", "strict"]
 
 # What each released config keeps; it drops the others (reference configs test_box, test_point, ...).
 KEPT = {
@@ -22,6 +22,9 @@ KEPT = {
     "mask": ("box", "point", "mask"),
 }
 FORMATS = ("auto", *KEPT)
+
+# Around an instance without a box, as a fraction of the canvas: what "strict" masked attention takes for its place.
+REACH = 0.125
 
 # Bit of a word that means "seen by all" in instance-masked attention.
 EVERYWHERE = np.uint32(1 << 31)
@@ -142,35 +145,51 @@ def region_words(
         width: of the latent grid.
         orientation: "official" fills x along rows and y along columns, as the released code does. "correct" fills the
             box itself; a box that rounds to nothing keeps the cell it lies in, and instances without a box (point or
-            scribble only) are not masked.
+            scribble only) are not masked. "strict" is "correct" for models trained so: an instance without a box has
+            the cells within `REACH` of its point or scribble, and all four tokens of an instance are masked.
         num_map_tokens: tokens after the four times 30 of the slots.
 
     Returns:
         Words of the visual tokens, row by row, and of the grounding tokens in UniFusion's order. Box and mask tokens
         have their slot's bit, or 0 for a slot that is hidden; all others are seen everywhere. Where no instance has a
-        region, or box and mask are both dropped, everything is seen everywhere.
+        region, or box and mask are both dropped ("strict" then takes points alone), everything is seen everywhere.
     """
     tokens = np.full(4 * MAX_INSTANCES + num_map_tokens, EVERYWHERE, np.uint32)
     visual = np.zeros((height, width), np.uint32)
     masked = np.zeros(MAX_INSTANCES, np.uint32)
-    for slot, box in enumerate(grounding["boxes"]):
-        if not grounding["valid"][slot]:
+    strict, boxes_count = orientation == "strict", bool(grounding["has_box"].any() or grounding["has_mask"].any())
+    for slot in np.flatnonzero(grounding["valid"]):
+        box, bit = grounding["boxes"][slot], np.uint32(1 << int(slot))
+        if (strict and not boxes_count) or not (box[2] > box[0] and box[3] > box[1]):
+            near = _near(grounding, slot, height, width) if strict else None
+            if near is not None:
+                visual[near] |= bit
+                masked[slot] = bit
+            elif orientation != "official":
+                masked[slot] = EVERYWHERE
             continue
         if orientation == "official":
             rows, columns = _cells(box[[0, 2]], height), _cells(box[[1, 3]], width)
         else:
             rows, columns = _cells(box[[1, 3]], height, keep_one=True), _cells(box[[0, 2]], width, keep_one=True)
-        bit = np.uint32(1 << slot)
-        if box[2] > box[0] and box[3] > box[1]:
-            visual[rows, columns] |= bit
-            masked[slot] = bit
-        elif orientation == "correct":
-            masked[slot] = EVERYWHERE
-    if not visual.any() or not (grounding["has_box"].any() or grounding["has_mask"].any()):
+        visual[rows, columns] |= bit
+        masked[slot] = bit
+    if not visual.any() or not (boxes_count or strict):
         return np.full(height * width, EVERYWHERE, np.uint32), tokens
-    tokens[:MAX_INSTANCES] = masked
-    tokens[3 * MAX_INSTANCES : 4 * MAX_INSTANCES] = masked
+    for kind in range(4) if strict else (0, 3):
+        tokens[kind * MAX_INSTANCES : (kind + 1) * MAX_INSTANCES] = masked
     return visual.ravel(), tokens
+
+
+def _near(grounding: Grounding, slot: int, height: int, width: int) -> Bool[np.ndarray, "h w"] | None:
+    """The cells whose centres lie within `REACH` of a slot's scribble, or else of its point; None without either."""
+    points = [grounding[name][slot].reshape(-1, 2) for name in ("scribbles", "points")]
+    present = [grounding["has_scribble"][slot] and points[0].any(), grounding["has_point"][slot]]
+    if not any(present):
+        return None
+    places = points[0] if present[0] else points[1]
+    centres = np.stack(np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height), axis=-1)
+    return (np.abs(centres[:, :, None] - places).max(axis=-1) <= REACH).any(axis=-1)
 
 
 def _places(instance: Instance, layout: Layout, from_mask: bool) -> dict[str, np.ndarray | None]:

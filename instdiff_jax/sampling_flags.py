@@ -25,7 +25,7 @@ def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
     add("--mis", type=float, help="fraction of the steps of the multi-instance sampler; 0 turns it off")
     add("--mis_guidance", action=argparse.BooleanOptionalAction, help="guidance where instances are sampled alone")
     add("--merge", help="how the multi-instance sampler merges: mean or crop")
-    add("--masked_attention", help="none, correct or official")
+    add("--masked_attention", help="none, correct, strict or official")
     add("--negative_prompt")
 
 

@@ -252,6 +252,45 @@ def test_correct_orientation_on_a_canvas_that_is_not_square():
     np.testing.assert_array_equal(visual.reshape(64, 96) == 1, expected)
 
 
+def test_strict_masks_every_token_of_an_instance():
+    visual, tokens = region_words(box_grounding([(0.25, 0.5, 0.5, 1.0), (0, 0, 0.25, 0.25)]), 8, 8, "strict")
+    correct, _ = region_words(box_grounding([(0.25, 0.5, 0.5, 1.0), (0, 0, 0.25, 0.25)]), 8, 8, "correct")
+    np.testing.assert_array_equal(visual, correct)
+    for kind in range(4):
+        assert tokens[30 * kind : 30 * kind + 3].tolist() == [1, 2, 0]
+    assert (tokens[120:] == EVERYWHERE).all()
+
+
+def test_strict_takes_the_neighbourhood_of_points_where_there_is_no_box():
+    grounding = null_grounding(512, 768)
+    grounding["valid"][:3] = 1
+    grounding["points"][0] = 0.5, 0.25
+    grounding["has_point"][:2] = 1
+    grounding["points"][1] = 0.9, 0.9
+    grounding["scribbles"][1] = np.linspace((0.1, 0.9), (0.9, 0.9), 20).ravel()
+    grounding["has_scribble"][:2] = 1
+    visual, tokens = region_words(grounding, 16, 16, "strict")
+    words = visual.reshape(16, 16)
+    point = np.zeros((16, 16), bool)
+    point[2:6, 6:10] = True  # cells whose centres lie within 1/8 of (0.5, 0.25)
+    np.testing.assert_array_equal(words & 1 > 0, point)
+    scribble = np.zeros((16, 16), bool)
+    scribble[12:, :] = True
+    np.testing.assert_array_equal(words & 2 > 0, scribble)
+    # The third instance has no place: seen everywhere.
+    assert tokens[:3].tolist() == tokens[30:33].tolist() == [1, 2, EVERYWHERE]
+    assert (region_words(grounding, 16, 16, "correct")[0] == EVERYWHERE).all()
+
+
+def test_strict_leaves_boxes_out_where_box_and_mask_are_dropped():
+    grounding = box_grounding([(0.0, 0.0, 1.0, 1.0)])
+    grounding["has_box"][:] = 0
+    grounding["points"][0] = 0.5, 0.5
+    grounding["has_point"][0] = 1
+    visual, _ = region_words(grounding, 16, 16, "strict")
+    assert (visual == 1).sum() == 16
+
+
 def test_tiny_boxes_keep_one_cell_when_correct():
     for box in [(0.5, 0.5, 0.501, 0.501), (0.999, 0.999, 1, 1), (0, 0, 1e-4, 1e-4), (0.3, 0, 0.301, 1)]:
         visual, tokens = region_words(box_grounding([box]), 64, 64, "correct")

@@ -59,7 +59,10 @@ class Row:
 
     def settings(self, own: SamplingConfig) -> SamplingConfig:
         """The row's sampling settings, where the checkpoint's are `own`."""
-        return SamplingConfig.from_dict(own.to_dict() | dict(self.sampling), "sampling")
+        changes = dict(self.sampling)
+        if changes.get("masked_attention") == "on":
+            changes["masked_attention"] = "correct" if own.masked_attention == "none" else own.masked_attention
+        return SamplingConfig.from_dict(own.to_dict() | changes, "sampling")
 
     def slug(self, own: SamplingConfig, scenes: str | None = None) -> str:
         """A name that tells this row from others: its scenes, and what differs from the checkpoint's own way."""
@@ -72,7 +75,7 @@ class Row:
         settings = self.settings(own)
         for name in sorted(self.sampling):
             if getattr(settings, name) != getattr(own, name):
-                value = self.sampling[name]
+                value = getattr(settings, name) if name == "masked_attention" else self.sampling[name]
                 parts.append(f"{name}_{value:g}" if isinstance(value, float) else f"{name}_{value}")
         return "-".join(parts)
 
@@ -112,7 +115,8 @@ _LEAKS = tuple(f"{kind}_{what}" for kind in ("colour", "texture") for what in ("
 REAL = Row("real images", pictures="real")
 BOX = Row("box")
 NO_MIS = {"mis": 0.0}
-MASKED, UNMASKED = {"masked_attention": "correct"}, {"masked_attention": "none"}
+# "on": as the checkpoint has it, or "correct" where it has none.
+MASKED, UNMASKED = {"masked_attention": "on"}, {"masked_attention": "none"}
 GLIGEN = Row(
     "GLIGEN-like: box tokens alone, no ScaleU, MIS or masked attention",
     drop=("point",),

@@ -75,7 +75,7 @@ class TrainSettings(Settings):
     start: str = ""
     trainable: Rules = TRAINABLE["paper"]
     grounding: bool = True
-    masked_attention: Literal["none", "correct", "official"] = "none"
+    masked_attention: Literal["none", "correct", "strict", "official"] = "none"
     accumulate: int = 1
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
