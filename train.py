@@ -150,8 +150,8 @@ def open_latents(run: RunSettings, layout: RunLayout, params: Params, dataset: I
     """Every image's encoding, made first where it is not there; None where the config does not ask for it."""
     if not run.data.cache_latents:
         return None
-    if run.train.task == "autoencoder":
-        raise InputError("config.data.cache_latents: the autoencoder task trains on images; expected False")
+    if run.train.task != "diffusion":
+        raise InputError(f"config.data.cache_latents: the {run.train.task} task has no use for latents; expected False")
     autoencoder = make_networks(run.model, run.train).autoencoder
     local = on_one_device(params["autoencoder"], layout)
 

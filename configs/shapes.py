@@ -35,6 +35,18 @@ STAGES = {
         ema_decay=0.99,
         clip_norm=1.0,
     ),
+    "text": dict(
+        task="text",
+        start="runs/shapes_1",
+        trainable=((r"text_encoder/.*", "train"), (r".*", "freeze")),
+        grounding=False,
+        steps=800,
+        batch_size=64,
+        learning_rate=1e-3,
+        warmup_steps=50,
+        ema_decay=0.99,
+        clip_norm=1.0,
+    ),
     "base": dict(
         task="diffusion",
         start="runs/shapes_1",
@@ -115,7 +127,7 @@ def get_config(stage: str = "adapters") -> ConfigDict:
         validation_split="val",
         workers=0,
         prefetch=4,
-        cache_latents=stage != "autoencoder",
+        cache_latents=stage in ("base", "adapters"),
         imported_phrases=False,
         examples=dict(
             image_size=64,

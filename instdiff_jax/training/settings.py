@@ -48,7 +48,8 @@ class TrainSettings(Settings):
     """What to train, from where, for how long, and what to write on the way.
 
     Attributes:
-        task: "diffusion" trains the noise prediction, "autoencoder" the autoencoder's reconstruction.
+        task: "diffusion" trains the noise prediction, "autoencoder" the autoencoder's reconstruction, "text" a text
+            encoder whose pooled state holds the words.
         start: checkpoint folder to start from; empty initialises everything.
         trainable: a name of TRAINABLE, or ordered pairs (regex, "train" or "freeze").
         grounding: False trains on captions alone; UniFusion and the fusers are then not part of the model.
@@ -71,7 +72,7 @@ class TrainSettings(Settings):
 
     steps: int
     batch_size: int
-    task: Literal["diffusion", "autoencoder"] = "diffusion"
+    task: Literal["diffusion", "autoencoder", "text"] = "diffusion"
     start: str = ""
     trainable: Rules = TRAINABLE["paper"]
     grounding: bool = True

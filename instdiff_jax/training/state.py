@@ -105,6 +105,14 @@ def null_grounding(model: ModelConfig, batch: int) -> dict[str, Array]:
     }
 
 
+# The networks that a task's loss reaches.
+_REACHED = {
+    "diffusion": ("unet", "unifusion", "text_encoder"),
+    "autoencoder": ("autoencoder",),
+    "text": ("text_encoder",),
+}
+
+
 def split_params(params: Mapping[str, Any], settings: TrainSettings) -> tuple[Params, Params]:
     """What trains and what is frozen.
 
@@ -116,7 +124,7 @@ def split_params(params: Mapping[str, Any], settings: TrainSettings) -> tuple[Pa
     for path, leaf in flatten(params).items():
         name = "/".join(path)
         trains = match_rule(settings.trainable, name, "config.train.trainable") == "train"
-        if trains and (path[0] == "autoencoder") != (settings.task == "autoencoder"):
+        if trains and path[0] not in _REACHED[settings.task]:
             raise InputError(f"config.train.trainable: the {settings.task} task's loss does not train {name}")
         if trains and path[0] == "text_encoder" and settings.grounding:
             # The phrases were embedded before the run, with the text encoder as it was.
