@@ -27,12 +27,17 @@ class Scenes:
     group: str
 
 
+def _scenes(least: int, most: int, confusable: bool = False) -> SceneSettings:
+    """As configs/shapes.py renders them to train on."""
+    return SceneSettings(
+        min_instances=least, max_instances=most, min_side=0.24, max_side=0.7, confusable=confusable
+    )
+
+
 SCENES: dict[str, Scenes] = {
-    "main": Scenes(101, 201, SceneSettings(min_instances=2, max_instances=6), "main"),
-    "confusable": Scenes(102, 202, SceneSettings(min_instances=2, max_instances=6, confusable=True), "confusable"),
-} | {
-    f"count_{n}": Scenes(110 + n, 210 + n, SceneSettings(min_instances=n, max_instances=n), "counts") for n in COUNTS
-}
+    "main": Scenes(101, 201, _scenes(2, 6), "main"),
+    "confusable": Scenes(102, 202, _scenes(2, 6, confusable=True), "confusable"),
+} | {f"count_{n}": Scenes(110 + n, 210 + n, _scenes(n, n), "counts") for n in COUNTS}
 
 
 @dataclasses.dataclass(frozen=True)
