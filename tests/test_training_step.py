@@ -270,6 +270,18 @@ def test_the_autoencoder_learns_to_reconstruct():
     assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
 
 
+def test_the_text_encoder_learns_to_hold_the_words():
+    rules = ((r"text_encoder/.*", "train"), (r".*", "freeze"))
+    settings = tiny_settings(task="text", grounding=False, trainable=rules)
+    ids = tiny_batch(0)["caption_ids"]
+    _, metrics = run_steps(settings, [{"caption_ids": ids}] * 40)
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    # No loss can be below a uniform one over a caption's words; the end token is none of them.
+    end = ids.argmax(axis=1)
+    words = [set(row[1:last].tolist()) for row, last in zip(ids, end, strict=True)]
+    assert metrics[-1]["loss"] > np.mean([np.log(max(len(row), 1)) for row in words]) - 1e-5
+
+
 @pytest.mark.slow
 def test_pictures_are_encoded_in_the_step():
     model, settings = tiny_model(), tiny_settings()

@@ -8,6 +8,7 @@ from parity_checks import UNET as UNET_TOLERANCE
 from parity_checks import params_of
 
 import common
+from instdiff_jax.models import layers
 from instdiff_jax.models.attention import attention
 from instdiff_jax.models.scaleu import scale_low_frequencies
 from instdiff_jax.models.unet import UNet
@@ -105,3 +106,26 @@ def test_exact_parameter_counts():
     assert count(lambda path: "fuser" in path) == 208_018_272
     assert count(lambda path: path[0] == "unifusion") == 160_782_669
     assert count(lambda path: path[1].startswith("scaleu")) == 11_532
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 12, 20), (3, 16, 24, 8, 8), (1, 96, 96, 4, 4), (2, 5, 7, 160, 6)])
+def test_convolutions_on_cpus_are_the_same_sum(shape):
+    """Over gathered neighbours, over one neighbour after the other, and too large for both."""
+    b, h, w, c, features = shape
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(b, h, w, c)), rng.normal(size=(3, 3, c, features))
+    x, kernel, probe = (a.astype(np.float32) for a in (x, kernel, rng.normal(size=(b, h, w, features))))
+    names = ("NHWC", "HWIO", "NHWC")
+
+    def total(convolve, x, kernel):
+        return jnp.vdot(probe, convolve(x, kernel, (1, 1), "SAME", dimension_numbers=names))
+
+    for which in (layers._convolve, jax.lax.conv_general_dilated):
+        value, grads = jax.value_and_grad(total, argnums=(1, 2))(which, x, kernel)
+        if which is layers._convolve:
+            ours, our_grads = value, grads
+    assert abs(ours - value) <= 1e-4 * np.sqrt(b * h * w * features * 9 * c)
+    for a, b in zip(our_grads, grads, strict=True):
+        assert common.relative_error(a, b) < 1e-5
+    text = str(jax.make_jaxpr(lambda x: layers._convolve(x, kernel, (1, 1), "SAME", dimension_numbers=names))(x))
+    assert ("conv_general_dilated" in text) == (shape[1] == 96)
