@@ -1,4 +1,4 @@
-"""The small model's config: three stages, one model, each stage trains what it says."""
+"""The small model's config: four stages, one model, each stage trains what it says."""
 
 import subprocess
 import sys
@@ -27,7 +27,8 @@ def trained(name):
 
 def test_each_stage_trains_its_networks():
     assert trained("autoencoder")[0] == {"autoencoder"}
-    assert trained("base")[0] == {"unet", "text_encoder"}
+    assert trained("text")[0] == {"text_encoder"}
+    assert trained("base")[0] == {"unet"}
     networks, layout = trained("adapters")
     assert networks == {"unet", "unifusion"}
     assert set(layout.frozen) == {"autoencoder", "text_encoder"}
@@ -41,19 +42,20 @@ def test_each_stage_trains_its_networks():
 
 def test_all_stages_have_one_model_and_the_last_is_the_default():
     models = [stage(name).model for name in shapes.STAGES]
-    assert models[0] == models[1] == models[2]
+    assert all(model == models[0] for model in models) and len(models) == 4
     assert shapes.get_config().to_dict() == shapes.get_config("adapters").to_dict()
 
 
 def test_each_stage_starts_where_the_docstring_exports_the_one_before():
-    for name, folder in (("autoencoder", ""), ("base", "runs/shapes_1"), ("adapters", "runs/shapes_2")):
+    starts = {"autoencoder": "", "text": "runs/shapes_1", "base": "runs/shapes_2", "adapters": "runs/shapes_3"}
+    for name, folder in starts.items():
         assert stage(name).train.start == folder
         assert f"configs/shapes.py:{name}" in shapes.__doc__
         assert f"--output {folder}" in shapes.__doc__
 
 
 def test_an_unknown_stage_is_one_line():
-    with pytest.raises(InputError, match="configs/shapes.py:fusers: expected one of autoencoder, base, adapters"):
+    with pytest.raises(InputError, match="configs/shapes.py:fusers: expected one of autoencoder, text, base, adapters"):
         stage("fusers")
     command = [sys.executable, "train.py", "--config=configs/shapes.py:fusers", "--workdir=none"]
     done = subprocess.run(command, capture_output=True, text=True)
