@@ -140,10 +140,15 @@ def open_phrases(run: RunSettings, layout: RunLayout, params: Params, tokenizer:
     def embed(phrases: list[str]) -> Float[np.ndarray, "n width"]:
         return np.asarray(encode(local, tokenizer.encode_phrases(phrases)))
 
-    fingerprint = base_fingerprint(run.train, run.model, "text_encoder")
+    # Frozen parameters have been rounded to the run's dtype.
+    fingerprint = base_fingerprint(run.train, run.model, "text_encoder") + _dtype_suffix(run)
     return first_process_first(
         lambda: phrase_table(run.data.dir, fingerprint, embed, use_imported=run.data.imported_phrases)
     )
+
+
+def _dtype_suffix(run: RunSettings) -> str:
+    return "" if run.train.dtype == "float32" else f"-{run.train.dtype}"
 
 
 def open_latents(run: RunSettings, layout: RunLayout, params: Params, dataset: InstanceDataset) -> LatentCache | None:
@@ -163,7 +168,7 @@ def open_latents(run: RunSettings, layout: RunLayout, params: Params, dataset: I
     fingerprint = base_fingerprint(run.train, run.model, "autoencoder")
     size = run.data.examples.image_size
     flips = run.data.examples.flip > 0
-    name = f"{dataset.split}-{size}-{fingerprint[:16]}" + "-unflipped" * (not flips)
+    name = f"{dataset.split}-{size}-{fingerprint[:16]}{_dtype_suffix(run)}" + "-unflipped" * (not flips)
     path = Path(run.data.dir) / "latents" / name
     cache = first_process_first(
         lambda: cache_latents(lambda images: encode(local, images), dataset, path, fingerprint, size, flips=flips)
@@ -278,7 +283,12 @@ def train(run: RunSettings, workdir: Path) -> str:
     start = int(state.step)
     if first:
         groups = {name: group.to_dict() for name, group in run._asdict().items()}
-        (workdir / "config.json").write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
+        if run.train.start:
+            # Export and sampling may run from another folder.
+            groups["train"]["start"] = str(Path(run.train.start).absolute())
+        partial = workdir / "config.json.partial"
+        partial.write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
+        partial.replace(workdir / "config.json")
         print(f"{workdir}: from step {start} to {run.train.steps} on {mesh.size} devices", file=sys.stderr)
 
     # ---- input
@@ -301,7 +311,7 @@ def train(run: RunSettings, workdir: Path) -> str:
             tokenize=tokenizer.encode_prompts,
             phrases=phrases,
             batch_size=run.train.batch_size,
-            rows=range(rows.start, rows.stop),
+            rows=rows,
             masked=masked,
             seed=run.train.seed,
             **options,

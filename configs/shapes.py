@@ -152,10 +152,14 @@ def get_config(stage: str = "adapters") -> ConfigDict:
             drop_mask=0.6,
             only_point=0.1,
             only_mask=0.2,
+            null_grounding=0.1,
+            dropout_per="sample",
+            min_area=0.01,
+            use_crowds=False,
         ),
     )
     train = dict(
-        **settings,
+        **(dict(masked_attention="none", loss_weight="epsilon", loss_weight_limit=0.0, kl_weight=1e-6) | settings),
         accumulate=1,
         seed=0,
         dtype="float32",
@@ -172,7 +176,7 @@ def get_config(stage: str = "adapters") -> ConfigDict:
         sample_count=4,
         profile_start=-1,
         profile_steps=5,
-        optimizer=dict(optimizer, schedule="cosine", weight_decay=0.0),
+        optimizer=dict(optimizer, schedule="cosine", weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8),
     )
     parallel = dict(data=-1, fsdp=1, rules=((r".*", "replicate"),), frozen="replicated")
     return ConfigDict(dict(model=model, sampling=sampling, data=data, train=train, parallel=parallel))

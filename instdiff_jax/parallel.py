@@ -50,7 +50,16 @@ class ParallelSettings(Settings):
         for rule in settings.rules:
             if len(rule) != 2 or rule[1] not in ("fsdp", "replicate"):
                 raise InputError(f"{where}.rules: expected pairs (regex, fsdp or replicate), got {rule!r}")
+            check_pattern(rule[0], f"{where}.rules")
         return settings
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    """Raises InputError for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{where}: expected a regular expression, got {pattern!r} ({error})") from error
 
 
 def initialize_distributed() -> None:
@@ -96,7 +105,12 @@ def make_mesh(settings: ParallelSettings, devices: Sequence[jax.Device] | None =
             f"config.parallel: a mesh of data {settings.data} and fsdp {settings.fsdp} does not match "
             f"the {len(devices)} devices; expected sizes whose product is {len(devices)}, one of them may be -1"
         )
-    return jax.make_mesh(sizes, (DATA, FSDP), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    try:
+        return jax.make_mesh(sizes, (DATA, FSDP), devices=devices, axis_types=axis_types)
+    except (NotImplementedError, ValueError):
+        # Sizes that do not follow the links between the chips: any order works, if more slowly.
+        return Mesh(np.array(devices).reshape(sizes), (DATA, FSDP), axis_types=axis_types)
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
@@ -165,19 +179,32 @@ def sum_gradients(tree: Any, specs: Any) -> Any:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays, split over the mesh, from the rows that this process's devices own (numpy, in device order)."""
+    """Global arrays, split over the mesh, from the rows of `process_rows` (numpy)."""
     sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
+
+    def put(leaf: Any) -> jax.Array:
+        rows = np.asarray(leaf)
+        each = len(rows) // len(sharding.addressable_devices)
+        shape = (each * mesh.size, *rows.shape[1:])
+        starts = {device: index[0].start or 0 for device, index in _own(sharding, shape).items()}
+        places = sorted(starts.values())
+        parts = [
+            jax.device_put(rows[each * places.index(start) : each * (places.index(start) + 1)], device)
+            for device, start in starts.items()
+        ]
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+    return jax.tree.map(put, batch)
 
 
-def process_rows(batch_size: int, mesh: Mesh) -> slice:
-    """Which rows of a global batch this process's devices own.
+def _own(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[jax.Device, tuple[slice, ...]]:
+    return sharding.addressable_devices_indices_map(shape)
 
-    Raises:
-        InputError: where they are not one run of rows.
+
+def process_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
+    """Which rows of a global batch this process's devices own, in order.
+
+    They need not be neighbours: a host of a TPU slice holds a square of the chips, the mesh follows their links.
     """
-    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
-    spans = sorted({index[0].indices(batch_size)[:2] for index in indices.values()})
-    if any(left[1] != right[0] for left, right in zip(spans, spans[1:], strict=False)):
-        raise InputError("config.parallel: expected a mesh in which each process's devices are neighbours")
-    return slice(spans[0][0], spans[-1][1])
+    spans = [index[0].indices(batch_size) for index in _own(NamedSharding(mesh, BATCH), (batch_size,)).values()]
+    return tuple(sorted(row for span in spans for row in range(*span)))

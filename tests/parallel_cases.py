@@ -1,8 +1,8 @@
 """Runs the train step of the tiny model on meshes, in a process of its own; prints one JSON object.
 
-    python parallel_cases.py DATAxFSDP[:sharded] …
+    python parallel_cases.py DATAxFSDP[:sharded|:interleaved] …
 
-Devices come from XLA_FLAGS, other processes from JAX_COORDINATOR_ADDRESS; both are read before jax starts. A mesh of
+"interleaved" takes a device of each process in turn. Devices come from XLA_FLAGS, other processes from JAX_COORDINATOR_ADDRESS; both are read before jax starts. A mesh of
 one device is on this process alone.
 """
 
@@ -33,11 +33,15 @@ def local_bytes(tree) -> int:
 
 def run_case(name: str) -> dict:
     """Losses of some steps, and what the first device computes and holds."""
-    sizes, _, frozen_how = name.partition(":")
+    sizes, _, how = name.partition(":")
+    frozen_how = how if how == "sharded" else ""
     data, fsdp = map(int, sizes.split("x"))
     model, settings = tiny_model(), tiny_settings(batch_size=ROWS)
     settings = dataclasses.replace(settings, steps=STEPS)
     devices = jax.devices()[: data * fsdp]
+    if how == "interleaved":
+        each = jax.local_device_count()
+        devices = [device for i in range(each) for device in devices[i::each]]
     run = make_run(model, settings, devices, data=data, fsdp=fsdp, frozen=frozen_how or "replicated")
     mesh = run.layout.mesh
     state, frozen = run.start()
@@ -45,7 +49,7 @@ def run_case(name: str) -> dict:
     rows, losses, compiled = process_rows(ROWS, mesh), [], None
     for i in range(STEPS):
         batch = {key: value for key, value in tiny_batch(i, ROWS).items() if key in batch_keys(settings)}
-        batch = put_batch(jax.tree.map(lambda leaf: leaf[rows], batch), mesh)
+        batch = put_batch(jax.tree.map(lambda leaf: leaf[list(rows)], batch), mesh)
         if compiled is None:
             compiled = step.lower(state, frozen, batch).compile()
         state, metrics = compiled(state, frozen, batch)
@@ -57,7 +61,7 @@ def run_case(name: str) -> dict:
         "trainable_bytes": local_bytes(state.params),
         "optimizer_bytes": local_bytes(state.optimizer),
         "frozen_bytes": local_bytes(frozen),
-        "rows": [rows.start, rows.stop],
+        "rows": list(rows),
     }
     if frozen_how:
         case["fresh_bytes"] = local_bytes(fresh_params(run.layout, 0, set(flatten(run.layout.params))))

@@ -1,6 +1,7 @@
 """Batch s is a function of the seed and s: however many processes and workers, from wherever it starts."""
 
 import pickle
+import threading
 import time
 
 import numpy as np
@@ -198,6 +199,30 @@ def test_latents_of_unflipped_images_alone(data_dir, tmp_path):
     assert np.load(tmp_path / "latents" / "mean.npy", mmap_mode="r").shape[0] == 1
     with pytest.raises(InputError, match="flips: expected True"):
         LatentCache(tmp_path / "latents", dataset, "vae", SIZE)
+
+
+def test_two_runs_may_make_one_cache(data_dir, tmp_path):
+    """The second waits for the first, and finds what it has made."""
+    dataset, path = InstanceDataset(data_dir, "train"), tmp_path / "latents"
+    begun, calls = threading.Event(), []
+
+    def slow_encode(canvases):
+        calls.append(len(canvases))
+        begun.set()
+        time.sleep(0.05)
+        return encode(canvases)
+
+    def make():
+        cache_latents(slow_encode, dataset, path, "vae", SIZE, batch_size=5)
+
+    first = threading.Thread(target=make)
+    first.start()
+    begun.wait()
+    second = cache_latents(lambda canvases: pytest.fail("made twice"), dataset, path, "vae", SIZE)
+    first.join()
+    image = Crop(dataset[3].width, dataset[3].height, SIZE, False).image(load_image(dataset[3].image))
+    np.testing.assert_array_equal(second.lookup(3, False)[0], encode(image[None])[0][0])
+    assert len(calls) == -(-2 * len(dataset) // 5)
 
 
 @pytest.mark.parametrize("orientation", ["correct", "official"])

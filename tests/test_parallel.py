@@ -74,6 +74,21 @@ def test_processes_compute_what_one_does(processes):
         assert error < 1e-5
 
 
+@pytest.mark.slow
+def test_a_process_may_hold_rows_that_are_not_neighbours():
+    """As on TPU slices, where a host holds a square of the chips and the mesh follows their links."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    one = results(start_cases("1x1", devices=1))["1x1"]
+    job = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
+    started = [start_cases("2x2:interleaved", devices=2, JAX_PROCESS_ID=str(i), **job) for i in range(2)]
+    cases = [results(process)["2x2:interleaved"] for process in started]
+    assert [case["rows"] for case in cases] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    for case in cases:
+        assert relative_error(case["losses"], one["losses"]) < 1e-5
+
+
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (-1, 2), (-1, -1), (0, 1), (-2, 1), (1, 3)])
 def test_a_mesh_that_does_not_match_the_devices_is_an_error(data, fsdp):
     with pytest.raises(InputError, match="does not match the 1 devices"):
@@ -116,7 +131,15 @@ def test_an_uncovered_parameter_stops_a_run():
 
 
 @pytest.mark.parametrize(
-    "change", [dict(rules=((r".*", "shard"),)), dict(rules=(("unet",),)), dict(frozen="half"), dict(modle=2)], ids=str
+    "change",
+    [
+        dict(rules=((r".*", "shard"),)),
+        dict(rules=(("unet",),)),
+        dict(rules=(("(unet", "fsdp"),)),
+        dict(frozen="half"),
+        dict(modle=2),
+    ],
+    ids=str,
 )
 def test_settings_say_what_they_expect(change):
     with pytest.raises(InputError, match=f"config.parallel.{next(iter(change))}"):

@@ -22,6 +22,7 @@ from common import PARITY
 from instdiff_jax.errors import InputError
 from instdiff_jax.export import read_run
 from instdiff_jax.parallel import ParallelSettings, make_mesh
+from instdiff_jax.training import checkpoints
 from instdiff_jax.training.checkpoints import DAMAGED, FOLDER, Checkpoints
 from instdiff_jax.training.state import init_state, make_layout
 
@@ -116,8 +117,23 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
         zero_bytes(data_files(tmp_path / FOLDER / step)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(InputError, match="none of the checkpoints of steps"):
-            restore(tmp_path)
+        # Nor does it when it is started again: a job's scheduler does that by itself.
+        for _ in range(2):
+            with pytest.raises(InputError, match="no checkpoint there can be read; the damaged ones are in"):
+                restore(tmp_path)
+
+
+def test_running_out_of_memory_is_no_damage(tmp_path, monkeypatch):
+    save_steps(tmp_path, [5])
+    manager = checkpoints.ocp.CheckpointManager
+
+    def full(self, step, args=None, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes")
+
+    monkeypatch.setattr(manager, "restore", full)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        restore(tmp_path)
+    assert (tmp_path / FOLDER / "5").is_dir() and not (tmp_path / DAMAGED).exists()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from training_common import save_dataset, save_start, tiny_model
 
 import train
 from common import PARITY
+from instdiff_jax import config as config_module
 from instdiff_jax import export
 from instdiff_jax.checkpoint.folder import read_config, restore_params
 from instdiff_jax.checkpoint.rename import flatten
@@ -54,8 +55,20 @@ BAD = {
     "--config.train.stepz=3": "stepz",
     "--config.model.unet.num_heads=4": "config.model.unet.num_heads: expected 2 as in",
     "--config.data.examples.map_size=128": "config.data.examples.map_size: expected the model's 64, got 128",
+    "--config.data.prefetch=0": "config.data.prefetch: expected at least 1, got 0",
+    "--config.data.examples.flip=2.0": "config.data.examples.flip: expected a number from 0 to 1",
     "--config.data.examples.image_size=17": "config.data.examples.image_size: expected a multiple of 4, got 17",
 }
+
+
+@pytest.mark.parametrize("name", ["coco", "coco_one_gpu", "shapes"])
+def test_every_setting_of_a_run_can_be_given_as_a_flag(name):
+    """A config's keys are the flags there are: one that is not listed cannot be set."""
+    config, _ = config_module.read_config([f"--config=configs/{name}.py"], None)
+    run = train.read_settings(config)
+    for group in ("data", "train", "parallel"):
+        missing = set(flatten(getattr(run, group).to_dict())) - set(flatten(config[group].to_dict()))
+        assert not missing
 
 
 @pytest.mark.parametrize("flag", BAD)

@@ -306,6 +306,10 @@ def test_validation_draws_the_same_noise_every_time():
     batch = jax.tree.map(jnp.asarray, tiny_batch(0))
     losses = [float(step(state.params, frozen, batch, jnp.int32(i))) for i in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
+    # In parts, as the training step takes them, it is the same loss.
+    settings = dataclasses.replace(settings, accumulate=2)
+    step = jax.jit(make_validation_step(model, settings, run.layout))
+    assert float(step(state.params, frozen, batch, jnp.int32(0))) == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

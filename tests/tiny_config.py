@@ -14,8 +14,9 @@ def get_config() -> ConfigDict:
                 train_split="train",
                 validation_split="",
                 workers=0,
+                prefetch=2,
                 cache_latents=False,
-                examples=dict(image_size=16, map_size=64),
+                examples=dict(image_size=16, map_size=64, flip=0.5),
             ),
             train=dict(
                 start="",

@@ -4,9 +4,11 @@ mean.npy, logvar.npy    [2, images, h, w, z]; first axis: as it is, flipped (whe
 latents.json            what they were made from; written last
 """
 
+import fcntl
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,37 @@ def cache_latents(
     path = Path(path)
     if (path / "latents.json").exists():
         return LatentCache(path, dataset, encoder_fingerprint, image_size, flips)
+    with _alone(path):
+        # Another run may have made it in the meantime.
+        if not (path / "latents.json").exists():
+            _encode_all(encode, dataset, path, encoder_fingerprint, image_size, batch_size, dtype, flips)
+    return LatentCache(path, dataset, encoder_fingerprint, image_size, flips)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Waits until no other process makes the cache; a process that dies lets go of it."""
+    lock = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise InputError(f"{path}: the cache of latents cannot be written: {error}") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _encode_all(
+    encode: EncodeFunction,
+    dataset: InstanceDataset,
+    path: Path,
+    encoder_fingerprint: str,
+    image_size: int,
+    batch_size: int,
+    dtype: str,
+    flips: bool,
+) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -122,7 +155,6 @@ def cache_latents(
         raise InputError(f"{path}: the cache of latents cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return LatentCache(path, dataset, encoder_fingerprint, image_size, flips)
 
 
 def _canvas(dataset: InstanceDataset, index: int, flip: bool, size: int) -> UInt8[np.ndarray, "size size 3"]:

@@ -111,8 +111,11 @@ def phrase_table(
         raise InputError(f"{path}: missing; the phrases of this dataset are not embedded for this text encoder yet")
     known = _read_imported(Path(data_dir)) if use_imported else {}
     missing = [i for i in range(len(phrases)) if i not in known]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    except OSError as error:
+        raise InputError(f"{path.parent}: the phrases' embeddings cannot be written ({error.strerror})") from error
     os.close(handle)
     try:
         first = next(iter(known.values())) if known else embed([phrases[missing[0]]])[0]
@@ -129,6 +132,10 @@ def phrase_table(
                 )
             rows[block] = new
         rows.flush()
+        # Temporary files are their owner's alone; others may train on the dataset too.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

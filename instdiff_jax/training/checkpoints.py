@@ -94,10 +94,11 @@ class Checkpoints:
                 return state
             warnings.warn(f"{self.folder / str(step)}: damaged ({problem}); taking the one before it", stacklevel=2)
             self._set_aside(step)
-        if steps:
+        damaged = self.folder.parent / DAMAGED
+        if steps or (damaged.is_dir() and any(damaged.iterdir())):
             raise InputError(
-                f"{self.folder}: none of the checkpoints of steps {steps[::-1]} can be read; they are in "
-                f"{self.folder.parent / DAMAGED}; choose another workdir, or run again to begin anew"
+                f"{self.folder}: no checkpoint there can be read; the damaged ones are in {damaged}; "
+                "choose another workdir, or move that folder away to begin anew"
             )
         return None
 
@@ -127,9 +128,11 @@ class Checkpoints:
         """A state and its facts, or why there is none."""
         try:
             facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-            sums = facts["checksums"]
+            sums, problem = facts["checksums"], None
         except Exception as error:  # orbax, tensorstore and json each raise their own kinds for damaged files
-            return None, {}, _first_line(error)
+            problem = _damage(error)
+        if not _everywhere(problem is None):
+            return None, {}, problem or "another process cannot read it"
         if compare:
             self._compare(step, facts)
         expected = set(_paths(shapes))
@@ -141,10 +144,13 @@ class Checkpoints:
             )
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-            state = self._manager.restore(step, args=args)["state"]
-            wrong = [path for path, value in checksums(state).items() if sums[path] != value]
+            state, problem = self._manager.restore(step, args=args)["state"], None
         except Exception as error:
-            return None, {}, _first_line(error)
+            state, problem = None, _damage(error)
+        # Each process reads its own part; the checksums are of all parts, so that all of them must have come.
+        if not _everywhere(problem is None):
+            return None, facts, problem or "another process cannot read its part"
+        wrong = [path for path, value in checksums(state).items() if sums[path] != value]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             return None, facts, f"checksum of {wrong[0]}{more}"
@@ -167,7 +173,10 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _first_line(error: Exception) -> str:
+def _damage(error: Exception) -> str:
+    """What is wrong with a checkpoint, in a line; what is no fault of its files is raised again."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise error
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"
 

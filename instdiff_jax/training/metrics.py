@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -204,12 +205,13 @@ def make_workdir(path: str | os.PathLike) -> Path:
     Raises:
         InputError: where it cannot be written.
     """
+    if "://" in os.fspath(path):
+        raise InputError(f"--workdir: expected a folder, got {path}; mount the bucket, for example with gcsfuse")
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        # A name of its own: processes of a job share the folder, and may share a number.
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.").close()
     except OSError as error:
         raise InputError(f"--workdir: {folder}: this folder cannot be written ({error.strerror})") from error
     return folder

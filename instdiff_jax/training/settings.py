@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from instdiff_jax.config import Settings
 from instdiff_jax.data.transforms import DataConfig
 from instdiff_jax.errors import InputError
+from instdiff_jax.parallel import check_pattern
 
 Rules = tuple[tuple[str, ...], ...]
 
@@ -116,12 +117,15 @@ class TrainSettings(Settings):
         for name in ("steps", "batch_size", "accumulate", "max_skips", "save_every", "keep_newest", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{where}.{name}: expected a whole number of at least 1, got {getattr(self, name)}")
+        if self.validate_every and self.validation_batches < 1:
+            raise InputError(f"{where}.validation_batches: expected at least 1, got {self.validation_batches}")
         for name in ("keep_every", "validate_every", "sample_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"{where}.{name}: expected 0 or a number of steps, got {getattr(self, name)}")
         for rule in self.trainable:
             if len(rule) != 2 or rule[1] not in ("train", "freeze"):
                 raise InputError(f"{where}.trainable: expected pairs (regex, train or freeze), got {rule!r}")
+            check_pattern(rule[0], f"{where}.trainable")
         if self.masked_attention != "none" and not self.grounding:
             raise InputError(f"{where}.masked_attention: expected none where {where}.grounding is False")
         if self.loss_weight_limit < 0:
@@ -155,3 +159,12 @@ class DataSettings(Settings):
     cache_latents: bool = False
     imported_phrases: bool = False
     examples: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.data") -> Self:
+        settings = super().from_dict(values, where)
+        for name, least in (("workers", 0), ("prefetch", 1)):
+            if getattr(settings, name) < least:
+                raise InputError(f"{where}.{name}: expected at least {least}, got {getattr(settings, name)}")
+        settings.examples.validate(f"{where}.examples")
+        return settings

@@ -204,9 +204,8 @@ def make_train_step(
             def part(carry, rows):
                 return jax.tree.map(jnp.add, carry, gradient(trainable, *rows)), None
 
-            rows = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), (batch, keys))
             zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable)
-            (total, grads), _ = jax.lax.scan(part, zeros, rows)
+            (total, grads), _ = jax.lax.scan(part, zeros, _parts((batch, keys), parts))
         return jax.lax.psum(total, (DATA, FSDP)), sum_gradients(grads, layout.trainable_specs)
 
     gradients = _over_devices(local_gradients, layout, (REPLICATED, layout.trainable_specs))
@@ -241,7 +240,13 @@ def make_validation_step(
     loss_of = make_loss(model, settings)
 
     def local_loss(trainable: Params, frozen: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
-        loss = loss_of(_compute_params(trainable, frozen, layout, settings), batch, keys)
+        params = _compute_params(trainable, frozen, layout, settings)
+        if settings.accumulate == 1:
+            loss = loss_of(params, batch, keys)
+        else:
+            # In the parts of the training step: as much memory as that, not more.
+            rows = _parts((batch, keys), settings.accumulate)
+            loss = jnp.mean(jax.lax.map(lambda part: loss_of(params, *part), rows))
         return jax.lax.pmean(loss, (DATA, FSDP))
 
     over_devices = _over_devices(local_loss, layout, REPLICATED)
@@ -258,6 +263,11 @@ def compile_step(step: Callable, layout: RunLayout) -> Callable:
     """`make_train_step`'s result under jit: the state is donated, and comes out where it lay."""
     places = layout.state_shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=(places, places.step))
+
+
+def _parts(rows: Any, parts: int) -> Any:
+    """Arrays of rows with the parts in front."""
+    return jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), rows)
 
 
 def _rows(batch: Batch) -> int:
