@@ -201,7 +201,7 @@ def right_of(task):
         return 3.9
     if row.pictures == "captions":
         return 0.5
-    if row.sampling.get("masked_attention") == "correct":
+    if row.sampling.get("masked_attention") == "on":
         return 3
     return 2.5 if row.sampling.get("mis") == 0.0 else 3.5
 
@@ -237,7 +237,7 @@ def test_targets_follow_from_the_numbers():
     assert page(nothing, []).count("Not measured.") == len(SECTIONS) + 1
 
 
-@pytest.mark.parametrize("own", ["none", "correct"])
+@pytest.mark.parametrize("own", ["none", "correct", "strict"])
 def test_what_the_checkpoint_does_by_itself_is_one_row(own):
     """Whether it samples with masked attention or without, tables have each kind of picture once, and all claims do."""
     results = results_of(right_of, own=dataclasses.replace(OWN, masked_attention=own))

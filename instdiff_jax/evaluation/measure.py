@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -266,7 +267,7 @@ def fid_of_file(path: str | Path) -> tuple[float, list[str]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             drawn, real = arrays["generated"], arrays["real"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"--features: {path}: expected an .npz with arrays generated and real ({error})") from error
     gaussian = fit_gaussian(real, f"--features: {path}: real")
     return _distance(np.asarray(drawn, np.float64), gaussian, min(len(drawn), len(real)))

@@ -1,7 +1,6 @@
 """The paper's tables at small scale: draws, measures and writes docs/results.md, its plots and results.json.
 
-    python -m instdiff_jax.evaluation.study --checkpoint checkpoints/shapes \
-        --segmenter checkpoints/shapes_segmenter --workdir runs/study --docs docs
+    python -m instdiff_jax.evaluation.study
 
 Scenes are rendered with seeds that no training has seen. Pictures and finished rows' numbers are kept in the workdir:
 a study that was cut off, or is run again with more pictures, seeds or sections, does only what is missing. The first
@@ -31,10 +30,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a checkpoint folder of the small model, or a training workdir")
-    add("--segmenter", type=Path, required=True, help="folder of the shapes' segmentation network")
-    add("--workdir", type=Path, required=True, help="folder for scenes, pictures and numbers")
-    add("--docs", type=Path, required=True, help="folder for results.md, results.json and figures/results_*.png")
+    add("--checkpoint", type=Path, default=Path("checkpoints/shapes"), help="a checkpoint folder, or a training workdir")
+    add("--segmenter", type=Path, default=Path("checkpoints/shapes_segmenter"), help="folder of the detector")
+    add("--workdir", type=Path, default=Path("runs/study"), help="folder for scenes, pictures and numbers")
+    add("--docs", type=Path, default=Path("docs"), help="folder for results.md, results.json, figures/results_*.png")
     add("--sections", default=",".join(NAMES), help="which tables, with commas (default: all)")
     add("--count", type=int, default=500, help="pictures of a row and seed in the main tables (default 500)")
     add("--seeds", type=int, default=3, help="seeds there (default 3)")
@@ -117,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(argv)
     with exit_on_input_error():
-        run(args, f"python -m instdiff_jax.evaluation.study {shlex.join(argv)}")
+        # How long a run may draw is no part of what makes the page: without it, one run does all.
+        kept = [part for i, part in enumerate(argv) if "--minutes" not in (part.split("=")[0], (["", *argv])[i])]
+        run(args, f"python -m instdiff_jax.evaluation.study {shlex.join(kept)}".rstrip())
 
 
 if __name__ == "__main__":

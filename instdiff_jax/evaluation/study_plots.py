@@ -62,7 +62,7 @@ def _line(
     points = sorted(((x, row["metrics"][metric]) for x, row in points if metric in row["metrics"]), key=lambda p: p[0])
     if not points:
         return
-    times = 1 if metric in LOWER_IS_BETTER else 100
+    times = 1 if metric == "FID" else 100
     xs = [x for x, _ in points]
     axis.plot(xs, [times * m["mean"] for _, m in points], style, marker="o", ms=4, color=colour, label=name)
     low, high = ([times * m[end] for _, m in points] for end in ("low", "high"))

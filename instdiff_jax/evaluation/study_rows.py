@@ -129,7 +129,7 @@ GLIGEN = Row(
     sampling=NO_MIS | UNMASKED,
 )
 CAPTION = Row(
-    "base model: caption alone", pictures="captions", scaleu=False, sampling={"alpha": 0.0} | NO_MIS | UNMASKED
+    "caption alone: fusers, ScaleU and MIS off", pictures="captions", scaleu=False, sampling={"alpha": 0.0} | NO_MIS | UNMASKED
 )
 
 
@@ -150,9 +150,10 @@ SECTIONS: dict[str, Section] = {
     ),
     "baselines": Section(
         "Against no grounding and against boxes alone",
-        "The base model draws from the caption alone: fusers, ScaleU and MIS are off. The GLIGEN-like row is an "
-        "ablation at inference of this model, not a trained GLIGEN: of UniFusion's tokens the boxes' alone know a "
-        "place, and ScaleU, MIS and masked attention are off.",
+        "Both are ablations at inference of this model. Caption alone: the UNet as it came out of the last stage, in "
+        "which all of it was trained, with what sees instances switched off. GLIGEN-like: of UniFusion's tokens the "
+        "boxes' alone know a place, and ScaleU, MIS and masked attention, with which the model was trained, are off; a "
+        "trained GLIGEN would do better.",
         (REAL, BOX, GLIGEN, CAPTION),
         (*PLACES, *LOOKS),
         large=True,
@@ -220,7 +221,7 @@ SECTIONS: dict[str, Section] = {
     "guidance": Section(
         "Guidance scale",
         "Boxes.",
-        _named("guidance_scale", (1.5, 2.5, 4.0, 7.5)),
+        _named("guidance_scale", (1.0, 2.0, 3.0, 5.0, 7.5)),
         _SHORT,
     ),
     "solvers": Section(
