@@ -237,7 +237,11 @@ def start_train(inputs: Path, workdir: Path, *overrides: str, log: Path, **env: 
     """A run that goes on beside the test, and what it says in a file."""
     with log.open("w") as file:
         return subprocess.Popen(
-            command(inputs, workdir, *overrides), env=environment(inputs) | env, stdout=file, stderr=file
+            command(inputs, workdir, *overrides),
+            env=environment(inputs) | env,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
 
 
@@ -289,13 +293,16 @@ def test_a_killed_run_goes_on_bit_for_bit(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_well(inputs, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_and_ends_well(inputs, tmp_path, workers):
+    """The signal goes to the loader's processes too, as a cluster's scheduler sends it."""
     workdir, log = tmp_path / "run", tmp_path / "log.txt"
-    process = start_train(inputs, workdir, "--config.train.steps=1000000", log=log)
+    flags = ["--config.train.steps=1000000", f"--config.data.workers={workers}"]
+    process = start_train(inputs, workdir, *flags, log=log)
     wait_for(lambda: saved_steps(workdir), process)
     time.sleep(0.5)
-    process.terminate()
-    assert process.wait() == 0
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 0, log.read_text()[-3000:]
     step = saved_steps(workdir)[-1]
     assert step == numbers(workdir)[-1][0]
     assert f"saved after step {step}" in log.read_text()

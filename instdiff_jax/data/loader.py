@@ -5,7 +5,9 @@ stands there, and every draw made for it, follow from the seed and that position
 the step, and a run may go on with another number of processes or workers.
 """
 
+import multiprocessing
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +65,13 @@ class BatchReader:
         order = grain.MapDataset.range(len(dataset))
         # Every epoch gets its own shuffle.
         self.order = (order.shuffle(seed) if shuffle else order).repeat()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
+            # A signal to the whole job also reaches the workers, whose batches the run needs to come to its save.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
 
     def __call__(self, step: int) -> Batch:
         """This process's rows of batch `step`, in the order of `rows`."""
