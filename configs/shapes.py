@@ -121,7 +121,8 @@ def get_config(stage: str = "adapters") -> ConfigDict:
         sampler="dpm++",
         guidance_scale=3.0,
         alpha=1.0,
-        mis=0.36,
+        # At this stage of its training MIS costs accuracy: AP50 of 64 pictures 2.4 with 0.36, 4.7 without.
+        mis=0.0,
         merge="mean",
         negative_prompt="",
         masked_attention="strict",
