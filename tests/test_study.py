@@ -11,6 +11,7 @@ from tiny_checkpoint import SIDE, make_tiny_checkpoint, make_tiny_segmenter
 
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.evaluation import generate, study_cost
+from instdiff_jax.evaluation import study as study_command
 from instdiff_jax.evaluation.study import main
 from instdiff_jax.evaluation.study_report import page, write_study
 from instdiff_jax.evaluation.study_results import TARGETS, make_results, paired_difference
@@ -288,3 +289,12 @@ def test_a_cost_of_other_settings_is_measured_again(tmp_path):
     assert study_cost.known_cost(made) == {"key": key, "parts": []}
     made.size = 128
     assert study_cost.known_cost(made) is None
+
+
+@pytest.mark.parametrize("flags", [["--minutes", "5"], ["--minutes=5"]])
+def test_the_page_names_a_command_that_makes_all_of_it(monkeypatch, flags):
+    """How long one run may draw is no part of it."""
+    said = []
+    monkeypatch.setattr(study_command, "run", lambda args, command: said.append((args.minutes, command)))
+    main(["--docs", "a b", *flags, "--count", "9"])
+    assert said == [(5.0, "python -m instdiff_jax.evaluation.study --docs 'a b' --count 9")]

@@ -173,6 +173,8 @@ def save_folder(
             small = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) < SMALL_PART
             with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=small)) as checkpointer:
                 checkpointer.save(beside / "params" / part, args=ocp.args.PyTreeSave(dict(tree)))
+            # orbax's mark that a part is whole names this machine's path; `files` marks it here.
+            (beside / "params" / part / "commit_success.txt").unlink(missing_ok=True)
             files[part] = _file_count(beside / "params" / part)
             if small:
                 files[part]["sha256"] = _digest(tree)

@@ -9,6 +9,7 @@ drawing after so long and writes the page from what there is. `study_rows.py` li
 """
 
 import argparse
+import re
 import shlex
 import sys
 import time
@@ -117,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with exit_on_input_error():
         # How long a run may draw is no part of what makes the page: without it, one run does all.
-        kept = [part for i, part in enumerate(argv) if "--minutes" not in (part.split("=")[0], (["", *argv])[i])]
-        run(args, f"python -m instdiff_jax.evaluation.study {shlex.join(kept)}".rstrip())
+        flags = re.sub(r"--minutes[= ]\S+ ?", "", shlex.join(argv))
+        run(args, f"python -m instdiff_jax.evaluation.study {flags}".rstrip())
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 GROUPS = 32
 
-# On CPUs, a 3x3 convolution is a matrix product where that is faster than XLA's own (docs/performance.md): over
-# gathered neighbours for up to this many pixels of the batch,
+# On CPUs, a 3x3 convolution is a matrix product where that is faster than XLA's own. Two cores of a Zen 3, forward and
+# backward, 16 x 16² x 64 channels: 11.5 ms instead of 23.9; forward, 2 x 8² x 1280: 74 ms instead of 140. Over gathered
+# neighbours for up to this many pixels of the batch,
 _GATHERED = 512
 # over one neighbour after the other for up to this many pixels of up to this many channels.
 _SHIFTED, _NARROW = 8192, 128

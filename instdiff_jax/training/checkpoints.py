@@ -90,7 +90,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             state, _, problem = self._read(step, shapes)
-            if _everywhere(problem is None):
+            if problem is None:
                 return state
             warnings.warn(f"{self.folder / str(step)}: damaged ({problem}); taking the one before it", stacklevel=2)
             self._set_aside(step)
@@ -125,7 +125,7 @@ class Checkpoints:
     def _read(
         self, step: int, shapes: TrainState, compare: bool = True
     ) -> tuple[TrainState | None, dict[str, Any], str | None]:
-        """A state and its facts, or why there is none."""
+        """A state and its facts, or why there is none: the processes agree whether there is one."""
         try:
             facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
             sums, problem = facts["checksums"], None
