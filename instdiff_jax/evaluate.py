@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     measures("--clip", help="a CLIP model of the transformers library on this machine: folder or name")
     measures("--features", help="for FID: detector (default), none, npz:FILE or python:MODULE:FUNCTION")
     measures("--min_score", type=float, default=0.25, help="less sure detections count for AP alone")
-    measures("--upper_bound", type=Path, help="the report.json of a --real run; adds shares of it")
+    measures("--upper_bound", type=Path, help="the report.json of a --real run with these flags; adds shares of it")
     measures("--html_images", type=int, default=60, help="pictures on the HTML page")
     return parser.parse_args(argv)
 
@@ -153,11 +153,11 @@ def main(args: argparse.Namespace) -> None:
     import jax
     from tqdm import tqdm
 
-    from instdiff_jax.evaluation.detectors import open_detector
+    from instdiff_jax.evaluation.detectors import detector_fingerprint, open_detector
     from instdiff_jax.evaluation.files import claim_folder
     from instdiff_jax.evaluation.generate import Shard
     from instdiff_jax.evaluation.measure import fid_of_file, open_features
-    from instdiff_jax.evaluation.report import check_same_images, read_report
+    from instdiff_jax.evaluation.report import check_same_images, check_same_measures, read_report
     from instdiff_jax.evaluation.split import read_split
     from instdiff_jax.parallel import initialize_distributed
 
@@ -178,11 +178,15 @@ def main(args: argparse.Namespace) -> None:
         from instdiff_jax.evaluation.hub import Clip
 
         plugs["clip"] = Clip.from_name(args.clip)
+    settings = picture_settings(args, split, dtype, overrides)
+    measured = {"coco_dir": str(args.coco_dir), "checkpoint_folder": str(args.checkpoint or "")}
+    measured |= {"detector": args.detector, "detector_fingerprint": detector_fingerprint(detector)}
+    measured |= {"clip": args.clip, "features": args.features, "min_score": args.min_score}
     upper = None
     if args.upper_bound is not None:
         upper = read_report(args.upper_bound, split.fingerprint)
         check_same_images(args.upper_bound, upper, [scene.image_id for scene in split.scenes])
-    settings = picture_settings(args, split, dtype, overrides)
+        check_same_measures(args.upper_bound, upper, settings | measured)
     claim_folder(args.output, settings)
 
     mine = shard.of(split.scenes)
@@ -196,9 +200,7 @@ def main(args: argparse.Namespace) -> None:
 
         multihost_utils.sync_global_devices("pictures")
     if jax.process_index() == 0:
-        measured = {"coco_dir": str(args.coco_dir), "checkpoint_folder": str(args.checkpoint or "")}
-        measured |= {"detector": args.detector, "clip": args.clip, "features": args.features}
-        write_reports(args, split, plugs, settings | measured | {"min_score": args.min_score}, upper)
+        write_reports(args, split, plugs, settings | measured, upper)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from instdiff_jax import evaluate
 from instdiff_jax.data.shapes import SceneSettings, write_coco
 from instdiff_jax.errors import exit_on_input_error
 from instdiff_jax.evaluation import generate
+from instdiff_jax.evaluation.segmenter import Segmenter
 
 COUNT = 4
 
@@ -98,6 +100,32 @@ def test_perfect_predictions_of_real_images(place, tmp_path, capsys):
     assert again["ratio"]["mask_IoU"] == pytest.approx(1) and again["metrics"] == metrics
     line = fails(capsys, place, tmp_path / "fewer", "--real", "--count", 2, "--upper_bound", upper)
     assert line.endswith(f"expected a report of the same 2 images, got one of {COUNT}")
+
+
+def test_an_upper_bound_is_measured_in_the_same_way(place, tmp_path, capsys):
+    """By the same detector wherever it lies, not by one that has its name now."""
+    bound, moved = tmp_path / "bound" / "report.json", tmp_path / "moved"
+    run(place, bound.parent, "--real", "--detector", f"shapes:{place / 'segmenter'}")
+    shutil.copytree(place / "segmenter", moved)
+    flags = ["--real", "--upper_bound", bound, "--detector", f"shapes:{moved}"]
+    run(place, tmp_path / "same", *flags)
+    assert "ratio" in json.loads((tmp_path / "same" / "report.json").read_text())
+
+    def differs(*more):
+        line = fails(capsys, place, tmp_path / "other", *flags, *more)
+        assert line.startswith(f"error: {bound}: settings.") and not (tmp_path / "other").exists()
+        return line.partition("settings.")[2]
+
+    assert "min_score: expected 0.5 as in this run, got 0.25; measure the bound" in differs("--min_score", 0.5)
+    assert "size: expected 64 as in this run, got 32" in differs("--size", 64)
+    assert "min_area: expected 0.001 as in this run, got 0.01" in differs("--min_area", 0.001)
+    predictions = f"predictions:{place / 'perfect.json'}"
+    assert f"expected {predictions} (predictions of masks) as in" in differs("--detector", predictions)
+    trained = Segmenter.from_folder(moved)
+    Segmenter(trained.config, jax.tree.map(lambda leaf: 2 * leaf, trained.params)).save(moved, {"command": "a test's"})
+    line = differs()
+    assert line.startswith(f"detector_fingerprint: expected shapes:{moved} (")
+    assert f" as in this run, got shapes:{place / 'segmenter'} (" in line
 
 
 def test_killed_half_way_and_resumed(place, tmp_path, capsys, monkeypatch):

@@ -101,6 +101,16 @@ def finds_masks(detector: Detector | Predictions) -> bool:
     return bool(getattr(detector, "has_masks", True))
 
 
+def detector_fingerprint(detector: Detector | Predictions | None) -> str | None:
+    """Tells a detector from another by what it is, not by its name; a detector says so by an attribute `fingerprint`.
+
+    Of predictions it says only what they hold: one detector writes another file for every folder of pictures.
+    """
+    if isinstance(detector, Predictions):
+        return f"predictions of {'masks' if detector.has_masks else 'boxes'}"
+    return getattr(detector, "fingerprint", None)
+
+
 def run_detector(
     detector: Detector | Predictions, image_ids: Sequence[int], images: UInt8[np.ndarray, "b H W 3"]
 ) -> list[list[Detection]]:

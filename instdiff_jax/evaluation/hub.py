@@ -2,6 +2,7 @@
 are in the hub's cache already.
 """
 
+import hashlib
 from typing import Any, Self
 
 import numpy as np
@@ -43,6 +44,18 @@ class HubDetector:
             if not hasattr(processor, wanted):
                 raise ValueError(f"{type(processor).__name__} has no {wanted}")
         return cls(model, processor, has_masks)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides its detections, wherever it lies: weights, labels, and what is done to pictures."""
+        import torch
+
+        digest = hashlib.sha256(f"{self._model.config.id2label} {self._processor.to_json_string()}".encode())
+        for name, tensor in sorted(self._model.state_dict().items()):
+            digest.update(name.encode())
+            # As bytes: numpy has no bfloat16.
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
 
     def detect(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[list[Detection]]:
         """The instances of each picture."""

@@ -90,6 +90,19 @@ def check_same_images(path: str | Path, upper: Mapping[str, Any], image_ids: Seq
         raise InputError(f"{path}: expected a report of the same {len(image_ids)} images, got one of {len(theirs)}")
 
 
+def check_same_measures(path: str | Path, upper: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises InputError where an upper bound was measured in another way than `settings`, a report's own, say."""
+    theirs = upper["settings"]
+    for name in ("size", "min_area", "min_score", "detector_fingerprint"):
+        if theirs.get(name) != settings[name]:
+            ours, got = settings[name], theirs.get(name)
+            if name == "detector_fingerprint":
+                ours, got = (f"{held.get('detector')} ({held.get(name)})" for held in (settings, theirs))
+            raise InputError(
+                f"{path}: settings.{name}: expected {ours} as in this run, got {got}; measure the bound with its flags"
+            )
+
+
 def label(name: str) -> str:
     """A metric's name for people."""
     return name.replace("_", " ")

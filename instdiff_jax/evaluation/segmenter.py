@@ -10,6 +10,7 @@ Axes: b batch, H W picture, h w half of it, c channels.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -156,10 +157,14 @@ def _describe(network: SegmentationNetwork, params: Any, images: UInt8[Array, "b
 
 
 class Segmenter:
-    """A trained network as the evaluation's detector and featurizer."""
+    """A trained network as the evaluation's detector and featurizer.
 
-    def __init__(self, config: SegmenterConfig, params: dict[str, Any]):
-        self.config, self.params = config, params
+    Attributes:
+        fingerprint: of the files it was loaded from; empty for one that was not.
+    """
+
+    def __init__(self, config: SegmenterConfig, params: dict[str, Any], fingerprint: str = ""):
+        self.config, self.params, self.fingerprint = config, params, fingerprint
         self._network = SegmentationNetwork(config)
 
     def detect(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[list[Detection]]:
@@ -213,7 +218,8 @@ class Segmenter:
         if wanted != found:
             key = min(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
             raise InputError(f"{path}: {'/'.join(key)}: expected shape {wanted.get(key)}, got {found.get(key)}")
-        return cls(config, unflatten(leaves))
+        files = b"".join((folder / name).read_bytes() for name in ("config.json", "params.npz"))
+        return cls(config, unflatten(leaves), hashlib.sha256(files).hexdigest()[:32])
 
     def save(self, folder: str | Path, facts: dict[str, Any]) -> None:
         """Writes config.json, with `facts` in it, and params.npz (float16); the folder appears whole or not at all."""

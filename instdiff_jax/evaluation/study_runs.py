@@ -1,6 +1,5 @@
 """Draws and measures the study's rows: pictures and numbers stay in its workdir, and are not made again."""
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -60,8 +59,6 @@ class Study:
         self.size, self.dtype, self.checkpoint = size, dtype, checkpoint
         self.fingerprint = checkpoint_fingerprint(checkpoint)
         self._detector = Segmenter.from_folder(segmenter)
-        files = b"".join((segmenter / name).read_bytes() for name in ("config.json", "params.npz"))
-        self._detector_fingerprint = hashlib.sha256(files).hexdigest()[:32]
         self.workdir, self._reference_count, self._max_rows = workdir, reference_count, max_rows
         self._pipelines: dict[bool, Pipeline] = {}
         self._splits: dict[tuple[str, int], Split] = {}
@@ -144,7 +141,7 @@ class Study:
 
     def _numbers_file(self, task: Task) -> tuple[Path, Mapping[str, Any]]:
         """Where a task's numbers are kept, and what they depend on."""
-        key = {"version": _VERSION, "pictures": self._settings(task), "segmenter": self._detector_fingerprint}
+        key = {"version": _VERSION, "pictures": self._settings(task), "segmenter": self._detector.fingerprint}
         key |= {"scenes": task.row.scenes, "count": task.count, "reference_count": self._reference_count}
         path = self.workdir / "numbers" / f"{task.row.slug(self.sampling)}-seed_{task.seed}-{task.count}.json"
         return path, json.loads(json.dumps(key))
