@@ -281,14 +281,22 @@ def test_results_are_written_whole(tmp_path):
     assert (tmp_path / "figures" / "results_mis.png").read_bytes() == before
 
 
-def test_a_cost_of_other_settings_is_measured_again(tmp_path):
+def test_a_cost_of_other_settings_or_another_machine_is_measured_again(tmp_path, monkeypatch):
     made = types.SimpleNamespace(sampling=OWN, fingerprint="f", size=64, dtype="float32", workdir=tmp_path)
     path, key = study_cost.cost_file(made)
     path.parent.mkdir()
     path.write_text(json.dumps({"key": key, "parts": []}))
     assert study_cost.known_cost(made) == {"key": key, "parts": []}
-    made.size = 128
-    assert study_cost.known_cost(made) is None
+    for name, other in (("size", 128), ("dtype", "bfloat16"), ("fingerprint", "g")):
+        changed = types.SimpleNamespace(**vars(made) | {name: other})
+        assert study_cost.known_cost(changed) is None
+    for kind, count in (("TPU v4", 1), ("TPU v5 lite", 1), ("TPU v5 lite", 4)):
+        device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+        monkeypatch.setattr(jax, "devices", lambda device=device, count=count: [device] * count)
+        monkeypatch.setattr(jax, "device_count", lambda count=count: count)
+        assert study_cost.known_cost(made) is None
+        path.write_text(json.dumps({"key": study_cost.cost_file(made)[1], "parts": []}))
+        assert study_cost.known_cost(made) is not None
 
 
 @pytest.mark.parametrize("flags", [["--minutes", "5"], ["--minutes=5"]])

@@ -27,7 +27,7 @@ from instdiff_jax.diffusion.multi_instance import (
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.evaluation.files import write_file
 from instdiff_jax.evaluation.generate import image_seed, make_layout
-from instdiff_jax.evaluation.study_runs import Study
+from instdiff_jax.evaluation.study_runs import Study, machine
 from instdiff_jax.flops import count_flops
 
 INSTANCES = 4
@@ -37,7 +37,8 @@ _SCENES = f"count_{INSTANCES}"
 def cost_file(study: Study) -> tuple[Path, dict[str, Any]]:
     """Where the numbers are kept, and what they are of."""
     key = {"checkpoint": study.fingerprint, "sampling": study.sampling.to_dict(), "size": study.size}
-    key |= {"dtype": study.dtype, "version": 1}
+    # Seconds are those of a machine: a study that goes on elsewhere measures again.
+    key |= {"dtype": study.dtype, "device": machine()["device"], "devices": jax.device_count(), "version": 1}
     return study.workdir / "numbers" / "cost.json", json.loads(json.dumps(key))
 
 

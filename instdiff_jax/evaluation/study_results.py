@@ -1,17 +1,14 @@
 """The study's numbers put together: means and spreads over seeds, paired comparisons, and the targets."""
 
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from instdiff_jax.evaluation import study_rows as rows
 from instdiff_jax.evaluation.study_rows import SECTIONS, Key, Row, Section, Sizes, row_keys
-from instdiff_jax.evaluation.study_runs import Study
+from instdiff_jax.evaluation.study_runs import Study, machine
 
 Numbers = Mapping[Key, Mapping[str, Any]]
 
@@ -119,13 +116,6 @@ def make_results(
         cost = {name: cost[name] for name in ("pictures", "instances", "parts")}
     results = {"made": made, "tables": tables, "comparisons": comparisons, "targets": targets}
     return results | ({"cost": cost} if rows.COST in names else {})
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were made on."""
-    device = jax.devices()[0]
-    name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
-    return {"device": f"{name} ({platform.machine()})", "jax": jax.__version__, "python": platform.python_version()}
 
 
 def _different(section: Section, study: Study) -> list[Row]:

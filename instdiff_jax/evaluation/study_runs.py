@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from instdiff_jax.config import SamplingConfig
@@ -157,6 +160,13 @@ class Study:
             settings |= {"drop": row.drop, "scaleu": row.scaleu}
             settings["sampling"] = row.settings(self.sampling).to_dict()
         return settings
+
+
+def machine() -> dict[str, Any]:
+    """What numbers are made on here."""
+    device = jax.devices()[0]
+    name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
+    return {"device": f"{name} ({platform.machine()})", "jax": jax.__version__, "python": platform.python_version()}
 
 
 def _sums(picture: Picture, kinds: Sequence[str]) -> dict[str, float]:
