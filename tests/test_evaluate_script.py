@@ -172,6 +172,33 @@ def test_killed_half_way_and_resumed(place, tmp_path, capsys, monkeypatch):
     assert "settings.json: seed: the pictures there were made with 0, got 1; use another --output" in line
 
 
+def test_shards_make_the_pictures_of_a_whole_run(place, tmp_path, capsys):
+    """Shards only draw; a run without --shard then finds all pictures there, and measures them."""
+    flags = ["--checkpoint", place / "checkpoint", "--detector", f"shapes:{place / 'segmenter'}", "--steps", 2]
+    flags += ["--mis", 0, "--alpha", 1]  # one program a batch
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(place, whole, *flags)
+    expected = json.loads((whole / "report.json").read_text())
+    ids = [row["image_id"] for row in expected["pictures"]]
+    for number in range(2):
+        capsys.readouterr()
+        run(place, parts, *flags, "--shard", f"{number}/2")
+        assert f"{COUNT // 2} pictures made, 0 were there" in capsys.readouterr().out
+        there = {int(path.stem) for path in (parts / "images").iterdir()}
+        assert there == set(ids[::2] if number == 0 else ids)
+        assert not list(parts.glob("report.*"))
+    line = fails(capsys, place, parts, *flags, "--shard", "1/2", "--seed", 1)
+    assert "settings.json: seed: the pictures there were made with 0, got 1" in line
+    run(place, parts, *flags)
+    assert f"0 pictures made, {COUNT} were there" in capsys.readouterr().out
+    for name in ids:
+        pixels = [np.asarray(Image.open(folder / "images" / f"{name}.png")).astype(int) for folder in (whole, parts)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    report = json.loads((parts / "report.json").read_text())
+    assert report["settings"] == expected["settings"]
+    assert [row["image_id"] for row in report["pictures"]] == ids
+
+
 def test_missing_and_broken_pictures(place, tmp_path, capsys):
     (tmp_path / "coco").mkdir()
     for name in ("annotations", "val"):
