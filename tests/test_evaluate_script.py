@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from instdiff_jax.data.shapes import SceneSettings, write_coco
 from instdiff_jax.errors import exit_on_input_error
 from instdiff_jax.evaluation import generate
 from instdiff_jax.evaluation.segmenter import Segmenter
+from instdiff_jax.geometry import decode_mask
 
 COUNT = 4
 
@@ -226,6 +228,74 @@ def test_empty_splits(place, tmp_path, capsys):
     (notes / "instances_val.json").unlink()
     assert "instances_val.json" in fails(capsys, tmp_path, tmp_path / "out", "--real")
     assert not (tmp_path / "out").exists(), "nothing is written before the input is known to be good"
+
+
+def scripts_of_the_page():
+    """The Python of docs/evaluation.md: the detector's, and the features'."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "evaluation.md").read_text()
+    return [part.partition("```")[0] for part in page.split("```python\n")[1:]]
+
+
+def test_the_pages_scripts_are_accepted(place, tmp_path, capsys, monkeypatch):
+    """With stand-ins for YOLO and Inception: one sees the annotations and no mask in one picture, one averages."""
+    torch = pytest.importorskip("torch")
+    coco = tmp_path / "coco"
+    shutil.copytree(place / "coco" / "val", coco / "val2017")
+    (coco / "annotations").mkdir()
+    content = json.loads((place / "coco" / "annotations" / "instances_val.json").read_text())
+    # COCO's ids have gaps, a network's labels have none.
+    for row in content["categories"]:
+        row["id"] *= 10
+    for row in content["annotations"]:
+        row["category_id"] *= 10
+    (coco / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    labels = [row["id"] for row in content["categories"]]
+    names = dict(enumerate(row["name"] for row in content["categories"]))
+    missed = content["images"][0]["id"]
+
+    class Yolo:
+        def __init__(self, name):
+            assert name == "yolov8m-seg.pt"
+
+        def predict(self, source, stream, conf, retina_masks, verbose):
+            assert stream and retina_masks and conf <= 0.01
+            for path in sorted(Path(source).iterdir()):
+                image_id = int(path.stem)
+                rows = [row for row in content["annotations"] if row["image_id"] == image_id != missed]
+                x, y, w, h = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4).T
+                boxes = mock.Mock(xyxy=torch.stack([x, y, x + w, y + h], 1), conf=torch.full((len(rows),), 0.9))
+                boxes.cls = torch.tensor([labels.index(row["category_id"]) for row in rows]).float()
+                boxes.cpu = lambda boxes=boxes: boxes
+                masks = [decode_mask(row["segmentation"], SIDE, SIDE, "") for row in rows]
+                data = torch.from_numpy(np.array(masks)).float()
+                found = None if not rows else mock.Mock(data=data)
+                yield mock.Mock(path=str(path), names=names, boxes=boxes, masks=found)
+
+    class Inception:
+        def eval(self):
+            return self
+
+        def __call__(self, images):
+            assert images.shape[1:] == (3, SIDE, SIDE) and 0 <= images.min() and 0.5 < images.max() <= 1
+            return [images.mean((2, 3), keepdim=True)]
+
+    monkeypatch.setitem(sys.modules, "ultralytics", mock.Mock(YOLO=Yolo))
+    monkeypatch.setitem(sys.modules, "pytorch_fid", mock.Mock())
+    monkeypatch.setitem(sys.modules, "pytorch_fid.inception", mock.Mock(InceptionV3=Inception))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    detect, inception = scripts_of_the_page()
+    (tmp_path / "inception.py").write_text(inception)
+    flags = ["--real", "--split", "val2017", "--features", "python:inception:features"]
+    run(tmp_path, tmp_path / "results" / "box", *flags)
+    exec(compile(detect, "detect.py", "exec"), {})
+    predictions = tmp_path / "results" / "box" / "predictions.json"
+    run(tmp_path, tmp_path / "results" / "box", *flags, "--detector", f"predictions:{predictions}")
+    report = json.loads((tmp_path / "results" / "box" / "report.json").read_text())
+    rows = {row["image_id"]: row["instances"] for row in report["pictures"]}
+    assert all(item["mask_iou"] == item["box_iou"] == 0 for item in rows.pop(missed))
+    assert all(item["mask_iou"] == pytest.approx(1) for row in rows.values() for item in row)
+    assert report["metrics"]["FID"] == pytest.approx(0, abs=1e-6)
 
 
 PREDICTION = {"image_id": 55_000_001, "category_id": 1, "score": 0.5, "bbox": [1, 2, 3, 4]}
