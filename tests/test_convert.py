@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from common import state_dict
 from test_checkpoint_folder import TINY, TOKENIZER
+from training_common import make_run, tiny_settings
 
 from instdiff_jax import convert
 from instdiff_jax.checkpoint import folder, pytorch, torch_file
-from instdiff_jax.checkpoint.rename import flatten, from_state_dict
+from instdiff_jax.checkpoint.rename import flatten, from_state_dict, parameter_shapes, unflatten
 from instdiff_jax.checkpoint.tables import ADAPTERS, PARTS, rename_table
 from instdiff_jax.config import ScheduleConfig
 from instdiff_jax.errors import InputError
+from instdiff_jax.training.start import start_params
+from instdiff_jax.training.state import fresh_params
 
 torch = pytest.importorskip("torch")
 from make_checkpoint import diffusion_buffers, make_checkpoint  # noqa: E402  (needs torch)
@@ -280,15 +283,21 @@ def test_another_base_takes_only_the_adapters_of_the_released_file(tmp_path):
     assert_params(params, other)
 
 
-def test_convnext_weights_for_a_base(tmp_path):
-    state = tiny_state()
+def convnext_file(state, path):
+    """ImageNet weights as their authors publish them: with the classifier."""
     trunk = {
         key.removeprefix(pytorch.TRUNK_PREFIX): torch.from_numpy(value)
         for key, value in state["model"].items()
         if key.startswith(pytorch.TRUNK_PREFIX)
     }
     classifier = {"norm.weight": torch.ones(3), "norm.bias": torch.ones(3), "head.weight": torch.ones(2, 3)}
-    torch.save({"model": {**trunk, **classifier}}, tmp_path / "convnext.pth")
+    torch.save({"model": {**trunk, **classifier}}, path)
+    return path
+
+
+def test_convnext_weights_for_a_base(tmp_path):
+    state = tiny_state()
+    convnext_file(state, tmp_path / "convnext.pth")
     base = sd_file(state, tmp_path / "sd.ckpt")
     params, absent = pytorch.load_pytorch([base], TINY, tmp_path / "convnext.pth")
     assert absent == ("fusers", "scaleu", "unifusion")
@@ -297,6 +306,36 @@ def test_convnext_weights_for_a_base(tmp_path):
         pytorch.load_pytorch([base, *port_files(state, tmp_path)], TINY, tmp_path / "convnext.pth")
     with pytest.raises(InputError, match="not ConvNeXt weights"):
         pytorch.load_pytorch([base], TINY, base)
+
+
+def test_training_starts_from_a_base_and_convnext(tmp_path):
+    """The trunk's weights are the file's, Stable Diffusion's are its own, and the other adapters are fresh."""
+    base, convnext = tiny_state(0), tiny_state(1)
+    files = sd_file(base, tmp_path / "sd.ckpt"), convnext_file(convnext, tmp_path / "convnext.pth")
+    run("--input", files[0], "--convnext", files[1], "--output", tmp_path / "base", *TINY_FLAGS)
+    model, _, absent = folder.read_config(tmp_path / "base")
+    assert absent == ("fusers", "scaleu", "unifusion")
+
+    layout = make_run(model, tiny_settings()).layout
+    trainable, frozen = start_params(layout, model, tiny_settings(start=str(tmp_path / "base")))
+    found = flatten(trainable) | flatten(frozen)
+    held = flatten(parameter_shapes(model, absent))
+    for key, value in convnext["model"].items():
+        if key.startswith(pytorch.TRUNK_PREFIX):
+            base["model"][key] = value
+    assert_params(unflatten({path: leaf for path, leaf in found.items() if path in held}), base, absent)
+    trunk = {path[2:]: leaf for path, leaf in flatten(trainable).items() if path[:2] == ("unifusion", "trunk")}
+    stem = convnext["model"][f"{pytorch.TRUNK_PREFIX}downsample_layers.0.0.weight"]
+    np.testing.assert_array_equal(trunk["downsample_0_conv", "kernel"], stem.transpose(2, 3, 1, 0))
+
+    assert found.keys() == flatten(parameter_shapes(model)).keys()
+    rest = found.keys() - held.keys()
+    fresh = flatten(fresh_params(layout, tiny_settings().seed, rest)[0])
+    assert fresh.keys() == rest < flatten(trainable).keys()
+    for path in rest:
+        np.testing.assert_array_equal(found[path], fresh[path])
+    # The fusers' gates are closed: the first step's prediction is the base's.
+    assert all(found[path] == 0 for path in rest if path[-1].startswith("gate_"))
 
 
 def test_what_is_no_weight_is_refused(tmp_path):
