@@ -2,11 +2,13 @@
 
 import json
 import os
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_common import save_dataset, save_start, tiny_model
+from training_common import save_dataset, save_start, tiny_batch, tiny_model
 
 import train
 from common import PARITY
@@ -15,7 +17,8 @@ from instdiff_jax import export
 from instdiff_jax.checkpoint.folder import read_config, restore_params
 from instdiff_jax.checkpoint.rename import flatten
 from instdiff_jax.errors import InputError
-from instdiff_jax.training.metrics import MetricsWriter, ProfilerWindow, peak_flops
+from instdiff_jax.training import metrics
+from instdiff_jax.training.metrics import Clock, MetricsWriter, ProfilerWindow, peak_flops
 
 CONFIG = f"--config={PARITY.parent / 'tiny_config.py'}"
 
@@ -181,8 +184,50 @@ def test_a_resumed_run_does_not_repeat_its_numbers(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "tera"),
-    [("TPU v5 lite", 197), ("TPU v5p", 459), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-40GB", 312)],
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),  # what jax calls a v5e
+        ("TPU v5e", 197),
+        ("TPU v5p", 459),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+    ],
 )
 def test_known_chips(kind, tera):
     assert peak_flops(kind) == tera * 1e12
     assert peak_flops("cpu") is None
+
+
+@pytest.mark.parametrize(("kind", "share"), [("TPU v5 lite", 0.5), ("TPU v5e", 0.5), ("TPU v4", 98.5 / 275)])
+def test_utilisation_of_a_chip(monkeypatch, kind, share):
+    """10 steps of 39.4 TFLOP in 4 s are 98.5 TFLOP/s: half of what Google says a v5e can do in bfloat16."""
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    clock = Clock(64, lambda: 39.4e12, types.SimpleNamespace(device_kind=kind))
+    clock.start(5, 0.5)
+    now[0] += 4
+    values = clock.report(15, 1.5)
+    assert values["mfu"] == pytest.approx(share)
+    assert values["images_per_second"] == 160 and values["seconds_per_step"] == 0.4 and values["data_wait"] == 0.25
+    assert clock.report(15, 1.5) == {}
+
+
+def test_no_utilisation_of_an_unknown_chip():
+    clock = Clock(64, lambda: pytest.fail("nothing to divide by"), jax.devices("cpu")[0])
+    clock.start(0, 0.0)
+    assert "mfu" not in clock.report(1, 0.0)
+
+
+def test_a_devices_share_of_a_step_is_counted_once():
+    """Rows are split over the devices; computing again and taking the batch in parts is no work of the model."""
+    batch = jax.eval_shape(lambda: tiny_batch(0, 8))
+
+    def flops(devices, *more):
+        run = train.read_settings(config_module.read_config([CONFIG, "--config.train.batch_size=8", *more], None)[0])
+        return train.local_flops(run, batch, types.SimpleNamespace(size=devices))
+
+    whole = flops(1)
+    assert whole == 2 * flops(2)
+    assert whole == flops(1, "--config.train.remat=blocks", "--config.train.accumulate=2")
+    # What trains costs its gradients, too.
+    assert whole < flops(1, "--config.train.trainable=all") < 3 * whole
