@@ -5,23 +5,33 @@
 
 For every layout x.json this writes OUT/x/<seed>.png and OUT/x/layout.png, and for all of them
 OUT/contact_sheet.png and OUT/run.json (every setting, seed and timing).
+
+Many layouts: `--shard i/n` draws layouts i, i + n, ... and writes OUT/run-i-of-n.json instead; in a job of several
+processes each takes its own part without it. `--resume` leaves out layouts whose files are all there.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.sampling_flags import add_sampling_flags, read_overrides
+from instdiff_jax.shards import Shard
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shapes"
 DEFAULT_LAYOUTS = Path(__file__).parent / "examples" / "shapes"
+SHEET_LAYOUTS = 64  # the most that the contact sheet shows
+# What all pictures of an output folder have in common.
+COMMON = ("checkpoint", "model", "sampling", "format", "width", "height", "strength", "inputs", "dtype")
 
 
 # ---------------------------------------------------------------- flags
@@ -38,6 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--keep_largest", action="store_true", help="of more than 30 instances keep the largest, instead of an error")
     add("--output", type=Path, default=Path("output"), help="folder to write to")
     add("--num_images", type=int, default=1, help="pictures of each layout")
+    add("--shard", help="i/n: only draw layouts i, i + n, ...")
+    add("--resume", action="store_true", help="draw only layouts that have not all their files in --output yet")
     add("--seed", type=int, default=0, help="image i of every layout has seed SEED + i")
     add("--width", type=int, help="of the pictures in pixels; the layout's own by default")
     add("--height", type=int)
@@ -56,7 +68,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------- input
 
 
-def read_layouts(args: argparse.Namespace) -> list:
+class Layouts:
+    """Layouts that are read whenever they are gone through: the masks of many do not fit in memory."""
+
+    def __init__(self, read: dict[str, Callable]):
+        self.read = read  # by name
+
+    def __iter__(self) -> Iterator:
+        return (read() for read in self.read.values())
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+    def only(self, names: Sequence[str]) -> "Layouts":
+        return Layouts({name: self.read[name] for name in names})
+
+
+def find_layouts(args: argparse.Namespace) -> Layouts:
     """The layouts asked for; InputError where there are none, or two would write to one place."""
     from instdiff_jax.layout import Layout
 
@@ -64,7 +92,8 @@ def read_layouts(args: argparse.Namespace) -> list:
     if args.coco is not None:
         if not args.image_id:
             raise InputError("--image_id: expected the ids of images of --coco")
-        layouts = [Layout.from_coco(args.coco, number, args.captions, too_many) for number in args.image_id]
+        found = [Layout.from_coco(args.coco, number, args.captions, too_many) for number in args.image_id]
+        pairs = [(layout.name, lambda layout=layout: layout) for layout in found]
     else:
         files = []
         for path in args.layout:
@@ -75,12 +104,11 @@ def read_layouts(args: argparse.Namespace) -> list:
                 files += found
             else:
                 files.append(path)
-        layouts = [Layout.from_json(path, too_many) for path in files]
-    names = [layout.name for layout in layouts]
-    twice = sorted({name for name in names if names.count(name) > 1})
+        pairs = [(path.stem, lambda path=path: Layout.from_json(path, too_many)) for path in files]
+    twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
     if twice:
         raise InputError(f"--layout: two layouts would write to {args.output / twice[0]}; expected different names")
-    return layouts
+    return Layouts(dict(pairs))
 
 
 def read_arrays(args: argparse.Namespace) -> dict:
@@ -142,22 +170,72 @@ def write_picture(path: Path, pixels) -> None:
     write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
 
 
-def write_results(args: argparse.Namespace, results: list) -> list:
-    """Writes one layout's pictures; returns a row of the contact sheet."""
+def is_finished(args: argparse.Namespace, name: str, seeds: Sequence[int]) -> bool:
+    """Whether a layout has all its files."""
+    names = [*(f"{seed}.png" for seed in seeds), "layout.png", *(["latents.npy"] if args.save_latents else [])]
+    return all((args.output / name / file).exists() for file in names)
+
+
+def write_results(args: argparse.Namespace, results: list) -> None:
+    """Writes one layout's files."""
     import numpy as np
 
-    from instdiff_jax.visualize import draw_layout, enlarge
+    from instdiff_jax.visualize import draw_layout
 
     folder = args.output / results[0].layout.name
     for result in results:
         write_picture(folder / f"{result.seed}.png", result.image)
-    layout, blank = results[0].layout, np.full_like(results[0].image, 255)
-    write_picture(folder / "layout.png", draw_layout(layout, blank))
+    write_picture(folder / "layout.png", draw_layout(results[0].layout, np.full_like(results[0].image, 255)))
     if args.save_latents:
         latents = np.stack([result.latents for result in results]).astype(np.float32)
         write_file(folder / "latents.npy", lambda file: np.save(file, latents))
-    # On a small canvas captions cannot be read; the pictures' own files keep their size.
-    return [draw_layout(layout, enlarge(blank)), *(enlarge(result.image) for result in results)]
+
+
+def write_contact_sheet(args: argparse.Namespace, layouts: Layouts, seeds: Sequence[int]) -> None:
+    """The first layouts and their pictures in a grid."""
+    import numpy as np
+    from PIL import Image
+
+    from instdiff_jax.visualize import contact_sheet, draw_layout, enlarge
+
+    cells = []
+    for layout in layouts.only(list(layouts.read)[:SHEET_LAYOUTS]):
+        pictures = []
+        for seed in seeds:
+            with Image.open(args.output / layout.name / f"{seed}.png") as image:
+                pictures.append(np.asarray(image.convert("RGB")))
+        # On a small canvas captions cannot be read; the pictures' own files keep their size.
+        blank = enlarge(np.full_like(pictures[0], 255))
+        cells += [draw_layout(layout, blank), *map(enlarge, pictures)]
+    write_picture(args.output / "contact_sheet.png", contact_sheet(cells, columns=1 + len(seeds)))
+
+
+def earlier_layouts(args: argparse.Namespace, path: Path, record: dict[str, Any]) -> list[dict]:
+    """What the run at `path` notes of its layouts, for one that goes on.
+
+    Raises:
+        InputError: where the pictures there were made with other settings.
+    """
+    from instdiff_jax.geometry import short
+    from instdiff_jax.layout import read_json
+
+    record, layouts = json.loads(json.dumps(record)), []
+    for there in sorted(args.output.glob("run*.json")):
+        old = read_json(there)
+        for name in COMMON:
+            if not isinstance(old, dict) or old.get(name) != record[name]:
+                found = short(old.get(name) if isinstance(old, dict) else old)
+                raise InputError(
+                    f"{there}: {name}: the pictures there were made with {found}, got {short(record[name])}; "
+                    "use another --output, or go without --resume"
+                )
+        if there == path:
+            layouts = old.get("layouts", [])
+    return layouts
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    write_file(path, lambda file: file.write(json.dumps(record, indent=2).encode()))
 
 
 # ---------------------------------------------------------------- main
@@ -165,48 +243,58 @@ def write_results(args: argparse.Namespace, results: list) -> list:
 
 def main(args: argparse.Namespace) -> None:
     began = time.time()
-    if args.num_images < 1:
-        raise InputError(f"--num_images: expected a whole number of at least 1, got {args.num_images}")
-    if args.max_rows is not None and args.max_rows < 1:
-        raise InputError(f"--max_rows: expected a whole number of at least 1, got {args.max_rows}")
+    for name in ("num_images", "max_rows"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name}: expected a whole number of at least 1, got {getattr(args, name)}")
+    shard = None if args.shard is None else Shard.parse(args.shard)
     overrides = read_overrides(args)
     # Checked before minutes go into loading a checkpoint.
     SamplingConfig.from_dict(overrides, "sampling")
     if args.checkpoint == DEFAULT_CHECKPOINT and not args.checkpoint.is_dir():
         raise InputError("--checkpoint: expected a checkpoint folder; python -m instdiff_jax.convert makes one")
-    layouts, arrays = read_layouts(args), read_arrays(args)
-    check_output(args.output)
+    layouts, arrays = find_layouts(args), read_arrays(args)
+    seeds = [args.seed + i for i in range(args.num_images)]
 
+    import jax
+
+    from instdiff_jax.parallel import initialize_distributed
+
+    initialize_distributed()
+    shard = shard or Shard.of_process()
+    mine = list(shard.of(list(layouts.read)))
+    waiting = layouts.only([name for name in mine if not (args.resume and is_finished(args, name, seeds))])
+    for _ in waiting:  # what is wrong with a file is an error now
+        pass
+    check_output(args.output)
+    if waiting:
+        draw(args, waiting, seeds, arrays, overrides, shard)
+    if shard.count == 1:
+        write_contact_sheet(args, layouts, seeds)
+    there = f", {(len(mine) - len(waiting)) * len(seeds)} were there" if args.resume else ""
+    print(f"{len(waiting) * len(seeds)} pictures in {args.output} ({time.time() - began:.1f} s){there}")
+
+
+def draw(
+    args: argparse.Namespace,
+    layouts: Layouts,
+    seeds: Sequence[int],
+    arrays: dict[str, Any],
+    overrides: dict[str, Any],
+    shard: Shard,
+) -> None:
+    """Draws layouts and writes each one's files as soon as its pictures are there."""
     import jax
     from tqdm import tqdm
 
     from instdiff_jax.parallel import ParallelSettings, make_mesh
     from instdiff_jax.pipeline import Pipeline
-    from instdiff_jax.visualize import contact_sheet
 
+    began = time.time()
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     mesh = make_mesh(ParallelSettings(), jax.local_devices()) if jax.local_device_count() > 1 else None
     pipeline = Pipeline.from_checkpoint(args.checkpoint, dtype=dtype, mesh=mesh, max_rows=args.max_rows)
     loaded = time.time()
-
-    seeds = [args.seed + i for i in range(args.num_images)]
-    sheet, finished, group = [], [], []
-    with tqdm(total=1, unit="eval", desc="sampling", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        options = dict(format=args.format, width=args.width, height=args.height, strength=args.strength)
-        for result in pipeline.stream(layouts, seeds, progress=progress, **options, **arrays, **overrides):
-            group.append(result)
-            if len(group) == len(seeds):
-                sheet += write_results(args, group)
-                finished.append(dict(layout=result.layout.name, seeds=seeds, seconds=round(time.time() - began, 2)))
-                group = []
-    write_picture(args.output / "contact_sheet.png", contact_sheet(sheet, columns=1 + len(seeds)))
-
-    run = dict(
+    record = dict(
         checkpoint=str(args.checkpoint),
         model=pipeline.config.to_dict(),
         sampling=dataclasses.asdict(pipeline.settings(**overrides)),
@@ -218,11 +306,28 @@ def main(args: argparse.Namespace) -> None:
         dtype=dtype,
         devices=[device.device_kind for device in jax.local_devices()],
         jax=jax.__version__,
-        seconds=dict(loading=round(loaded - began, 2), sampling=round(time.time() - loaded, 2)),
-        layouts=finished,
     )
-    write_file(args.output / "run.json", lambda file: file.write(json.dumps(run, indent=2).encode()))
-    print(f"{len(layouts) * len(seeds)} pictures in {args.output} ({time.time() - began:.1f} s)")
+    path = args.output / ("run.json" if shard.count == 1 else f"run-{shard.index}-of-{shard.count}.json")
+    earlier = earlier_layouts(args, path, record) if args.resume else []
+    record["layouts"] = [entry for entry in earlier if entry["layout"] not in layouts.read]
+    with tqdm(total=1, unit="eval", desc="sampling", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        options = dict(format=args.format, width=args.width, height=args.height, strength=args.strength)
+        results = pipeline.stream(layouts, seeds, progress=progress, **options, **arrays, **overrides)
+        results = itertools.chain([next(results)], results)  # all input is checked by now
+        write_record(path, record)
+        try:
+            while group := list(itertools.islice(results, len(seeds))):
+                write_results(args, group)
+                seconds = round(time.time() - began, 2)
+                record["layouts"].append(dict(layout=group[0].layout.name, seeds=seeds, seconds=seconds))
+            record["seconds"] = dict(loading=round(loaded - began, 2), sampling=round(time.time() - loaded, 2))
+        finally:
+            write_record(path, record)
 
 
 if __name__ == "__main__":

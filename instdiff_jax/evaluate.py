@@ -16,6 +16,7 @@ from typing import Any
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.sampling_flags import add_sampling_flags, read_overrides
+from instdiff_jax.shards import Shard
 
 # As evaluation/generate.py has them, which is imported late.
 FORMATS = ("auto", "box", "point", "scribble", "mask", "mixed")
@@ -155,7 +156,6 @@ def main(args: argparse.Namespace) -> None:
 
     from instdiff_jax.evaluation.detectors import detector_fingerprint, open_detector
     from instdiff_jax.evaluation.files import claim_folder
-    from instdiff_jax.evaluation.generate import Shard
     from instdiff_jax.evaluation.measure import fid_of_file, open_features
     from instdiff_jax.evaluation.report import check_same_images, check_same_measures, read_report
     from instdiff_jax.evaluation.split import read_split
@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
 
     initialize_distributed()
     several = jax.process_count() > 1
-    shard = Shard(jax.process_index(), jax.process_count()) if args.shard is None else Shard.parse(args.shard)
+    shard = Shard.of_process() if args.shard is None else Shard.parse(args.shard)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     split = read_split(args.coco_dir, args.split, args.size, args.count, args.min_area)
 

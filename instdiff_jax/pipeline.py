@@ -1,12 +1,15 @@
 """Layouts and a checkpoint in, pictures out: the one place that composes text, grounding, networks and sampler.
 
-Axes: b batch, u unique conditions, h and w latent height and width, H and W pixels.
+Nothing waits for a device before the next batch is on its way to it, so that the host's work and the transfer of
+pictures hide behind denoising.
+
+Axes: b batch, n pictures, h and w latent height and width, H and W pixels.
 """
 
 import copy
 import dataclasses
-import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,33 +17,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from instdiff_jax import grounding as groundings
+from instdiff_jax import programs
 from instdiff_jax.compilation import enable_compilation_cache
 from instdiff_jax.config import ModelConfig, SamplingConfig, with_preset
-from instdiff_jax.diffusion.multi_instance import ImageRows, Inpaint, sample_rows
+from instdiff_jax.diffusion.multi_instance import ImageRows, Inpaint, Mark, sample_rows
 from instdiff_jax.diffusion.schedule import q_sample
-from instdiff_jax.diffusion.solvers import SolverTable, solver_table
+from instdiff_jax.diffusion.solvers import solver_table
+from instdiff_jax.entries import list_entries
 from instdiff_jax.errors import InputError
 from instdiff_jax.grounding import Format
+from instdiff_jax.jobs import Flight, Job, Picture, one_ahead
 from instdiff_jax.layout import Layout
 from instdiff_jax.loading import load_model
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion
-from instdiff_jax.starts import Start, any_in_cell, check_seed, check_start, initial_noise
+from instdiff_jax.starts import any_in_cell, check_canvas, check_seed, check_start, initial_noise
 from instdiff_jax.text import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-# Entries that the text encoder and UniFusion see at a time: one small program for any number of them.
-_CHUNK = 4
 # Rows denoised at a time, a device: what memory allows at 512×512 with the full model, and how many times as many a
 # small model or canvas may have: one large program then does for many layouts what several small ones would.
 _MAX_ROWS = {"cpu": 8, "gpu": 64, "tpu": 8}
 _FULL_SIZE, _MOST_ROWS = 64 * 64 * 320, 16
-_DECODE_CHUNK = {"cpu": 1, "gpu": 8, "tpu": 2}
+# Pictures decoded at a time, a device, at 512×512 with the full model; their number follows the size as that of rows.
+_DECODED = {"cpu": 1, "gpu": 8, "tpu": 2}
+_FULL_PICTURE = 512 * 512 * 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Pipeline:
         devices = 1 if mesh is None else mesh.size
         self.config, self.sampling, self.dtype, self._tokenizer = config, sampling, dtype, tokenizer
         self._devices, self._given_rows, self._default_rows = devices, max_rows, _MAX_ROWS.get(platform, 8)
-        self._decode_chunk = _DECODE_CHUNK.get(platform, 1)
+        self._default_decoded = _DECODED.get(platform, 1)
         self._sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         if mesh is not None:
             params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -137,7 +143,7 @@ class Pipeline:
 
     def stream(
         self,
-        layouts: Sequence[Layout],
+        layouts: Iterable[Layout],
         seeds: Sequence[int] = (0,),
         *,
         layout_seeds: Sequence[int] | None = None,
@@ -155,8 +161,12 @@ class Pipeline:
     ) -> Iterator[Result]:
         """Samples every layout with every seed; results come batch by batch, in order.
 
+        While a batch's results are taken, the next one is already being sampled, and there are never more than two:
+        neither layouts nor results pile up. What goes wrong with a layout surfaces after the results before it.
+
         Args:
-            layouts: what to draw.
+            layouts: what to draw. A collection is checked as a whole first, and so gone through twice; an iterator
+                is read once, as it is needed.
             seeds: one picture of each layout for each; a picture depends on its own seed alone.
             layout_seeds: one picture of each layout, with the layout's own seed, instead of `seeds`.
             format: which of an instance's places count, see `grounding.make_grounding`.
@@ -168,7 +178,7 @@ class Pipeline:
             strength: share of the steps that run, on `init_image` noised to the first of them; 1 starts from
                 noise alone. By default 1 with an `inpaint_mask` and 0.75 without.
             preset: a set of settings of `config.PRESETS`, which `overrides` go before.
-            progress: called with UNet evaluations done and in all.
+            progress: called with UNet evaluations done and in all; of an iterator's layouts, all that have begun.
             overrides: settings of `SamplingConfig`.
 
         Raises:
@@ -178,13 +188,10 @@ class Pipeline:
         start = check_start(init_image, inpaint_mask, strength)
         if strength is None:
             strength = 0.75 if start is not None and start.repaint is None else 1.0
-        if layout_seeds is not None and len(layout_seeds) != len(layouts):
-            raise InputError(f"layout_seeds: expected one for each of {len(layouts)} layouts, got {len(layout_seeds)}")
-        job = _Job(
-            layouts=list(layouts),
+        job = Job(
             seeds=[check_seed(seed) for seed in (seeds if layout_seeds is None else layout_seeds)],
             seed_per_layout=layout_seeds is not None,
-            canvases=[self._canvas(layout, width, height) for layout in layouts],
+            size=(width, height),
             settings=settings,
             table=solver_table(settings.sampler, settings.steps, self.config.schedule, settings.alpha, strength),
             format=format,
@@ -193,11 +200,17 @@ class Pipeline:
             start=start,
             from_noise=strength == 1,
         )
-        self._check_arrays(job)
-        batches = list(self._batches(job))
-        for number, batch in enumerate(batches):
-            report = None if progress is None else functools.partial(_report, progress, number, len(batches))
-            yield from self._sample(job, batch, report)
+        once = iter(layouts) is layouts
+        done, total = 0, 0 if once else self._check(job, layouts)
+        flights = (self._launch(job, batch, progress is not None) for batch in self._batches(job, layouts))
+        for flight in one_ahead(flights):
+            total += job.evaluations(flight.batch) * once
+            for mark in flight.marks or ():
+                mark.ready.block_until_ready()
+                done += mark.evaluations
+                progress(done, total)
+            yield from self._land(job, flight)
+            del flight  # before the next but one is launched
 
     def settings(self, preset: str | None = None, **overrides: Any) -> SamplingConfig:
         """The sampling settings of a call with this preset and these overrides; InputError for one out of its range."""
@@ -213,46 +226,75 @@ class Pipeline:
 
     def decode(self, latents: Float[Array, "b h w z"]) -> UInt8[np.ndarray, "b H W 3"]:
         """Latents to pixels: clamped to [−1, 1], × 0.5 + 0.5, × 255, truncated (as released)."""
-        images = []
-        for part in _chunks(jnp.asarray(latents), self._decode_chunk):
-            images.append(np.asarray(_decode(self._autoencoder, self._params["autoencoder"], part)))
-        return np.concatenate(images)[: len(latents)]
+        return np.concatenate([np.asarray(part) for part in self._decode(jnp.asarray(latents))])[: len(latents)]
+
+    def _decode(self, latents: Float[Array, "b h w z"]) -> list[UInt8[Array, "n H W 3"]]:
+        height, width = (side * self.config.latent_stride for side in latents.shape[1:3])
+        params, most = self._params["autoencoder"], self._max_decoded((width, height))
+        return programs.decode(self._autoencoder, params, latents, most, self._sharding)
+
+    def _latent_shape(self, canvas: tuple[int, int]) -> tuple[int, int, int]:
+        width, height = (side // self.config.latent_stride for side in canvas)
+        return height, width, self.config.autoencoder.z_channels
 
     def _max_rows(self, canvas: tuple[int, int]) -> int:
         """Rows of one program on a canvas of this width and height in pixels, over all devices."""
         if self._given_rows is not None:
             return self._given_rows * self._devices
         size = canvas[0] * canvas[1] // self.config.latent_stride**2 * self.config.unet.model_channels
-        times = min(max(_FULL_SIZE / size, 1 / self._default_rows), _MOST_ROWS)
-        return int(self._default_rows * times) * self._devices
+        return _fitting(self._default_rows, _FULL_SIZE / size) * self._devices
 
-    def _batches(self, job: "_Job") -> Iterator[list[tuple[int, int]]]:
-        """Runs of (layout, seed index) of one canvas, in order, that fit the rows of one program."""
-        batch, rows = [], 0
-        for i, layout in enumerate(job.layouts):
-            for k in [i] if job.seed_per_layout else range(len(job.seeds)):
-                size = 1 + len(layout.instances) * (job.mis_steps > 0)
-                canvas = job.canvases[i]
-                if batch and (rows + size > self._max_rows(canvas) or canvas != job.canvases[batch[-1][0]]):
+    def _max_decoded(self, canvas: tuple[int, int]) -> int:
+        """Pictures of this width and height that a device decodes at a time."""
+        size = canvas[0] * canvas[1] * self.config.autoencoder.ch
+        return _fitting(self._default_decoded, _FULL_PICTURE / size)
+
+    def _pictures(self, job: Job, layouts: Iterable[Layout]) -> Iterator[Picture]:
+        """What to draw, one after the other, checked."""
+        for number, layout in enumerate(layouts):
+            canvas = self._canvas(layout, *job.size)
+            check_canvas(canvas, self._latent_shape(canvas), len(job.seeds), job.noise, job.start)
+            if job.seed_per_layout and number >= len(job.seeds):
+                raise InputError(f"layout_seeds: expected one for each layout, got {len(job.seeds)}")
+            for k in [number] if job.seed_per_layout else range(len(job.seeds)):
+                yield Picture(number, layout, canvas, k)
+
+    def _check(self, job: Job, layouts: Iterable[Layout]) -> int:
+        """Goes through all pictures; returns the evaluations that they take."""
+        evaluations, count = 0, 0
+        for picture in self._pictures(job, layouts):
+            evaluations, count = evaluations + job.evaluations([picture]), picture.number + 1
+        if job.seed_per_layout and count != len(job.seeds):
+            raise InputError(f"layout_seeds: expected one for each of {count} layouts, got {len(job.seeds)}")
+        return evaluations
+
+    def _batches(self, job: Job, layouts: Iterable[Layout]) -> Iterator[list[Picture]]:
+        """Runs of pictures of one canvas, in order, that fit the rows of one program."""
+        batch, rows, failure = [], 0, None
+        try:
+            for picture in self._pictures(job, layouts):
+                size = 1 + len(picture.layout.instances) * (job.mis_steps > 0)
+                if batch and (rows + size > self._max_rows(picture.canvas) or picture.canvas != batch[0].canvas):
                     yield batch
                     batch, rows = [], 0
-                batch.append((i, k))
+                batch.append(picture)
                 rows += size
+        except Exception as error:  # of a layout: those before it are drawn first
+            failure = error
         if batch:
             yield batch
+        if failure is not None:
+            raise failure
 
-    def _sample(
-        self, job: "_Job", batch: list[tuple[int, int]], progress: Callable[[int, int], None] | None
-    ) -> Iterator[Result]:
-        numbers = sorted({i for i, _ in batch})
-        width, height = job.canvases[numbers[0]]
-        stride = self.config.latent_stride
-        shape = (height // stride, width // stride, self.config.autoencoder.z_channels)
+    def _launch(self, job: Job, batch: list[Picture], watched: bool) -> Flight:
+        """Puts all work of a batch on its way, and waits for none of it."""
+        shape = self._latent_shape(batch[0].canvas)
+        marks: list[Mark] | None = [] if watched else None
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
-            conditions, rows = self._conditions(job, numbers, shape[:2])
-            used = {k for _, k in batch}
+            conditions, rows = self._conditions(job, {picture.number: picture.layout for picture in batch}, shape[:2])
+            used = {picture.k for picture in batch}
             given = {k: initial_noise(job.seeds[k], shape) for k in used} if job.noise is None else job.noise
-            first = noise = jnp.asarray(np.stack([given[k] for _, k in batch]), jnp.float32)
+            first = noise = jnp.asarray(np.stack([given[picture.k] for picture in batch]), jnp.float32)
             inpaint = None
             if job.start is not None:
                 known = jnp.broadcast_to(self._encode(job.start.image), noise.shape)
@@ -260,14 +302,15 @@ class Pipeline:
                     times = jnp.full(len(batch), job.table.first_timestep)
                     first = q_sample(known, noise, times, self.config.schedule)
                 if job.start.repaint is not None:
-                    keep = 1.0 - any_in_cell(job.start.repaint, stride).astype(np.float32)[None, :, :, None]
-                    inpaint = Inpaint(known, jnp.broadcast_to(keep, (*noise.shape[:3], 1)), noise)
+                    paint = any_in_cell(job.start.repaint, self.config.latent_stride).astype(np.float32)
+                    keep = jnp.broadcast_to(1.0 - paint[None, :, :, None], (*noise.shape[:3], 1))
+                    inpaint = Inpaint(known, keep, noise)
             latents = sample_rows(
                 self._predict_noise,
                 self._params["unet"],
                 first,
                 conditions,
-                [rows[numbers.index(i)] for i, _ in batch],
+                [rows[picture.number] for picture in batch],
                 job.table,
                 mis_steps=job.mis_steps,
                 guidance_scale=job.settings.guidance_scale,
@@ -275,77 +318,50 @@ class Pipeline:
                 mis_guidance=job.settings.mis_guidance,
                 merge=job.settings.merge,
                 inpaint=inpaint,
-                max_rows=self._max_rows((width, height)),
+                max_rows=self._max_rows(batch[0].canvas),
                 sharding=self._sharding,
-                progress=progress,
+                marks=marks,
             )
-            images = self.decode(latents)
-        for (i, k), image, latent in zip(batch, images, np.asarray(latents), strict=True):
+            images = self._decode(latents)
+        for array in (latents, *images):
+            array.copy_to_host_async()
+        return Flight(batch, latents, images, marks)
+
+    def _land(self, job: Job, flight: Flight) -> Iterator[Result]:
+        """Waits for a batch's pictures, and lets go of what the devices hold of it."""
+        images, latents = [np.asarray(part) for part in flight.images], np.asarray(flight.latents)
+        for picture, image, latent in zip(flight.batch, itertools.chain(*images), latents, strict=False):
             if job.start is not None and job.start.repaint is not None:
                 image = np.where(job.start.repaint[..., None], image, job.start.image)
-            yield Result(image, latent, job.seeds[k], job.layouts[i])
+            # Copies: on a CPU these are views, and one result that is kept would keep its whole batch.
+            yield Result(image.copy(), latent.copy(), job.seeds[picture.k], picture.layout)
 
-    def _conditions(self, job: "_Job", numbers: list[int], grid: tuple[int, int]) -> tuple[dict, list[ImageRows]]:
-        """The unique conditions of some layouts, and each layout's rows: its own, its instances', the negative one."""
-        entries, texts, rows = [], [], []
-        negative = sum(1 + len(job.layouts[i].instances) * (job.mis_steps > 0) for i in numbers)
-        phrases = sorted({instance.caption for i in numbers for instance in job.layouts[i].instances})
-        _, phrase_embeddings = self._encode_text(self._tokenizer.encode_phrases(phrases))
-        embedding_of = dict(zip(phrases, phrase_embeddings, strict=True))
-        for i in numbers:
-            layout = job.layouts[i]
-            whole = groundings.make_grounding(layout, self.config, job.format, job.drop)
-            for slot, instance in enumerate(layout.instances):
-                whole["phrase_embeddings"][slot] = embedding_of[instance.caption]
-            alone = groundings.instance_groundings(whole) if job.mis_steps else []
-            first = len(entries)
-            rows.append(
-                ImageRows(
-                    layout=first,
-                    negative=negative,
-                    instances=tuple(range(first + 1, first + 1 + len(alone))),
-                    boxes=[tuple(single["boxes"][0]) for single in alone],
-                )
-            )
-            entries += [whole, *alone]
-            texts += [layout.caption, *(instance.caption for instance in layout.instances[: len(alone)])]
-        null = groundings.null_grounding(self.config.unifusion.map_size, self.config.unet.context_dim)
-        entries.append(null)
-        texts.append(job.settings.negative_prompt)
+    @property
+    def _networks(self) -> programs.Networks:
+        return programs.Networks(self._predict_noise.unet, self._unifusion)
 
-        unique = sorted(set(texts))
-        hidden, _ = self._encode_text(self._tokenizer.encode_prompts(unique))
-        context = jnp.stack([hidden[unique.index(text)] for text in texts])
-        parts = []
-        for first in range(0, len(entries), _CHUNK):
-            # The last chunk is filled with null groundings: one program for any number of entries.
-            filled = [*entries[first : first + _CHUNK], *[null] * (first + _CHUNK - len(entries))]
-            batch = groundings.stack(filled)
-            part = _pad(context[first : first + _CHUNK], _CHUNK)
-            use_maps = bool(batch["has_map"].any())
-            if not use_maps:
-                batch.pop("maps")
-            modules = self._unifusion, self._predict_noise.unet
-            parts.append(_condition(modules, self._params["unifusion"], self._params["unet"], batch, part, use_maps))
-        conditions = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[: len(entries)], *parts)
-        if job.settings.masked_attention != "none":
-            words = [groundings.region_words(entry, *grid, job.settings.masked_attention) for entry in entries]
-            visual, tokens = (jnp.asarray(np.stack(column)) for column in zip(*words, strict=True))
+    def _conditions(
+        self, job: Job, layouts: dict[int, Layout], grid: tuple[int, int]
+    ) -> tuple[dict, dict[int, ImageRows]]:
+        """The unique conditions of some layouts, and each layout's rows."""
+        settings, sharding, encoder = job.settings, self._sharding, self._text_encoder
+        options = dict(format=job.format, drop=job.drop, instances=job.mis_steps > 0)
+        listed = list_entries(layouts, settings.negative_prompt, self.config, **options)
+        ids = self._tokenizer.encode_prompts(listed.texts), self._tokenizer.encode_phrases(listed.phrases)
+        (hidden, _), (_, pooled) = (
+            programs.encode_text(encoder, self._params["text_encoder"], column, sharding) for column in ids
+        )
+        conditions = programs.make_conditions(self._networks, self._params, listed.entries, hidden, pooled, sharding)
+        if settings.masked_attention != "none":
+            kind, entries = settings.masked_attention, listed.entries
+            words = [groundings.region_words(entry.grounding, *grid, kind) for entry in entries]
+            visual, tokens = (np.stack(column) for column in zip(*words, strict=True))
             conditions["regions"] = {"visual": visual, "tokens": tokens}
-        return conditions, rows
-
-    def _encode_text(self, ids: Int[np.ndarray, "n 77"]) -> tuple[Array, Float[np.ndarray, "n e"]]:
-        """Last hidden states and pooled states of texts."""
-        parts = [
-            _encode_text(self._text_encoder, self._params["text_encoder"], part)
-            for part in _chunks(jnp.asarray(ids), _CHUNK)
-        ]
-        hidden, pooled = (jnp.concatenate(column)[: len(ids)] for column in zip(*parts, strict=True))
-        return hidden, np.asarray(pooled, np.float32)
+        return conditions, listed.rows
 
     def _encode(self, image: UInt8[np.ndarray, "H W 3"]) -> Float[Array, "1 h w z"]:
         pixels = jnp.asarray(image, jnp.float32)[None] / 127.5 - 1
-        return _encode(self._autoencoder, self._params["autoencoder"], pixels)
+        return programs.encode(self._autoencoder, self._params["autoencoder"], pixels)
 
     def _canvas(self, layout: Layout, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height of a layout's picture in pixels."""
@@ -360,75 +376,7 @@ class Pipeline:
             size.append(side)
         return tuple(size)
 
-    def _check_arrays(self, job: "_Job") -> None:
-        """Raises where given noise or pictures do not fit the canvases."""
-        for width, height in job.canvases:
-            if job.noise is not None:
-                stride = self.config.latent_stride
-                expected = (len(job.seeds), height // stride, width // stride, self.config.autoencoder.z_channels)
-                if np.shape(job.noise) != expected or not np.isfinite(job.noise).all():
-                    found = "numbers that are not finite" if np.shape(job.noise) == expected else np.shape(job.noise)
-                    raise InputError(f"noise: expected float32 of shape {expected}, got {found}")
-            if job.start is not None and job.start.image.shape[:2] != (height, width):
-                found = "×".join(map(str, job.start.image.shape[1::-1]))
-                raise InputError(f"init_image: expected {width}×{height} pixels as the canvas, got {found}")
 
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One call of `stream`, checked."""
-
-    layouts: list[Layout]
-    seeds: list[int]
-    seed_per_layout: bool  # layout i with seed i alone, instead of every layout with every seed
-    canvases: list[tuple[int, int]]
-    settings: SamplingConfig
-    table: SolverTable
-    format: Format
-    drop: tuple[str, ...]
-    noise: np.ndarray | None
-    start: Start | None
-    from_noise: bool
-
-    @property
-    def mis_steps(self) -> int:
-        """M, counted on the steps that really run (as released)."""
-        return int(self.table.steps * self.settings.mis)
-
-
-def _report(progress: Callable[[int, int], None], batch: int, batches: int, done: int, total: int) -> None:
-    """Progress over batches; one not yet begun counts like this one."""
-    progress(batch * total + done, batches * total)
-
-
-def _pad(x: Array, count: int) -> Array:
-    return jnp.concatenate([x, jnp.repeat(x[-1:], count - len(x), axis=0)]) if len(x) < count else x
-
-
-def _chunks(x: Array, size: int) -> Iterator[Array]:
-    """Equal parts of a batch, the last one filled up with its last entry."""
-    for first in range(0, len(x), size):
-        yield _pad(x[first : first + size], size)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_text(encoder: CLIPTextEncoder, params: Any, ids: Int[Array, "b 77"]) -> tuple[Array, Array]:
-    return encoder.apply({"params": params}, ids)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _condition(modules: tuple[UniFusion, UNet], unifusion, unet, grounding, context, use_maps: bool) -> Any:
-    tokens = modules[0].apply({"params": unifusion}, grounding, use_maps)
-    return modules[1].apply({"params": unet}, context, tokens, method="condition")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(autoencoder: Autoencoder, params: Any, latents: Float[Array, "b h w z"]) -> UInt8[Array, "b H W 3"]:
-    image = autoencoder.apply({"params": params}, latents, method="decode")
-    return ((jnp.clip(image, -1, 1) * 0.5 + 0.5) * 255).astype(jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(autoencoder: Autoencoder, params: Any, image: Float[Array, "b H W 3"]) -> Float[Array, "b h w z"]:
-    mean, _ = autoencoder.apply({"params": params}, image, method="encode")
-    return mean.astype(jnp.float32) * autoencoder.config.scale_factor
+def _fitting(default: int, times: float) -> int:
+    """How many fit where `times` as much memory a piece is there as in the full model at 512×512; at least one."""
+    return max(1, int(default * min(times, _MOST_ROWS)))

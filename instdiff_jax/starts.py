@@ -45,6 +45,20 @@ def check_start(image: Any, mask: Any, strength: float | None) -> Start | None:
     return Start(image, mask)
 
 
+def check_canvas(
+    canvas: tuple[int, int], latent_shape: tuple[int, int, int], seeds: int, noise: Any, start: Start | None
+) -> None:
+    """InputError where given noise or pictures do not fit a canvas of this width and height in pixels."""
+    if noise is not None:
+        expected = (seeds, *latent_shape)
+        if np.shape(noise) != expected or not np.isfinite(noise).all():
+            found = "numbers that are not finite" if np.shape(noise) == expected else np.shape(noise)
+            raise InputError(f"noise: expected float32 of shape {expected}, got {found}")
+    if start is not None and start.image.shape[1::-1] != canvas:
+        found = "×".join(map(str, start.image.shape[1::-1]))
+        raise InputError(f"init_image: expected {canvas[0]}×{canvas[1]} pixels as the canvas, got {found}")
+
+
 def any_in_cell(mask: Bool[np.ndarray, "H W"], stride: int) -> Bool[np.ndarray, "h w"]:
     """A latent cell is painted where any of its pixels is."""
     height, width = mask.shape

@@ -1,13 +1,17 @@
 """Guidance in an interval of steps and without instances' rows: against each image alone, and what really runs."""
 
 import functools
+import itertools
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from test_multi_instance import SCHEDULE, fake_eps, make_images, make_inputs
 
+import sample
 from common import relative_error
+from instdiff_jax.config import SamplingConfig
 from instdiff_jax.diffusion import multi_instance as mi
 from instdiff_jax.diffusion.solvers import solver_table
 
@@ -135,6 +139,23 @@ def test_evaluations_counted_are_evaluations_done(sampler, options):
     scale = options.get("guidance_scale", 7.5)
     rules = {name: value for name, value in options.items() if name != "guidance_scale"}
     assert sum(CALLS) == mi.count_evaluations(mi.plan_pieces(table, 10, **rules), images, scale != 1)
+
+
+def test_the_table_of_costs_in_the_docs():
+    """Every cell of docs/sampling.md is what is counted."""
+    lines = (Path(__file__).parent.parent / "docs" / "sampling.md").read_text().splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| flags |"))
+    instances = [int(cell) for cell in lines[head].split("|")[2:-2]]
+    rows = [line.split("|")[1:-2] for line in itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :])]
+    assert len(rows) >= 9 and instances == [1, 4, 6, 13, 30]
+    for flags, *cells in rows:
+        overrides = sample.read_overrides(sample.parse_args(flags.strip(" `").split()))
+        settings = SamplingConfig.from_dict(overrides)
+        table = solver_table(settings.sampler, settings.steps, SCHEDULE, settings.alpha)
+        rules = dict(guidance_interval=settings.guidance_interval, mis_guidance=settings.mis_guidance)
+        pieces = mi.plan_pieces(table, int(table.steps * settings.mis), **rules)
+        counted = [mi.count_evaluations(pieces, [mi.ImageRows(0, 0, (0,) * n)]) for n in instances]
+        assert [int(cell) for cell in cells] == counted, flags
 
 
 def test_other_values_compile_nothing():

@@ -211,7 +211,7 @@ def test_nothing_compiles_again():
             table,
             mis_steps=mis_steps,
             guidance_scale=guidance,
-            progress=lambda done, total: None,
+            marks=[],
         )
     assert (len(TRACES), mi.denoise._cache_size()) == (traces, compiled)
 
@@ -238,11 +238,11 @@ def test_chunks_equal_one_batch(merge, max_rows):
     assert relative_error(chunked, whole) <= 1e-5
 
 
-def test_progress_counts_every_evaluation():
+def test_marks_count_every_evaluation():
     params, noise, conditions = make_inputs(4)
     images = make_images((1, 4, 0, 6))
     table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
-    calls = []
+    marks = []
     quiet = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7, max_rows=10)
     shown = mi.sample_rows(
         fake_eps,
@@ -253,11 +253,12 @@ def test_progress_counts_every_evaluation():
         table,
         mis_steps=7,
         max_rows=10,
-        progress=lambda done, total: calls.append((done, total)),
+        marks=marks,
     )
     assert relative_error(shown, quiet) <= 1e-6
+    assert all(np.isfinite(mark.ready).all() and mark.evaluations > 0 for mark in marks)
     total = mi.count_evaluations(mi.plan_pieces(table, 7), images)
-    assert calls[-1] == (total, total) and all(a[0] < b[0] for a, b in zip(calls, calls[1:], strict=False))
+    assert sum(mark.evaluations for mark in marks) == total and len(marks) > total / (2 * 10 * 6)
 
 
 @pytest.mark.parametrize("devices", [1, 4, 8])

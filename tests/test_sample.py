@@ -81,6 +81,83 @@ def test_outputs(folder):
     assert set(record["seconds"]) == {"loading", "sampling"} and record["checkpoint"] == "checkpoint"
 
 
+@pytest.fixture
+def many(folder, monkeypatch):
+    """Five layouts and `draw(flags)`, which runs `sample.main` on them; returns the layouts that were drawn."""
+    place = folder / "many"
+    place.mkdir(exist_ok=True)
+    for i in range(5):
+        (place / f"scene{i}.json").write_text(make_layout(1, seed=i).to_json())
+    monkeypatch.chdir(folder)
+    drawn, write = [], sample.write_results
+    monkeypatch.setattr(sample, "write_results", lambda args, results: (drawn.append(results), write(args, results)))
+
+    def draw(*flags) -> list[str]:
+        drawn.clear()
+        quick = ("--checkpoint", "checkpoint", "--layout", "many", "--steps", "1", "--mis", "0")
+        sample.main(sample.parse_args([*quick, *map(str, flags)]))
+        return [results[0].layout.name for results in drawn]
+
+    return draw
+
+
+def files(place: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path.relative_to(place)): (path.read_bytes(), path.stat().st_mtime_ns) for path in place.rglob("*.png")}
+
+
+def test_shards_make_up_the_whole_and_a_resumed_run_redoes_nothing(many, folder):
+    whole, parts = folder / "whole", folder / "parts"
+    assert many("--output", whole) == [f"scene{i}" for i in range(5)]
+    assert many("--output", parts, "--shard", "0/2") == ["scene0", "scene2", "scene4"]
+    assert not (parts / "contact_sheet.png").exists() and not (parts / "run.json").exists()
+    assert json.loads((parts / "run-0-of-2.json").read_text())["seconds"]
+    before = files(parts)
+    assert many("--output", parts, "--shard", "1/2", "--resume") == ["scene1", "scene3"]
+    assert {name: seen for name, seen in files(parts).items() if name in before} == before
+
+    finished = files(parts)
+    assert many("--output", parts, "--resume") == [], "the contact sheet alone is new"
+    assert {name: seen for name, seen in files(parts).items() if name != "contact_sheet.png"} == finished
+    assert finished.keys() | {"contact_sheet.png"} == files(whole).keys()
+    for name in files(whole):
+        ours, theirs = (np.asarray(Image.open(place / name)).astype(int) for place in (parts, whole))
+        assert np.abs(ours - theirs).max() <= 1
+
+
+def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
+    out, write = folder / "cut", sample.write_results
+
+    def fail(args, results):
+        if results[0].layout.name == "scene2":
+            raise KeyboardInterrupt
+        write(args, results)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sample, "write_results", fail)
+        many("--output", out)
+    record = json.loads((out / "run.json").read_text())
+    assert [entry["layout"] for entry in record["layouts"]] == ["scene0", "scene1"] and "seconds" not in record
+    (out / "scene0" / "layout.png").unlink()
+    assert many("--output", out, "--resume", "--save_latents", "--seed", 0)[:1] == ["scene0"]
+    record = json.loads((out / "run.json").read_text())
+    assert record["seconds"] and len(record["layouts"]) == 5, "without latents no layout was finished"
+    with pytest.raises(sample.InputError, match=r"run.json: sampling: the pictures there were made with .*--output"):
+        (out / "scene3" / "0.png").unlink()
+        many("--output", out, "--resume", "--guidance_scale", 2)
+    assert many("--output", out, "--resume") == ["scene3"]
+
+
+def test_a_broken_layout_stops_a_run_before_anything_is_written(many, folder):
+    bad = folder / "many" / "scene9.json"
+    bad.write_text('{"caption": "half')
+    try:
+        with pytest.raises(sample.InputError, match="scene9.json: not valid JSON"):
+            many("--output", folder / "none")
+        assert not (folder / "none").exists()
+    finally:
+        bad.unlink()
+
+
 WRONG = [
     (("--layout", "nowhere.json"), "nowhere.json"),
     (("--layout", "broken.json"), "broken.json: not valid JSON"),
@@ -89,6 +166,8 @@ WRONG = [
     (("--layout", "scenes", "--coco", "coco.json"), "--image_id: expected"),
     (("--coco", "coco.json", "--image_id", "5"), "5"),
     (("--num_images", "0"), "--num_images: expected a whole number"),
+    (("--shard", "2/2"), "--shard: expected i/n with i from 0 to n - 1"),
+    (("--shard", "one"), "--shard: expected i/n"),
     (("--max_rows", "0"), "--max_rows: expected a whole number"),
     (("--output", "broken.json"), "--output: broken.json: expected a folder"),
     (("--output", "broken.json/deeper"), "--output: broken.json/deeper: expected a folder"),
@@ -134,7 +213,10 @@ def test_exit_code(folder, flags):
     assert not (folder / "out2").exists()
 
 
-@pytest.mark.parametrize("flags", [("--format", "boxes"), ("--preset", "slow"), ("--steps", "many"), ("--alpha", "x"), ("--unknown",)])
+@pytest.mark.parametrize(
+    "flags",
+    [("--format", "boxes"), ("--preset", "slow"), ("--steps", "many"), ("--alpha", "x"), ("--unknown",)],
+)
 def test_flags_of_another_type(folder, flags):
     done = run(folder, *GOOD, *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.diffusion.solvers import HISTORY, Coefficients, update
+from instdiff_jax.diffusion.spread import on_each_device
 
 FUSER_GROUP = "grounding"
 
@@ -112,11 +113,4 @@ def denoise(
         return jax.lax.fori_loop(start, stop, evaluate, state)
 
     numbers = jax.tree.map(jnp.asarray, (coefficients, start, stop, guidance_scale))
-    arguments = (params, state, conditions, *numbers, inpaint)
-    if sharding is None:
-        return run(*arguments)
-    # Every device runs its own rows. Left to itself XLA gathers them all wherever a network loops over its batch, as
-    # attention's chunks do, and a network could not choose its chunks by the rows that it really has.
-    rows, whole = sharding.spec, PartitionSpec()
-    specs = (whole, rows, rows, whole, whole, whole, whole, rows)
-    return jax.shard_map(run, mesh=sharding.mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
+    return on_each_device(run, sharding, whole=(0, 3, 4, 5, 6))(params, state, conditions, *numbers, inpaint)

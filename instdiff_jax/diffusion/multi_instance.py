@@ -9,17 +9,18 @@ entry. The UNet comes in as a function, see loop.py.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.diffusion.loop import FUSER_GROUP, DenoiseState, EpsFn, Inpaint, denoise, start_state
 from instdiff_jax.diffusion.solvers import SolverTable
+from instdiff_jax.diffusion.spread import count_devices, replicated, settled, spread, take
 
 EXACT_ROWS = 8  # a device: up to here a batch is never padded
 WASTE = 1.2  # above, a batch grows to at most this many times its rows
@@ -202,6 +203,13 @@ def count_evaluations(pieces: Sequence[Piece], images: Sequence[ImageRows], guid
     return sum((1 + (guided and piece.guided)) * rows[piece.rows] * (piece.stop - piece.start) for piece in pieces)
 
 
+class Mark(NamedTuple):
+    """Some evaluations that are to run: how many, padding aside, and an array that is ready when they are done."""
+
+    evaluations: int
+    ready: Array
+
+
 def sample_rows(
     eps_fn: EpsFn,
     params: Any,
@@ -218,16 +226,16 @@ def sample_rows(
     inpaint: Inpaint | None = None,
     max_rows: int | None = None,
     sharding: NamedSharding | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    marks: list[Mark] | None = None,
     stride: int = 5,
 ) -> Float[Array, "images h w c"]:
-    """Samples latents for a batch of images with any numbers of instances.
+    """Samples latents for a batch of images with any numbers of instances; returns before they are ready.
 
     Args:
         eps_fn: the UNet, see the top of the file.
-        params: its parameters; with `sharding`, already on its mesh.
+        params: its parameters; with `sharding`, a copy on every device of its mesh.
         noise: where each image starts: noise, or an image noised to the table's first timestep.
-        conditions: groups of trees of [unique, …].
+        conditions: groups of trees of [unique, …]; with `sharding`, split over it or still to be.
         images: what each image is sampled under.
         table: the solver.
         mis_steps: M, the steps that instances are denoised on their own for.
@@ -237,8 +245,8 @@ def sample_rows(
         inpaint: regions to keep, one an image.
         max_rows: above it rows run in chunks of one program, merged once at the end.
         sharding: splits the rows axis over a mesh, one part a device.
-        progress: called from the host with the evaluations done and to do, padding aside.
-        stride: evaluations between two calls of `progress`.
+        marks: is given a mark for every `stride` evaluations of some rows, which then run one after the other.
+        stride: evaluations between two marks.
 
     Returns:
         float32 latents of each image.
@@ -247,32 +255,29 @@ def sample_rows(
         mis_steps = 0
     interval = (0.0, 0.0) if guidance_scale == 1 else guidance_interval
     pieces = plan_pieces(table, mis_steps, guidance_interval=interval, mis_guidance=mis_guidance)
-    done, total = 0, count_evaluations(pieces, images)
 
-    state, coefficients, scale = start_state(noise), table.coefficients, np.float32(guidance_scale)
-    if sharding is None:
-        devices = 1
-        coefficients, scale = jax.device_put((coefficients, scale))
-    else:
-        devices, replicated = sharding.num_devices, NamedSharding(sharding.mesh, PartitionSpec())
-        put = (state, conditions, inpaint, coefficients, scale)
-        state, conditions, inpaint, coefficients, scale = jax.device_put(put, replicated)
+    coefficients, scale = table.coefficients, np.float32(guidance_scale)
+    coefficients, scale = jax.device_put((coefficients, scale), None if sharding is None else replicated(sharding))
+    state, conditions, inpaint = spread((start_state(noise), conditions, inpaint), sharding)
+    devices = count_devices(sharding)
 
     finished: list[tuple[Rows, list[DenoiseState]]] = []  # before the merge
     for which, todo in itertools.groupby(pieces, lambda piece: piece.rows):
         if which == "image" and finished:
-            state, finished = _merged(finished, merge), []
+            state, finished = _merged(finished, merge, sharding), []
         todo = list(todo)
+        needed = _groups(conditions, any(piece.use_fusers for piece in todo))
         rows = pack_rows(images, which, devices=devices, max_rows=max_rows)
         parts = []
         for begin in range(0, len(rows.image), rows.chunk):
             chunk = slice(begin, begin + rows.chunk)
-            part, known = _gather((state, inpaint), jnp.asarray(rows.image[chunk]), sharding)
+            part, known = take((state, inpaint), rows.image[chunk], sharding)
+            entries = rows.conditions[chunk]
+            gathered = {kind: take(needed, entries[:, : 1 + kind], sharding) for kind in {p.guided for p in todo}}
             for piece in todo:
-                used = {name: tree for name, tree in conditions.items() if piece.use_fusers or name != FUSER_GROUP}
-                given = _gather(used, jnp.asarray(rows.conditions[chunk, : 1 + piece.guided]), sharding)
-                for start in range(piece.start, piece.stop, stride if progress else piece.stop - piece.start):
-                    stop = min(start + stride, piece.stop) if progress else piece.stop
+                given = _groups(gathered[piece.guided], piece.use_fusers)
+                for start in range(piece.start, piece.stop, piece.stop - piece.start if marks is None else stride):
+                    stop = piece.stop if marks is None else min(start + stride, piece.stop)
                     part = denoise(
                         eps_fn,
                         params,
@@ -286,46 +291,58 @@ def sample_rows(
                         inpaint=known,
                         sharding=sharding,
                     )
-                    if progress:
-                        part.latents.block_until_ready()
-                        done += (1 + piece.guided) * (stop - start) * min(rows.count - begin, rows.chunk)
-                        progress(done, total)
-                del given  # two pieces' conditions never sit in memory together
-            parts.append(part)
+                    if marks is not None:
+                        evaluations = (1 + piece.guided) * (stop - start) * min(rows.count - begin, rows.chunk)
+                        marks.append(Mark(evaluations, _corner(part.latents)))
+            parts.append(settled(part, sharding))
         finished.append((rows, parts))
     if which == "image":
-        return _first(parts, len(images)).latents
-    return _merged(finished, merge).latents
+        return settled(_first(settled([part.latents for part in parts], sharding), len(images)), sharding)
+    return settled(_merged(finished, merge, sharding).latents[: len(images)], sharding)
 
 
-@functools.partial(jax.jit, static_argnames="sharding")
-def _gather(tree: Any, index: Int[Array, "..."], sharding: NamedSharding | None) -> Any:
-    taken = jax.tree.map(lambda a: a[index], tree)
-    return taken if sharding is None else jax.lax.with_sharding_constraint(taken, sharding)
+def _groups(conditions: dict[str, Any], use_fusers: bool) -> dict[str, Any]:
+    """The groups that are read with fusers, or without."""
+    return {name: tree for name, tree in conditions.items() if use_fusers or name != FUSER_GROUP}
 
 
-def _merged(finished: Sequence[tuple[Rows, list[DenoiseState]]], merge: Literal["mean", "crop"]) -> DenoiseState:
-    """The images' state from that of all their rows."""
+@jax.jit
+def _corner(latents: Float[Array, "rows h w c"]) -> Float[Array, " rows"]:
+    """What is ready when the latents are, and stays when they are donated."""
+    return latents[:, 0, 0, 0]
+
+
+def _merged(
+    finished: Sequence[tuple[Rows, list[DenoiseState]]],
+    merge: Literal["mean", "crop"],
+    sharding: NamedSharding | None,
+) -> DenoiseState:
+    """The images' state from that of all their rows; over a mesh padded as `spread` does it."""
     rows = join_rows([rows for rows, _ in finished])
     parts = [part for _, parts in finished for part in parts]
     height, width = parts[0].latents.shape[1:3]
     weights = mean_weights(rows) if merge == "mean" else crop_weights(rows, height, width)
-    global_rows = jnp.asarray(np.flatnonzero(rows.slot == 0))
-    return _merge(parts, jnp.asarray(rows.segment), global_rows, jnp.asarray(weights))
+    global_rows = np.flatnonzero(rows.slot == 0)
+    global_rows = np.pad(global_rows, (0, -len(global_rows) % count_devices(sharding)))
+    parts = settled(parts, sharding)
+    merged = _merge(parts, jnp.asarray(rows.segment), jnp.asarray(global_rows), jnp.asarray(weights), sharding)
+    return settled(merged, sharding)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="sharding")
 def _merge(
     parts: list[DenoiseState],
     segment: Int[Array, "rows"],
     global_rows: Int[Array, "images"],
     weights: Float[Array, "rows h2 w2 1"],
+    sharding: NamedSharding | None,
 ) -> DenoiseState:
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     latents = merge_rows(rows.latents, segment, len(global_rows), weights)
-    return DenoiseState(latents, rows.anchor[global_rows], rows.history[global_rows])
+    state = DenoiseState(latents, rows.anchor[global_rows], rows.history[global_rows])
+    return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _first(parts: list[DenoiseState], count: int) -> DenoiseState:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)
+def _first(parts: list[Float[Array, "rows h w c"]], count: int) -> Float[Array, "images h w c"]:
+    return jnp.concatenate(parts)[:count]

@@ -1,6 +1,5 @@
 """The pictures to measure: drawn from layouts, or real ones on the canvas. Finished ones are not made again."""
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,23 +124,3 @@ def _without_instances(scene: Scene) -> Layout:
     """A layout whose one instance does nothing once the fusers are off: a layout has to have one."""
     instance = Instance(scene.caption, box=(0.0, 0.0, float(scene.size), float(scene.size)))
     return Layout(scene.caption, scene.size, scene.size, (instance,), name=str(scene.image_id))
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Part `index` of `count` parts: images index, index + count, ..."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """Reads `i/n`."""
-        parts = text.split("/")
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not int(parts[0]) < int(parts[1]):
-            raise InputError(f"--shard: expected i/n with i from 0 to n - 1, got {text!r}")
-        return cls(int(parts[0]), int(parts[1]))
-
-    def of(self, scenes: Sequence[Scene]) -> Sequence[Scene]:
-        """This part of the scenes."""
-        return scenes[self.index :: self.count]

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instdiff_jax import pipeline as pipelines
+from instdiff_jax import grounding as groundings
+from instdiff_jax import programs
 from instdiff_jax.diffusion.multi_instance import (
     FUSER_GROUP,
     Piece,
     count_evaluations,
     denoise,
     pack_rows,
-    plan_pieces,
     start_state,
 )
 from instdiff_jax.diffusion.solvers import solver_table
@@ -29,6 +29,9 @@ from instdiff_jax.evaluation.files import write_file
 from instdiff_jax.evaluation.generate import image_seed, make_layout
 from instdiff_jax.evaluation.study_runs import Study, machine
 from instdiff_jax.flops import count_flops
+from instdiff_jax.jobs import Job
+from instdiff_jax.layout import Layout
+from instdiff_jax.pipeline import Pipeline
 
 INSTANCES = 4
 _SCENES = f"count_{INSTANCES}"
@@ -66,11 +69,10 @@ def measure_cost(study: Study) -> dict[str, Any]:
     layouts = [make_layout(scene, "box") for scene in scenes]
     seeds = [image_seed(0, scene.image_id) for scene in scenes]
     settings = study.sampling.to_dict()
-    job = pipelines._Job(
-        layouts=layouts,
+    job = Job(
         seeds=seeds,
         seed_per_layout=True,
-        canvases=[canvas] * count,
+        size=canvas,
         settings=study.sampling,
         table=solver_table(settings["sampler"], settings["steps"], pipeline.config.schedule, settings["alpha"]),
         format="auto",
@@ -79,7 +81,7 @@ def measure_cost(study: Study) -> dict[str, Any]:
         start=None,
         from_noise=True,
     )
-    parts = _parts(pipeline, job)
+    parts = _parts(pipeline, job, layouts)
     for name, mis in (("whole call", study.sampling.mis), ("whole call, MIS off", 0.0)):
 
         def call(mis: float = mis) -> None:
@@ -92,68 +94,64 @@ def measure_cost(study: Study) -> dict[str, Any]:
     return cost
 
 
-def _parts(pipeline: pipelines.Pipeline, job: Any) -> list[dict[str, Any]]:
-    config, count = pipeline.config, len(job.layouts)
-    side = job.canvases[0][0] // config.latent_stride
+def _parts(pipeline: Pipeline, job: Job, layouts: list[Layout]) -> list[dict[str, Any]]:
+    config, count = pipeline.config, len(layouts)
+    side, numbered = job.size[0] // config.latent_stride, dict(enumerate(layouts))
     with jax.default_matmul_precision("highest" if pipeline.dtype == "float32" else "default"):
-        conditions, images = pipeline._conditions(job, list(range(count)), (side, side))
-        parts = [_text_and_tokens(pipeline, job, (side, side))]
-        settings = job.settings
-        options = dict(guidance_interval=settings.guidance_interval, mis_guidance=settings.mis_guidance)
-        pieces = plan_pieces(job.table, job.mis_steps, **options)
-        for piece in pieces:
-            parts.append(_piece(pipeline, job, piece, conditions, images, side))
+        conditions, images = pipeline._conditions(job, numbered, (side, side))
+        parts = [_text_and_tokens(pipeline, job, numbered, (side, side))]
+        for piece in job.pieces:
+            parts.append(_piece(pipeline, job, piece, conditions, list(images.values()), side))
         latents = jnp.zeros((count, side, side, config.autoencoder.z_channels))
-        one = latents[: pipeline._decode_chunk]
-        args = (pipeline._autoencoder, pipeline._params["autoencoder"], one)
-        memory = pipelines._decode.lower(*args).compile().memory_analysis()
+        one = latents[: pipeline._max_decoded(job.size)]
+        lowered = programs._decode.lower(pipeline._autoencoder, None, pipeline._params["autoencoder"], one)
         parts.append(
             dict(
                 part="decoding",
                 seconds=_seconds(lambda: pipeline.decode(latents)) / count,
-                gflop=count_flops(functools.partial(pipelines._decode, args[0]), *args[1:]) / len(one) / 1e9,
-                temporary_mb=memory.temp_size_in_bytes / 1e6,
+                gflop=count_flops(pipeline._decode, latents) / count / 1e9,
+                temporary_mb=lowered.compile().memory_analysis().temp_size_in_bytes / 1e6,
             )
         )
     return parts
 
 
-def _text_and_tokens(pipeline: pipelines.Pipeline, job: Any, grid: tuple[int, int]) -> dict[str, Any]:
-    """Text encoder, UniFusion, and the keys and values of both in every block."""
-    count = len(job.layouts)
-    seconds = _seconds(lambda: jax.block_until_ready(pipeline._conditions(job, list(range(count)), grid)[0]))
-    texts = jnp.zeros((pipelines._CHUNK, pipeline.config.text_encoder.max_length), jnp.int32)
-    encode = (pipeline._text_encoder, pipeline._params["text_encoder"], texts)
-    grounding = pipelines.groundings.make_grounding(job.layouts[0], pipeline.config, "auto")
-    grounding.pop("maps")
-    batch = pipelines.groundings.stack([grounding] * pipelines._CHUNK)
-    context = jnp.zeros((pipelines._CHUNK, texts.shape[1], pipeline.config.unet.context_dim))
-    modules = (pipeline._unifusion, pipeline._predict_noise.unet)
-    params = pipeline._params["unifusion"], pipeline._params["unet"]
-    condition = (modules, *params, batch, context, False)
-    rows = [1 + len(layout.instances) for layout in job.layouts]
-    phrases = {instance.caption for layout in job.layouts for instance in layout.instances}
-    # Phrases are encoded twice: alone for their embeddings, and as the instances' prompts.
-    encoded = 2 * len(phrases) + count + 1
-    flops = encoded * count_flops(functools.partial(pipelines._encode_text, encode[0]), *encode[1:])
-    run = functools.partial(pipelines._condition, modules)
-    flops += (sum(rows) + 1) * count_flops(lambda *args: run(*args, False), *condition[1:-1])
-    programs = pipelines._encode_text.lower(*encode), pipelines._condition.lower(*condition)
-    memory = max(program.compile().memory_analysis().temp_size_in_bytes for program in programs)
+def _text_and_tokens(
+    pipeline: Pipeline, job: Job, layouts: dict[int, Layout], grid: tuple[int, int]
+) -> dict[str, Any]:
+    """Text encoder, UniFusion, and the keys and values of both in every block; what fills up a chunk is work, too."""
+
+    def make() -> Any:
+        return pipeline._conditions(job, layouts, grid)[0]
+
+    chunk, length, width = programs.CHUNK, pipeline.config.text_encoder.max_length, pipeline.config.unet.context_dim
+    texts = jnp.zeros((chunk, length), jnp.int32)
+    batch = groundings.stack([groundings.make_grounding(layouts[0], pipeline.config, "auto")] * chunk)
+    del batch["maps"], batch["phrase_embeddings"]
+    slots = groundings.MAX_INSTANCES
+    arrays = jnp.zeros((chunk, slots), jnp.int32), jnp.zeros((chunk, slots, width)), jnp.zeros((chunk, length, width))
+    params = pipeline._params
+    lowered = (
+        programs._encode_text.lower(pipeline._text_encoder, None, params["text_encoder"], texts),
+        programs._condition.lower(
+            pipeline._networks, None, False, (params["unifusion"], params["unet"]), batch, *arrays
+        ),
+    )
+    memory = max(program.compile().memory_analysis().temp_size_in_bytes for program in lowered)
     return dict(
         part="text, UniFusion, keys and values",
-        seconds=seconds / count,
-        gflop=flops / pipelines._CHUNK / count / 1e9,
+        seconds=_seconds(lambda: jax.block_until_ready(make())) / len(layouts),
+        gflop=count_flops(make) / len(layouts) / 1e9,
         temporary_mb=memory / 1e6,
     )
 
 
 def _piece(
-    pipeline: pipelines.Pipeline, job: Any, piece: Piece, conditions: dict[str, Any], images: list, side: int
+    pipeline: Pipeline, job: Job, piece: Piece, conditions: dict[str, Any], images: list, side: int
 ) -> dict[str, Any]:
     """One run of the sampler's loop."""
     guided = job.settings.guidance_scale != 1
-    rows = pack_rows(images, piece.rows, max_rows=pipeline._max_rows(job.canvases[0]))
+    rows = pack_rows(images, piece.rows, max_rows=pipeline._max_rows(job.size))
     entries = rows.conditions[: rows.chunk, : 1 + (guided and piece.guided)]
     used = {name: tree for name, tree in conditions.items() if piece.use_fusers or name != FUSER_GROUP}
     given = jax.tree.map(lambda leaf: leaf[entries], used)
