@@ -266,7 +266,7 @@ def main(args: argparse.Namespace) -> None:
     for _ in waiting:  # what is wrong with a file is an error now
         pass
     check_output(args.output)
-    if waiting:
+    if waiting or args.resume:  # pictures of other settings are an error though none is missing
         draw(args, waiting, seeds, arrays, overrides, shard)
     if shard.count == 1:
         write_contact_sheet(args, layouts, seeds)
@@ -309,6 +309,8 @@ def draw(
     )
     path = args.output / ("run.json" if shard.count == 1 else f"run-{shard.index}-of-{shard.count}.json")
     earlier = earlier_layouts(args, path, record) if args.resume else []
+    if not layouts:
+        return
     record["layouts"] = [entry for entry in earlier if entry["layout"] not in layouts.read]
     with tqdm(total=1, unit="eval", desc="sampling", disable=None) as bar:
 
