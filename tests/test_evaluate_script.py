@@ -102,6 +102,11 @@ def test_perfect_predictions_of_real_images(place, tmp_path, capsys):
     assert again["ratio"]["mask_IoU"] == pytest.approx(1) and again["metrics"] == metrics
     line = fails(capsys, place, tmp_path / "fewer", "--real", "--count", 2, "--upper_bound", upper)
     assert line.endswith(f"expected a report of the same 2 images, got one of {COUNT}")
+    odd = tmp_path / "odd.json"
+    for broken in ({"settings": [1]}, {"pictures": {"image_id": 1}}):
+        odd.write_text(json.dumps(report | broken))
+        line = fails(capsys, place, tmp_path / "fewer", "--real", "--upper_bound", odd)
+        assert line.startswith(f"error: {odd}: ") and "expected a report of the same" in line
 
 
 def test_an_upper_bound_is_measured_in_the_same_way(place, tmp_path, capsys):

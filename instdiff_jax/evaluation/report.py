@@ -77,14 +77,15 @@ def read_report(path: str | Path, annotations: str) -> dict[str, Any]:
     metrics = report.get("metrics") if isinstance(report, dict) else None
     if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
         raise InputError(f"{path}: expected a report.json of an evaluation")
-    if (report.get("settings") or {}).get("annotations") != annotations:
+    if not isinstance(report.get("settings"), dict) or report["settings"].get("annotations") != annotations:
         raise InputError(f"{path}: settings.annotations: expected a report of the same annotations")
     return report
 
 
 def check_same_images(path: str | Path, upper: Mapping[str, Any], image_ids: Sequence[int]) -> None:
     """Raises InputError where an upper bound was measured on other images."""
-    rows = upper.get("pictures") or []
+    rows = upper.get("pictures")
+    rows = rows if isinstance(rows, list) else []
     theirs = {row.get("image_id") for row in rows if isinstance(row, dict)}
     if theirs != set(image_ids):
         raise InputError(f"{path}: expected a report of the same {len(image_ids)} images, got one of {len(theirs)}")
