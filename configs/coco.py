@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
                 null_grounding=0.1,
                 dropout_per="sample",
                 use_crowds=False,
+                max_instances=30,
             ),
         )
     )

@@ -158,6 +158,7 @@ def get_config(stage: str = "adapters") -> ConfigDict:
             dropout_per="sample",
             min_area=0.01,
             use_crowds=False,
+            max_instances=10,
         ),
     )
     train = dict(

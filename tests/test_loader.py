@@ -1,5 +1,6 @@
 """Batch s is a function of the seed and s: however many processes and workers, from wherever it starts."""
 
+import dataclasses
 import pickle
 import threading
 import time
@@ -235,6 +236,24 @@ def test_regions_are_those_of_the_groundings(data_dir, settings, orientation):
         visual, tokens = region_words(grounding, 8, 8, orientation)
         np.testing.assert_array_equal(batch["regions"]["visual"][i], visual)
         np.testing.assert_array_equal(batch["regions"]["tokens"][i], tokens)
+
+
+def test_fewer_slots(data_dir, settings):
+    """`max_instances` keeps the largest: batches are the first slots of those without it."""
+    dataset = InstanceDataset(data_dir, "train")
+    config = dataclasses.replace(CONFIG, max_instances=2)
+    fewer = take(make_loader(dataset, config, masked=("correct", 8), **settings), 3)
+    whole = take(make_loader(dataset, CONFIG, masked=("correct", 8), **settings), 3)
+    assert max(batch["grounding"]["valid"].sum(axis=1).max() for batch in whole) > 2  # something is left out
+    for few, all_ in zip(fewer, whole, strict=True):
+        for key, value in few["grounding"].items():
+            if key == "maps":
+                np.testing.assert_array_equal(value, all_["grounding"][key] & np.uint32(3))
+            elif key in ("boxes", "points", "valid", "phrase_embeddings"):
+                np.testing.assert_array_equal(value, all_["grounding"][key][:, :2], err_msg=key)
+            elif key != "has_map":
+                assert value.shape == (4, 2, *all_["grounding"][key].shape[2:])
+        assert few["regions"]["tokens"].shape == (4, 184)
 
 
 def test_everything_sent_to_workers_is_small(data_dir, settings):

@@ -223,5 +223,7 @@ def test_settings_out_of_range():
         DataConfig(flip=1.5).validate()
     with pytest.raises(InputError, match="data.map_size"):
         DataConfig(map_size=0).validate()
+    with pytest.raises(InputError, match="data.max_instances: expected at most 30, got 31"):
+        DataConfig(max_instances=31).validate()
     with pytest.raises(InputError, match="data.dropout_per: expected one of sample, batch"):
         DataConfig.from_dict({"dropout_per": "epoch"}, "data")

@@ -39,6 +39,28 @@ def test_every_slot_keeps_its_own_formats(inputs):
     assert changed[1] and changed.sum() == 1
 
 
+@pytest.mark.parametrize("slots", (2, 7, 29))
+def test_slots_that_are_left_out_are_empty(inputs, slots):
+    """Tokens and gradients from the first slots alone are those of all 30, where the others hold nothing."""
+    full = common.grounding_arrays(inputs)
+    short = {key: value if key in ("maps", "has_map") else value[:, :slots] for key, value in full.items()}
+    for key, value in full.items():
+        if key not in ("maps", "has_map"):
+            value[:, slots:] = 0
+    model, params = UniFusion(common.model_config("small").unifusion), common.model_params("small", "unifusion")
+    weights = np.random.default_rng(0).standard_normal((1, 184, 768), np.float32)
+
+    def run(params, grounding):
+        tokens = model.apply({"params": params}, grounding, False)
+        return (tokens * weights).sum(), tokens
+
+    (_, expected), expected_grads = jax.value_and_grad(run, has_aux=True)(params, full)
+    (_, tokens), grads = jax.value_and_grad(run, has_aux=True)(params, short)
+    assert common.relative_error(tokens, expected) <= 1e-6
+    for got, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
 def test_small_map_sizes():
     """64 map tokens whatever the side of the maps is."""
     import dataclasses

@@ -39,6 +39,8 @@ Batch = dict[str, Any]
 
 _MANY_STEPS = 1 << 62
 _SAMPLE, _BATCH = 0, 1
+# What of a grounding has no slots.
+_WHOLE = ("maps", "has_map")
 
 
 class BatchReader:
@@ -106,11 +108,13 @@ class BatchReader:
             chosen, phrases = [], np.full_like(phrases, -1)
         arrays = apply_formats(locate(chosen, record, crop, config.map_size, rng), kept)
         arrays["phrase_embeddings"] = self.phrases.lookup(phrases)
-        result = {"grounding": arrays, "caption_ids": np.asarray(self.tokenize([caption])[0], np.int32)}
+        result = {"caption_ids": np.asarray(self.tokenize([caption])[0], np.int32)}
         if self.masked is not None:
             orientation, side = self.masked
             visual, tokens = region_words(arrays, side, side, orientation)
             result["regions"] = {"visual": visual, "tokens": tokens}
+        # Slots that no image fills need not go to the devices.
+        result["grounding"] = {k: x if k in _WHOLE else x[: config.max_instances] for k, x in arrays.items()}
         return result | self._pixels(index, record, crop)
 
     def _pixels(self, index: int, record: Record, crop: Crop) -> dict[str, np.ndarray]:
@@ -171,10 +175,10 @@ def make_loader(
 
     Returns:
         Batches: caption_ids int32 [n, length]; image uint8 [n, S, S, 3], or latent_mean and latent_logvar float32
-        [n, h, w, z]; grounding: boxes [n, 30, 4], points [n, 30, 2], scribbles [n, 30, 40], mask_points [n, 30, 512],
-        phrase_embeddings [n, 30, width], valid, has_box, has_point, has_scribble, has_mask [n, 30], has_map [n],
-        float32, and maps uint32 [n, map_size, map_size], bit i for slot i; with `masked` also regions: visual uint32
-        [n, side²] and tokens [n, 184], see `grounding.region_words`.
+        [n, h, w, z]; grounding, of k = `config.max_instances` slots: boxes [n, k, 4], points [n, k, 2], scribbles
+        [n, k, 40], mask_points [n, k, 512], phrase_embeddings [n, k, width], valid, has_box, has_point, has_scribble,
+        has_mask [n, k], has_map [n], float32, and maps uint32 [n, map_size, map_size], bit i for slot i; with `masked`
+        also regions: visual uint32 [n, side²] and tokens [n, 184], see `grounding.region_words`.
 
     Raises:
         InputError: for rows outside the batch, or a setting out of its range.

@@ -29,7 +29,8 @@ COORDINATES = {"boxes": 4, "points": 2, "scribbles": 40, "mask_points": 512}
 class DataConfig(Settings):
     """How records become examples; the defaults are the released training's (its configs and README).
 
-    `image_size` is the side of the square canvas in pixels, `map_size` that of the maps. Probabilities: `flip`;
+    `image_size` is the side of the square canvas in pixels, `map_size` that of the maps. Of an image the
+    `max_instances` largest instances are kept; below 30, batches carry no more slots than that. Probabilities: `flip`;
     `keep_caption` (else the caption is empty); `instance_caption`, that an instance's phrase is its own caption instead
     of its category; `drop_*` and `only_*`, see `dropout.draw_formats`; `null_grounding`, that a sample has none.
     """
@@ -50,6 +51,7 @@ class DataConfig(Settings):
     null_grounding: float = 0.1
     dropout_per: Literal["sample", "batch"] = "sample"
     use_crowds: bool = False
+    max_instances: int = NUM_SLOTS
 
     def validate(self, where: str = "data") -> None:
         """Raises InputError for a value out of its range."""
@@ -59,6 +61,8 @@ class DataConfig(Settings):
                 raise InputError(f"{where}.{field.name}: expected a number from 0 to 1, got {value!r}")
             if type(value) is int and value < 1:
                 raise InputError(f"{where}.{field.name}: expected a positive whole number, got {value!r}")
+        if self.max_instances > NUM_SLOTS:
+            raise InputError(f"{where}.max_instances: expected at most {NUM_SLOTS}, got {self.max_instances}")
 
     def without_chance(self) -> "DataConfig":
         """The same data for validation: nothing is dropped or flipped; captions and scribbles are still drawn."""
@@ -181,7 +185,7 @@ def _nearest(source: int, target: int) -> Int[np.ndarray, " target"]:
 
 
 def select_instances(record: Record, crop: Crop, config: DataConfig) -> list[tuple[Instance, Float[np.ndarray, "4"]]]:
-    """The instances to train on with their boxes on the canvas in pixels: large enough, the largest first, at most 30.
+    """The instances to train on with their boxes on the canvas in pixels: large enough, the largest first.
 
     An instance needs `min_area` of the canvas after clipping; crowds are left out unless the config takes them.
     """
@@ -190,7 +194,7 @@ def select_instances(record: Record, crop: Crop, config: DataConfig) -> list[tup
     # Torch sorts float32 areas there.
     order = np.argsort(-areas.astype(np.float32), kind="stable")
     large = (areas > 0) & (areas / (crop.size * crop.size) >= config.min_area)
-    return [(instances[i], boxes[i]) for i in order if large[i]][:NUM_SLOTS]
+    return [(instances[i], boxes[i]) for i in order if large[i]][: config.max_instances]
 
 
 def locate(

@@ -1,6 +1,6 @@
 """UniFusion: the places and phrases of up to 30 instances become 184 grounding tokens (paper section 3.1).
 
-Axes: b batch, n slots (30), t map tokens (64), s side of the instance maps, e width of text and tokens.
+Axes: b batch, n slots (at most 30), t map tokens (64), s side of the instance maps, e width of text and tokens.
 """
 
 from typing import TypedDict
@@ -23,22 +23,24 @@ COORDINATES = {"box": 4, "point": 2, "scribble": 40, "mask_points": 512}
 class GroundingArrays(TypedDict):
     """A batch of groundings: coordinates in [0, 1], and which features each slot has.
 
+    Arrays may hold fewer than 30 slots, n: the others are empty.
+
     `valid` says that a slot holds an instance. `has_*` is 1 where the format's features are used and 0
     where the learned null vector stands in; `has_map` counts for the whole sample. In `maps`, bit i of
     a pixel is set where slot i's mask covers it.
     """
 
-    boxes: Float[Array, "b 30 4"]
-    points: Float[Array, "b 30 2"]
-    scribbles: Float[Array, "b 30 40"]
-    mask_points: Float[Array, "b 30 512"]
+    boxes: Float[Array, "b n 4"]
+    points: Float[Array, "b n 2"]
+    scribbles: Float[Array, "b n 40"]
+    mask_points: Float[Array, "b n 512"]
     maps: UInt32[Array, "b s s"]
-    phrase_embeddings: Float[Array, "b 30 e"]
-    valid: Float[Array, "b 30"]
-    has_box: Float[Array, "b 30"]
-    has_point: Float[Array, "b 30"]
-    has_scribble: Float[Array, "b 30"]
-    has_mask: Float[Array, "b 30"]
+    phrase_embeddings: Float[Array, "b n e"]
+    valid: Float[Array, "b n"]
+    has_box: Float[Array, "b n"]
+    has_point: Float[Array, "b n"]
+    has_scribble: Float[Array, "b n"]
+    has_mask: Float[Array, "b n"]
     has_map: Float[Array, " b"]
 
 
@@ -57,6 +59,10 @@ def unpack_maps(maps: UInt32[Array, "b s s"]) -> Float[Array, "b s s 30"]:
     """One channel of 0 and 1 per slot from the packed maps."""
     bits = (maps[..., None] >> jnp.arange(NUM_SLOTS, dtype=jnp.uint32)) & jnp.uint32(1)
     return bits.astype(jnp.float32)
+
+
+def _add_slot(x: Float[Array, "b n *k"]) -> Float[Array, "b n+1 *k"]:
+    return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2))
 
 
 class TokenMLP(nn.Module):
@@ -97,6 +103,10 @@ class UniFusion(nn.Module):
                 is 0 in the whole batch.
         """
         settings = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        slots = grounding["valid"].shape[1]
+        if slots < NUM_SLOTS:
+            # Empty slots have the same tokens: one of them is computed.
+            grounding = {k: x if k in ("maps", "has_map") else _add_slot(x) for k, x in grounding.items()}
 
         def null(name: str, size: int) -> Float[Array, " size"]:
             return self.param(f"null_{name}", nn.initializers.zeros, (size,), self.param_dtype)
@@ -115,7 +125,11 @@ class UniFusion(nn.Module):
             features = fourier_features(grounding[coordinates])
             features = jnp.where(grounding[present][..., None] > 0, features, null(name, size))
             both = jnp.concatenate([text, features], axis=-1).astype(self.dtype)
-            tokens.append(TokenMLP(self.config.mid_dim, self.context_dim, name=f"mlp_{name}", **settings)(both))
+            made = TokenMLP(self.config.mid_dim, self.context_dim, name=f"mlp_{name}", **settings)(both)
+            if slots < NUM_SLOTS:
+                empty = (made.shape[0], NUM_SLOTS - slots, self.context_dim)
+                made = jnp.concatenate([made[:, :slots], jnp.broadcast_to(made[:, slots:], empty)], axis=1)
+            tokens.append(made)
 
         shape = (grounding["boxes"].shape[0], NUM_MAP_TOKENS, self.map_features)
         features = jnp.broadcast_to(null("map", self.map_features), shape)
