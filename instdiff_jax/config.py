@@ -157,8 +157,9 @@ class SamplingConfig(Settings):
     `alpha` is the fraction of steps the fusers are on, or three fractions (ones, linear decay, zeros)
     that sum to 1. `mis` is the fraction of steps of the multi-instance sampler.
 
-    Two options save evaluations and are off by default: `guidance_interval`, the fractions of the steps between
-    which there is guidance, and `mis_guidance`, whether the instances' rows of the multi-instance sampler have any.
+    Three options save work and are off by default: `guidance_interval`, the fractions of the steps between which
+    there is guidance; `mis_guidance`, whether the instances' rows of the multi-instance sampler have any; and `reuse`,
+    n where only every n-th evaluation computes the UNet's deep features.
     """
 
     steps: int = 50
@@ -171,6 +172,7 @@ class SamplingConfig(Settings):
     merge: Literal["mean", "crop"] = "mean"
     negative_prompt: str = ""
     masked_attention: Literal["none", "correct", "strict", "official"] = "none"
+    reuse: int = 1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.sampling") -> Self:
@@ -196,6 +198,7 @@ class SamplingConfig(Settings):
                 "a fraction from 0 to 1, or three fractions that sum to 1",
             ),
             "mis": (0 <= self.mis <= 1, "a fraction from 0 to 1"),
+            "reuse": (1 <= self.reuse <= 1000, "a whole number from 1 to 1000"),
         }
         for name, (ok, expected) in checks.items():
             if not ok:

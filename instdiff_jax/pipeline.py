@@ -68,6 +68,14 @@ class NoisePredictor:
     def __call__(self, params, latents, timesteps, conditions, alpha):
         return self.unet.apply({"params": params}, latents, timesteps, conditions, alpha)
 
+    def deep(self, params, *inputs):
+        """The part that may be reused in the next evaluations."""
+        return self.unet.apply({"params": params}, *inputs, method="deep_features")
+
+    def finish(self, params, *inputs):
+        """The rest, given that."""
+        return self.unet.apply({"params": params}, *inputs, method="finish")
+
 
 class Pipeline:
     """Samples pictures that obey layouts.
@@ -316,6 +324,7 @@ class Pipeline:
                 guidance_scale=job.settings.guidance_scale,
                 guidance_interval=job.settings.guidance_interval,
                 mis_guidance=job.settings.mis_guidance,
+                reuse=job.settings.reuse,
                 merge=job.settings.merge,
                 inpaint=inpaint,
                 max_rows=self._max_rows(batch[0].canvas),

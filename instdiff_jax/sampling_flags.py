@@ -24,6 +24,7 @@ def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
     add("--alpha", type=fractions, help="fraction of the steps that the fusers are on (or three: ones, decay, zeros)")
     add("--mis", type=float, help="fraction of the steps of the multi-instance sampler; 0 turns it off")
     add("--mis_guidance", action=argparse.BooleanOptionalAction, help="guidance where instances are sampled alone")
+    add("--reuse", type=int, help="deep features of the UNet are computed every so many evaluations; 1 is each")
     add("--merge", help="how the multi-instance sampler merges: mean or crop")
     add("--masked_attention", help="none, correct, strict or official")
     add("--negative_prompt")

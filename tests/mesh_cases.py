@@ -25,7 +25,9 @@ from instdiff_jax.parallel import ParallelSettings, make_mesh  # noqa: E402
 LAYOUTS = [make_layout(count, f"scene{i}", seed=i, mask=i == 1) for i, count in enumerate((3, 5, 2, 3, 4))]
 CASES = {
     "plain": dict(steps=4),
-    "options": dict(steps=6, guidance_interval=(0.0, 0.7), mis_guidance=False, masked_attention="correct", alpha=1.0),
+    "options": dict(
+        steps=6, reuse=2, guidance_interval=(0.0, 0.7), mis_guidance=False, masked_attention="correct", alpha=1.0
+    ),
 }
 
 

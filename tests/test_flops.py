@@ -116,9 +116,12 @@ def costs() -> dict[str, int]:
     def denoise(alpha):
         return count_flops(lambda v, x, t, c: unet.apply(v, x, t, c, alpha), variables, *inputs[:2], conditions)
 
+    given = variables, *inputs[:2], conditions, 1.0
+    deep = jax.eval_shape(functools.partial(unet.apply, method="deep_features"), *given)
     return dict(
         fused=denoise(1.0),
         unfused=denoise(None),
+        finish=count_flops(functools.partial(unet.apply, method="finish"), *given, deep),
         condition=count_flops(condition, variables, *inputs[2:]),
         unifusion=count_flops(unifusion.apply, fusion, grounding),
     )
@@ -130,6 +133,13 @@ def test_flops_of_one_forward():
     one = costs()
     assert 0.98 * 1227 < (one["fused"] + one["condition"] + one["unifusion"]) / GIGA <= 1227
     assert one["unifusion"] / GIGA == pytest.approx(56, rel=0.02)
+
+
+def test_an_evaluation_that_reuses_deep_features():
+    """docs/sampling.md has these shares."""
+    share = costs()["finish"] / costs()["fused"]
+    assert share == pytest.approx(0.087, abs=5e-4)
+    assert (1 + share) / 2 == pytest.approx(0.54, abs=5e-3) and (1 + 2 * share) / 3 == pytest.approx(0.39, abs=5e-3)
 
 
 def sampling_flops(counts: tuple[int, ...]) -> int:

@@ -223,6 +223,7 @@ def test_masked_attention_spares_instances_without_a_region(pipeline):
         dict(guidance_scale=3.0),
         dict(guidance_interval=(0.0, 0.5)),
         dict(mis_guidance=False),
+        dict(reuse=2),
         dict(format="point"),
     ],
 )

@@ -21,6 +21,7 @@ VALUES = dict(
     merge="crop",
     negative_prompt="ugly",
     masked_attention="correct",
+    reuse=3,
 )
 PROGRAMS = {
     "sample": sample.parse_args,

@@ -12,10 +12,12 @@ from tiny_checkpoint import SIDE, make_tiny_checkpoint, make_tiny_segmenter
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.evaluation import generate, study_cost
 from instdiff_jax.evaluation import study as study_command
+from instdiff_jax.evaluation.files import picture_path, write_picture
 from instdiff_jax.evaluation.study import main
 from instdiff_jax.evaluation.study_report import page, write_study
 from instdiff_jax.evaluation.study_results import TARGETS, make_results, paired_difference
-from instdiff_jax.evaluation.study_rows import NAMES, SCENES, SECTIONS, Row, Sizes, make_tasks
+from instdiff_jax.evaluation.study_rows import NAMES, SCENES, SECTIONS, Row, Sizes, Task, make_tasks
+from instdiff_jax.evaluation.study_runs import Study
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,6 +117,7 @@ def test_a_reduced_run_of_everything(folders, tmp_path):
     assert all(part["seconds"] > 0 for part in parts.values())
     assert all(part["gflop"] > 0 and part["temporary_mb"] > 0 for part in pieces)
     assert "not measured" not in (tmp_path / "docs" / "results.md").read_text().lower()
+    assert all({"UNets", "distance"} <= set(row["metrics"]) for row in results["tables"]["fewer"]["rows"])
     for name in ("leakage", "instances", "alpha", "mis", "guidance", "solvers"):
         assert (tmp_path / "docs" / "figures" / f"results_{name}.png").exists()
 
@@ -164,6 +167,42 @@ def test_slugs_tell_pictures_apart():
     made = {(row.scenes, row.pictures, row.format, row.drop, row.scaleu, row.settings(OWN)) for row in rows.values()}
     assert len(made) == len(rows)
     assert Row("x", sampling={"mis": 0.36}).slug(OWN) == "main-box" != Row("x", sampling={"mis": 0.0}).slug(OWN)
+
+
+@pytest.mark.parametrize("mis", [0.0, 0.25])
+def test_mis_is_on_where_a_row_says_so(mis):
+    """Also with a checkpoint that leaves it out by itself."""
+    own = dataclasses.replace(OWN, mis=mis)
+    fractions = {row.label: row.settings(own).mis for row in SECTIONS["leakage"].rows}
+    assert fractions["MIS alone"] == fractions["MIS and masked attention"] == (mis or 0.36)
+    assert fractions["neither"] == fractions["masked attention alone"] == 0.0
+
+
+def test_what_options_cost(folders, tmp_path):
+    """Evaluations as they are counted; one that reuses features counts as its share. Distance: of pixels."""
+    study = Study(*folders, tmp_path, SIDE, 2, "float32")
+    rows = {row.label: row for row in SECTIONS["fewer"].rows}
+    tasks = {label: Task(row, 0, 2) for label, row in rows.items()}
+    keys = {label: (row.slug(study.sampling), 0, 2) for label, row in rows.items()}
+    assert len(set(keys.values())) == len(rows)
+    costs = {label: study_cost.option_costs(study, task, {}) for label, task in tasks.items()}
+    # 20 steps with guidance, 7 of them for 5 rows; 50, and 18 of them.
+    whole = 2 * (7 * 5 + 13)
+    assert costs["all of it"] == {"UNets": whole} and costs["50 steps"] == {"UNets": 2 * (18 * 5 + 32)}
+    assert costs["no MIS"] == {"UNets": 2 * 20}
+    share = study_cost.finish_share(study.config, SIDE)
+    assert 0.05 < share < 0.5
+    # 4 of 7 evaluations are whole; of the others fusers are on for 8: 4 of those and 3 of the last 5.
+    fresh = 2 * (4 * 5 + (4 + 3))
+    assert costs["features reused once"]["UNets"] == pytest.approx(fresh + (whole - fresh) * share)
+
+    for label, value in (("50 steps", 10), ("15 steps", 13)):
+        for scene in study.split("main", 2).scenes:
+            pixels = np.full((SIDE, SIDE, 3), value, np.uint8)
+            write_picture(picture_path(study.folder(tasks[label]), scene), pixels)
+    there = {keys["50 steps"]: {}}
+    assert study_cost.option_costs(study, tasks["15 steps"], there)["distance"] == 3
+    assert study_cost.option_costs(study, tasks["50 steps"], there)["distance"] == 0
 
 
 def test_scenes_are_held_out():
@@ -245,7 +284,7 @@ def test_what_the_checkpoint_does_by_itself_is_one_row(own):
     for table in results["tables"].values():
         kinds = [json.dumps(row["settings"], sort_keys=True) for row in table["rows"]]
         assert len(set(kinds)) == len(kinds) and all(row["seeds"] for row in table["rows"])
-    assert len(results["tables"]["ablations"]["rows"]) == len(SECTIONS["ablations"].rows) - 2
+    assert len(results["tables"]["ablations"]["rows"]) == len(SECTIONS["ablations"].rows) - 4
     assert all(item["lines"] for item in results["comparisons"])
 
 

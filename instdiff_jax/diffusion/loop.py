@@ -11,6 +11,9 @@ the other would cost collectives when rows are sharded.
 Conditions are a dict of groups, each a tree of arrays. All leaves have one leading axis of unique
 entries, which rows point into. The group `grounding` is what only the fusers read; it is left out
 wherever they are off.
+
+Where deep features are reused between evaluations (DeepCache; Ma et al. 2024), `eps_fn` has two parts besides:
+`deep(params, latents, timesteps, conditions, alpha)`, and `finish`, which takes its result after those.
 """
 
 import functools
@@ -70,10 +73,11 @@ def denoise(
     use_fusers: bool,
     inpaint: Inpaint | None = None,
     sharding: NamedSharding | None = None,
+    reuse: Int[Array, ""] | int | None = None,
 ) -> DenoiseState:
     """Runs evaluations start … stop−1 of a solver's table on every row, in one compiled loop.
 
-    Only shapes, `eps_fn`, `use_fusers`, `sharding` and whether there is an `inpaint` decide the program.
+    Only shapes, `eps_fn`, `use_fusers`, `sharding` and whether there are `inpaint` and `reuse` decide the program.
 
     Args:
         eps_fn: the UNet, see the top of the file.
@@ -87,13 +91,23 @@ def denoise(
         use_fusers: False passes alpha=None to `eps_fn`, which leaves the fusers out of the program.
         inpaint: a region to keep.
         sharding: how the rows axis is split over a mesh.
+        reuse: deep features are computed in every `reuse`-th evaluation from `start` on; None, in each.
     """
 
-    def run(params, state, conditions, coefficients, start, stop, guidance_scale, inpaint):
+    def run(params, state, conditions, coefficients, start, stop, guidance_scale, reuse, inpaint):
         groups = jax.tree.leaves(conditions)[0].shape[1]
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditions)
 
-        def evaluate(i, state):
+        def predict(i, deep, *inputs):
+            """ε and the deep features it was made of."""
+            if reuse is None:
+                return eps_fn(params, *inputs), deep
+            fresh = (i - start) % reuse == 0
+            deep = jax.lax.cond(fresh, lambda deep, *inputs: eps_fn.deep(params, *inputs), _first_of, deep, *inputs)
+            return eps_fn.finish(params, *inputs, deep), deep
+
+        def evaluate(i, carry):
+            state, deep = carry
             c = jax.tree.map(lambda column: column[i], coefficients)
             x = state.latents
             if inpaint is not None:
@@ -102,15 +116,26 @@ def denoise(
                 x = keep * known + (1.0 - keep) * x
             pairs = jnp.repeat(x, groups, axis=0)
             alpha = c.alpha if use_fusers else None
-            eps = eps_fn(params, pairs, jnp.broadcast_to(c.timestep, pairs.shape[:1]), flat, alpha)
+            eps, deep = predict(i, deep, pairs, jnp.broadcast_to(c.timestep, pairs.shape[:1]), flat, alpha)
             eps = eps.astype(jnp.float32).reshape(-1, groups, *x.shape[1:])
             if groups == 2:
                 eps = eps[:, 1] + guidance_scale * (eps[:, 0] - eps[:, 1])
             else:
                 eps = eps[:, 0]
-            return DenoiseState(*update(c, x, state.anchor, state.history, eps))
+            return DenoiseState(*update(c, x, state.anchor, state.history, eps)), deep
 
-        return jax.lax.fori_loop(start, stop, evaluate, state)
+        deep = None
+        if reuse is not None:  # replaced before it is read
+            pairs = jnp.repeat(state.latents, groups, axis=0)
+            times = jnp.broadcast_to(coefficients.timestep[0], pairs.shape[:1])
+            inputs = params, pairs, times, flat, coefficients.alpha[0] if use_fusers else None
+            shape = jax.eval_shape(eps_fn.deep, *inputs)
+            deep = jnp.zeros(shape.shape, shape.dtype)
+        return jax.lax.fori_loop(start, stop, evaluate, (state, deep))[0]
 
-    numbers = jax.tree.map(jnp.asarray, (coefficients, start, stop, guidance_scale))
-    return on_each_device(run, sharding, whole=(0, 3, 4, 5, 6))(params, state, conditions, *numbers, inpaint)
+    numbers = jax.tree.map(jnp.asarray, (coefficients, start, stop, guidance_scale, reuse))
+    return on_each_device(run, sharding, whole=(0, 3, 4, 5, 6, 7))(params, state, conditions, *numbers, inpaint)
+
+
+def _first_of(first: Any, *_: Any) -> Any:
+    return first

@@ -203,6 +203,12 @@ def count_evaluations(pieces: Sequence[Piece], images: Sequence[ImageRows], guid
     return sum((1 + (guided and piece.guided)) * rows[piece.rows] * (piece.stop - piece.start) for piece in pieces)
 
 
+def count_fresh(pieces: Sequence[Piece], images: Sequence[ImageRows], reuse: int, guided: bool = True) -> int:
+    """Those of `count_evaluations` that compute deep features, where every `reuse`-th does."""
+    fresh = [piece._replace(start=0, stop=-(-(piece.stop - piece.start) // reuse)) for piece in pieces]
+    return count_evaluations(fresh, images, guided)
+
+
 class Mark(NamedTuple):
     """Some evaluations that are to run: how many, padding aside, and an array that is ready when they are done."""
 
@@ -228,6 +234,7 @@ def sample_rows(
     sharding: NamedSharding | None = None,
     marks: list[Mark] | None = None,
     stride: int = 5,
+    reuse: int = 1,
 ) -> Float[Array, "images h w c"]:
     """Samples latents for a batch of images with any numbers of instances; returns before they are ready.
 
@@ -247,15 +254,19 @@ def sample_rows(
         sharding: splits the rows axis over a mesh, one part a device.
         marks: is given a mark for every `stride` evaluations of some rows, which then run one after the other.
         stride: evaluations between two marks.
+        reuse: deep features are computed in every `reuse`-th evaluation of rows that run together, see loop.py.
 
     Returns:
         float32 latents of each image.
     """
-    if not any(image.instances for image in images):
-        mis_steps = 0
+    alone = not any(image.instances for image in images)
+    if alone and reuse == 1:
+        mis_steps = 0  # otherwise features are computed anew there, as in a batch with instances
     interval = (0.0, 0.0) if guidance_scale == 1 else guidance_interval
-    pieces = plan_pieces(table, mis_steps, guidance_interval=interval, mis_guidance=mis_guidance)
+    pieces = plan_pieces(table, mis_steps, guidance_interval=interval, mis_guidance=mis_guidance or alone)
 
+    # A mark changes no result: features are computed anew after it anyway.
+    stride = max(stride // reuse, 1) * reuse
     coefficients, scale = table.coefficients, np.float32(guidance_scale)
     coefficients, scale = jax.device_put((coefficients, scale), None if sharding is None else replicated(sharding))
     state, conditions, inpaint = spread((start_state(noise), conditions, inpaint), sharding)
@@ -290,6 +301,7 @@ def sample_rows(
                         use_fusers=piece.use_fusers,
                         inpaint=known,
                         sharding=sharding,
+                        reuse=None if reuse == 1 else jnp.int32(reuse),
                     )
                     if marks is not None:
                         evaluations = (1 + piece.guided) * (stop - start) * min(rows.count - begin, rows.chunk)

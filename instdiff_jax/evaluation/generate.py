@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from instdiff_jax.checkpoint.folder import read_config
-from instdiff_jax.config import SamplingConfig
+from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.files import picture_path, write_picture
 from instdiff_jax.evaluation.split import Scene, Target
@@ -48,13 +48,16 @@ def make_layout(scene: Scene, format: str = "auto") -> Layout:
 
 def sampling_settings(checkpoint: Path, overrides: Mapping[str, Any]) -> SamplingConfig:
     """A checkpoint's sampling settings with some others over them; reads no weights."""
+    return SamplingConfig.from_dict(read_settings(checkpoint)[1].to_dict() | dict(overrides), "sampling")
+
+
+def read_settings(checkpoint: Path) -> tuple[ModelConfig, SamplingConfig]:
+    """The sizes and the sampling settings of a checkpoint folder or a training run; reads no weights."""
     if (checkpoint / "checkpoints").is_dir():
         from instdiff_jax.export import read_run
 
-        own = read_run(checkpoint)[1]
-    else:
-        own = read_config(checkpoint)[1]
-    return SamplingConfig.from_dict(own.to_dict() | dict(overrides), "sampling")
+        return read_run(checkpoint)[:2]
+    return read_config(checkpoint)[:2]
 
 
 def image_seed(seed: int, image_id: int) -> int:

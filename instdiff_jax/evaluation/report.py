@@ -11,8 +11,8 @@ from instdiff_jax.layout import read_json
 
 # What is not a fraction to show as a percentage.
 _COUNTS = ("images", "instances")
-_DECIMALS = {"FID": 2, "CLIP_global": 3, "CLIP_local": 3}
-LOWER_IS_BETTER = ("FID", "colour_leak", "texture_leak")
+_DECIMALS = {"UNets": 1, "distance": 1, "FID": 2, "CLIP_global": 3, "CLIP_local": 3}
+LOWER_IS_BETTER = ("FID", "UNets", "distance", "colour_leak", "texture_leak")
 
 
 def make_report(outcome: Outcome, settings: Mapping[str, Any], upper: Mapping[str, Any] | None = None) -> dict:

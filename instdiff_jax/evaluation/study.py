@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instdiff_jax.errors import InputError, exit_on_input_error
-from instdiff_jax.evaluation.study_rows import COST, NAMES, Sizes, make_tasks
+from instdiff_jax.evaluation.study_rows import COST, FEWER, NAMES, SECTIONS, Sizes, Task, make_tasks, row_keys
 
 # Of a row that is done, in the terminal.
 _PRINTED = ("box_AP50", "mask_IoU", "colour_accuracy", "FID")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     import jax
 
     from instdiff_jax.evaluation.report import metrics_line
-    from instdiff_jax.evaluation.study_cost import known_cost, measure_cost
+    from instdiff_jax.evaluation.study_cost import known_cost, measure_cost, option_costs
     from instdiff_jax.evaluation.study_report import write_study
     from instdiff_jax.evaluation.study_results import make_results
     from instdiff_jax.evaluation.study_runs import Study, TimeUp
@@ -108,6 +108,10 @@ def run(args: argparse.Namespace, command: str) -> None:
             cost = measure_cost(study)
     except TimeUp:
         print(f"--minutes {args.minutes:g} are over; the page says what was not measured", file=sys.stderr)
+    for row in SECTIONS[FEWER].rows if FEWER in sections else ():
+        for key in row_keys(row, SECTIONS[FEWER], sizes, study.sampling):
+            if key in numbers:
+                numbers[key]["metrics"] |= option_costs(study, Task(row, *key[1:]), numbers)
     write_study(make_results(study, sections, sizes, numbers, cost, command), args.docs)
     print(f"written: {args.docs / 'results.md'}")
 

@@ -1,4 +1,4 @@
-"""What each part of sampling costs: time, UNet evaluations, operations, and memory beside the parameters.
+"""What sampling costs, part by part and by its options: time, UNet evaluations, operations, and memory.
 
 The programs are those that the pipeline runs, compiled for one full batch of pictures of four instances each.
 """
@@ -6,35 +6,83 @@ The programs are those that the pipeline runs, compiled for one full batch of pi
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from instdiff_jax import grounding as groundings
 from instdiff_jax import programs
+from instdiff_jax.config import ModelConfig
 from instdiff_jax.diffusion.multi_instance import (
     FUSER_GROUP,
+    ImageRows,
     Piece,
     count_evaluations,
+    count_fresh,
     denoise,
     pack_rows,
+    plan_pieces,
     start_state,
 )
 from instdiff_jax.diffusion.solvers import solver_table
-from instdiff_jax.evaluation.files import write_file
+from instdiff_jax.evaluation.files import picture_path, write_file
 from instdiff_jax.evaluation.generate import image_seed, make_layout
+from instdiff_jax.evaluation.study_rows import FIFTY, Task
 from instdiff_jax.evaluation.study_runs import Study, machine
 from instdiff_jax.flops import count_flops
 from instdiff_jax.jobs import Job
 from instdiff_jax.layout import Layout
+from instdiff_jax.models.unet import UNet
+from instdiff_jax.models.unifusion import NUM_TOKENS
 from instdiff_jax.pipeline import Pipeline
 
+Numbers = Mapping[tuple[str, int, int], Any]
 INSTANCES = 4
 _SCENES = f"count_{INSTANCES}"
+
+
+def option_costs(study: Study, task: Task, numbers: Numbers) -> dict[str, float]:
+    """UNet evaluations of a picture, and the distance from the same pictures in 50 steps where there are any."""
+    settings = task.row.settings(study.sampling)
+    table = solver_table(settings.sampler, settings.steps, study.config.schedule, settings.alpha)
+    rules = dict(guidance_interval=settings.guidance_interval, mis_guidance=settings.mis_guidance)
+    pieces = plan_pieces(table, int(table.steps * settings.mis), **rules)
+    images, guided = [ImageRows(0, 0, (0,) * INSTANCES)], settings.guidance_scale != 1
+    every, fresh = count_evaluations(pieces, images, guided), count_fresh(pieces, images, settings.reuse, guided)
+    found = {"UNets": fresh + (every - fresh) * finish_share(study.config, study.size)}
+    fifty = Task(FIFTY, task.seed, task.count)
+    if (FIFTY.slug(study.sampling), *fifty[1:]) in numbers:
+        scenes = study.split(task.row.scenes, task.count).scenes
+        ours, theirs = (
+            np.stack([np.asarray(Image.open(picture_path(study.folder(one), scene)), float) for scene in scenes])
+            for one in (task, fifty)
+        )
+        found["distance"] = float(np.abs(ours - theirs).mean())
+    return found
+
+
+@functools.cache
+def finish_share(config: ModelConfig, size: int) -> float:
+    """Operations of an evaluation that reuses deep features, as a share of a whole one's."""
+    unet, width, side = UNet(config.unet), config.unet.context_dim, size // config.latent_stride
+    shapes = [(side, side, config.unet.in_channels), (), (config.text_encoder.max_length, width), (NUM_TOKENS, width)]
+    inputs = [jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in shapes]
+
+    def make(network: UNet, latents, timesteps, context, tokens):
+        conditions = network.condition(context, tokens)
+        return network(latents, timesteps, conditions), conditions
+
+    (_, conditions), params = jax.eval_shape(
+        functools.partial(unet.init_with_output, method=make), jax.random.key(0), *inputs
+    )
+    given = params, *inputs[:2], conditions, 1.0
+    deep = jax.eval_shape(functools.partial(unet.apply, method="deep_features"), *given)
+    return count_flops(functools.partial(unet.apply, method="finish"), *given, deep) / count_flops(unet.apply, *given)
 
 
 def cost_file(study: Study) -> tuple[Path, dict[str, Any]]:

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from instdiff_jax.config import SamplingConfig
 from instdiff_jax.data.shape_scenes import render_scene
 from instdiff_jax.data.shapes import write_coco
 from instdiff_jax.evaluation.fid import Gaussian, fit_gaussian
 from instdiff_jax.evaluation.files import checkpoint_fingerprint, claim_folder, write_file
-from instdiff_jax.evaluation.generate import copy_real, generate, sampling_settings
+from instdiff_jax.evaluation.generate import copy_real, generate, read_settings, sampling_settings
 from instdiff_jax.evaluation.measure import Picture, inspect, summarize
 from instdiff_jax.evaluation.segmenter import Segmenter
 from instdiff_jax.evaluation.split import Split, read_split
@@ -39,6 +38,7 @@ class Study:
     """Draws and measures rows; all of them share one pipeline, loaded when the first picture is to be drawn.
 
     Attributes:
+        config: the checkpoint's sizes.
         sampling: the checkpoint's settings, with the steps that were asked for.
         size: side of the pictures in pixels.
         dtype: of the pipeline.
@@ -61,6 +61,7 @@ class Study:
         self.sampling = sampling_settings(checkpoint, {} if steps is None else {"steps": steps})
         self.size, self.dtype, self.checkpoint = size, dtype, checkpoint
         self.fingerprint = checkpoint_fingerprint(checkpoint)
+        self.config = read_settings(checkpoint)[0]
         self._detector = Segmenter.from_folder(segmenter)
         self.workdir, self._reference_count, self._max_rows = workdir, reference_count, max_rows
         self._pipelines: dict[bool, Pipeline] = {}
@@ -102,7 +103,7 @@ class Study:
             `metrics` by name, and `of_picture`: sums over each picture's instances.
         """
         row, group = task.row, SCENES[task.row.scenes].group
-        folder = self.workdir / "pictures" / f"{row.slug(self.sampling, group)}-seed_{task.seed}"
+        folder = self.folder(task)
         claim_folder(folder, self._settings(task), "--workdir")
         together = [self.split(name, task.count).scenes for name, kind in SCENES.items() if kind.group == group]
         # One scene of each set after another: batches are alike.
@@ -126,6 +127,11 @@ class Study:
         numbers = {"key": key} | self._measured(self.split(row.scenes, task.count), folder, row)
         write_file(path, json.dumps(numbers).encode())
         return numbers
+
+    def folder(self, task: Task) -> Path:
+        """Where a task's pictures are."""
+        slug = task.row.slug(self.sampling, SCENES[task.row.scenes].group)
+        return self.workdir / "pictures" / f"{slug}-seed_{task.seed}"
 
     def _measured(self, split: Split, folder: Path, row: Row) -> Numbers:
         features, reference = self._detector.features, self._reference(row.scenes)

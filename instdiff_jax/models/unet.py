@@ -1,7 +1,8 @@
 """The UNet of Stable Diffusion 1.5 with fusers and ScaleU, split into what depends on the step and what does not.
 
 `condition` turns text and grounding tokens into keys and values for every transformer block, once.
-`__call__` denoises with them. Axes: b batch, h height, w width, c channels, n visual tokens.
+`__call__` denoises with them; `deep_features` and `finish` are its two parts, for reuse of the deep one between steps.
+Axes: b batch, h height, w width, c channels, n visual tokens.
 """
 
 from typing import NotRequired, TypedDict
@@ -194,40 +195,72 @@ class UNet(nn.Module):
         Args:
             alpha: the fusers' scale; None (static) leaves the fusers out of the program.
         """
-        config = self.config
-        levels = range(len(config.channel_mult))
+        x, time = self._enter(latents, timesteps)
+        return self._finish(x, time, conditions, alpha, self._deep(x, time, conditions, alpha))
 
-        def attend(name: str, x):
-            # The paper masks at the highest resolution only; deeper tokens cover several instances.
-            regions = conditions.get("regions") if "_0_attn_" in name and "mid" not in name else None
-            grounding = None if alpha is None else conditions["grounding"][name]
-            return getattr(self, name)(x, conditions["text"][name], grounding, alpha, regions)
+    def deep_features(
+        self,
+        latents: Float[Array, "b h w z"],
+        timesteps: Int[Array, " b"] | Float[Array, " b"],
+        conditions: Conditions,
+        alpha: Float[Array, ""] | float | None = 1.0,
+    ) -> Float[Array, "b h w c"]:
+        """What enters the last res block and transformer: all of the UNet before them (DeepCache; Ma et al. 2024)."""
+        return self._deep(*self._enter(latents, timesteps), conditions, alpha)
 
-        time = timestep_embedding(timesteps, config.model_channels).astype(self.dtype)
+    def finish(
+        self,
+        latents: Float[Array, "b h w z"],
+        timesteps: Int[Array, " b"] | Float[Array, " b"],
+        conditions: Conditions,
+        alpha: Float[Array, ""] | float | None,
+        deep: Float[Array, "b h w c"],
+    ) -> Float[Array, "b h w z"]:
+        """ε in float32 from `deep_features`; those of these very latents give what `__call__` gives."""
+        return self._finish(*self._enter(latents, timesteps), conditions, alpha, deep)
+
+    def _attend(self, name: str, x: Float[Array, "b h w c"], conditions: Conditions, alpha) -> Float[Array, "b h w c"]:
+        # The paper masks at the highest resolution only; deeper tokens cover several instances.
+        regions = conditions.get("regions") if "_0_attn_" in name and "mid" not in name else None
+        grounding = None if alpha is None else conditions["grounding"][name]
+        return getattr(self, name)(x, conditions["text"][name], grounding, alpha, regions)
+
+    def _enter(self, latents, timesteps) -> tuple[Float[Array, "b h w c"], Float[Array, "b t"]]:
+        time = timestep_embedding(timesteps, self.config.model_channels).astype(self.dtype)
         # SiLU of the embedding is the same in every res block.
         time = nn.silu(self.time_out(nn.silu(self.time_in(time))))
+        return self.conv_in(latents.astype(self.dtype)), time
 
-        x = self.conv_in(latents.astype(self.dtype))
+    def _deep(self, x, time, conditions: Conditions, alpha) -> Float[Array, "b h w c"]:
+        config = self.config
+        levels = range(len(config.channel_mult))
         skips = [x]
         for level in levels:
             for i in range(config.num_res_blocks):
                 x = getattr(self, f"down_{level}_res_{i}")(x, time)
                 if self._attends(level):
-                    x = attend(f"down_{level}_attn_{i}", x)
+                    x = self._attend(f"down_{level}_attn_{i}", x, conditions, alpha)
                 skips.append(x)
             if level < levels[-1]:
                 x = getattr(self, f"down_{level}_downsample")(x)
                 skips.append(x)
         x = self.mid_res_0(x, time)
-        x = attend("mid_attn", x)
+        x = self._attend("mid_attn", x, conditions, alpha)
         x = self.mid_res_1(x, time)
         for level in reversed(levels):
-            for i in range(config.num_res_blocks + 1):
-                scaleu = getattr(self, f"scaleu_{self._skip_index(level, i)}")
-                x = jnp.concatenate(scaleu(x, skips.pop()), axis=-1)
-                x = getattr(self, f"up_{level}_res_{i}")(x, time)
-                if self._attends(level):
-                    x = attend(f"up_{level}_attn_{i}", x)
+            # The very last block is `_finish`'s.
+            for i in range(config.num_res_blocks + (level > 0)):
+                x = self._up_block(level, i, x, skips.pop(), time, conditions, alpha)
             if level > 0:
                 x = getattr(self, f"up_{level}_upsample")(upsample_nearest(x))
+        return x
+
+    def _up_block(self, level: int, i: int, x, skip, time, conditions: Conditions, alpha) -> Float[Array, "b h w c"]:
+        scaleu = getattr(self, f"scaleu_{self._skip_index(level, i)}")
+        x = jnp.concatenate(scaleu(x, skip), axis=-1)
+        x = getattr(self, f"up_{level}_res_{i}")(x, time)
+        return self._attend(f"up_{level}_attn_{i}", x, conditions, alpha) if self._attends(level) else x
+
+    def _finish(self, skip, time, conditions: Conditions, alpha, deep) -> Float[Array, "b h w z"]:
+        x = self._up_block(0, self.config.num_res_blocks, deep, skip, time, conditions, alpha)
         return self.conv_out(nn.silu(self.norm_out(x))).astype(jnp.float32)
