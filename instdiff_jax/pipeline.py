@@ -40,10 +40,11 @@ from instdiff_jax.starts import any_in_cell, check_canvas, check_seed, check_sta
 from instdiff_jax.text import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-# Rows denoised at a time, a device: what memory allows at 512×512 with the full model, and how many times as many a
-# small model or canvas may have: one large program then does for many layouts what several small ones would.
-_MAX_ROWS = {"cpu": 8, "gpu": 64, "tpu": 8}
-_FULL_SIZE, _MOST_ROWS = 64 * 64 * 320, 16
+# Rows denoised at a time, a device, at 512×512: what memory allows with the full model. On a CPU a single one keeps the
+# cores busy: more only take memory, and programs of their own. Small latents may have so many times as many: one large
+# program then does for many layouts what several small ones would.
+_MAX_ROWS = {"cpu": 1, "gpu": 64, "tpu": 8}
+_FULL_LATENTS, _MOST_ROWS = 64 * 64, 16
 # Pictures decoded at a time, a device, at 512×512 with the full model; their number follows the size as that of rows.
 _DECODED = {"cpu": 1, "gpu": 8, "tpu": 2}
 _FULL_PICTURE = 512 * 512 * 128
@@ -113,7 +114,7 @@ class Pipeline:
         platform = jax.default_backend()
         devices = 1 if mesh is None else mesh.size
         self.config, self.sampling, self.dtype, self._tokenizer = config, sampling, dtype, tokenizer
-        self._devices, self._given_rows, self._default_rows = devices, max_rows, _MAX_ROWS.get(platform, 8)
+        self._devices, self._given_rows, self._default_rows = devices, max_rows, _MAX_ROWS.get(platform, 1)
         self._default_decoded = _DECODED.get(platform, 1)
         self._sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         if mesh is not None:
@@ -249,8 +250,8 @@ class Pipeline:
         """Rows of one program on a canvas of this width and height in pixels, over all devices."""
         if self._given_rows is not None:
             return self._given_rows * self._devices
-        size = canvas[0] * canvas[1] // self.config.latent_stride**2 * self.config.unet.model_channels
-        return _fitting(self._default_rows, _FULL_SIZE / size) * self._devices
+        latents = canvas[0] * canvas[1] // self.config.latent_stride**2
+        return _fitting(self._default_rows, _FULL_LATENTS / latents) * self._devices
 
     def _max_decoded(self, canvas: tuple[int, int]) -> int:
         """Pictures of this width and height that a device decodes at a time."""
