@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Column, Worker
-from instdiff_jax.errors import exit_on_input_error
+from instdiff_jax.errors import InputError, exit_on_input_error
 
 STEPS = 50
 WARM_UP = 4  # steps that compile every program of a job
@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     model, dtype = common.choose(args)
     steps = args.steps or (6 if common.on_cpu() else STEPS)
+    if args.reference is not None and range(0, 1000, 1000 // steps)[-1] + 1 > 999:
+        raise InputError(f"--steps {steps}: the official code's grid would begin at timestep 1000, and it has 999")
     workers = common.sides(args, model, dtype)
     rate = workers["ours"].matmul_rate()
     rows = []
