@@ -110,8 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     model, dtype = common.choose(args)
     steps = args.steps or (6 if common.on_cpu() else STEPS)
-    if args.reference is not None and range(0, 1000, 1000 // steps)[-1] + 1 > 999:
-        raise InputError(f"--steps {steps}: the official code's grid would begin at timestep 1000, and it has 999")
+    timesteps = model.config.schedule.timesteps
+    if not 1 <= steps <= timesteps:
+        raise InputError(f"--steps: expected a whole number from 1 to {timesteps}, got {steps}")
+    if args.reference is not None and range(0, timesteps, timesteps // steps)[-1] + 1 >= timesteps:
+        raise InputError(f"--steps {steps}: the official grid begins at timestep {timesteps}, one past its schedule")
     workers = common.sides(args, model, dtype)
     rate = workers["ours"].matmul_rate()
     rows = []

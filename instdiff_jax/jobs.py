@@ -27,6 +27,17 @@ class Picture(NamedTuple):
     k: int
 
 
+def mis_steps(settings: SamplingConfig, table: SolverTable) -> int:
+    """M, counted on the steps that really run (as released)."""
+    return int(table.steps * settings.mis)
+
+
+def plan(settings: SamplingConfig, table: SolverTable) -> list[Piece]:
+    """The runs of the denoising loop under some settings."""
+    rules = dict(guidance_interval=settings.guidance_interval, mis_guidance=settings.mis_guidance)
+    return plan_pieces(table, mis_steps(settings, table), **rules)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
     """The settings of a call, checked."""
@@ -45,13 +56,12 @@ class Job:
     @property
     def mis_steps(self) -> int:
         """M, counted on the steps that really run (as released)."""
-        return int(self.table.steps * self.settings.mis)
+        return mis_steps(self.settings, self.table)
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
         """The runs of the denoising loop."""
-        rules = dict(guidance_interval=self.settings.guidance_interval, mis_guidance=self.settings.mis_guidance)
-        return plan_pieces(self.table, self.mis_steps, **rules)
+        return plan(self.settings, self.table)
 
     def evaluations(self, pictures: Sequence[Picture]) -> int:
         """UNet evaluations of single latents that pictures take."""

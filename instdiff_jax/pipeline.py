@@ -106,8 +106,8 @@ class Pipeline:
             params: trees of unet, unifusion, autoencoder and text_encoder.
             dtype: what the networks compute in; norms, softmax and solver are in float32 in any case.
             mesh: with axes data and fsdp; rows are split over both. None: one device.
-            max_rows: rows denoised at a time a device; more run one after another. None: what the platform's memory
-                allows for this model and canvas.
+            max_rows: rows denoised at a time a device; more run one after another. None: what suits the platform and
+                the canvas.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")

@@ -123,7 +123,7 @@ def test_chunks_of_max_rows_and_canvases_that_differ(checkpoint, pipeline):
     assert relative_error(results[2].latents, whole.latents) <= 1e-4
 
 
-def test_rows_of_a_program_follow_the_size_of_model_and_canvas(checkpoint, pipeline):
+def test_rows_of_a_program_follow_the_canvas(checkpoint, pipeline):
     config = get_config().model.to_dict()
     rows = [
         Pipeline(ModelConfig.from_dict(config), pipeline.sampling, {}, None)._max_rows(canvas)

@@ -103,7 +103,7 @@ def denoise(
             if reuse is None:
                 return eps_fn(params, *inputs), deep
             fresh = (i - start) % reuse == 0
-            deep = jax.lax.cond(fresh, lambda deep, *inputs: eps_fn.deep(params, *inputs), _first_of, deep, *inputs)
+            deep = jax.lax.cond(fresh, lambda: eps_fn.deep(params, *inputs), lambda: deep)
             return eps_fn.finish(params, *inputs, deep), deep
 
         def evaluate(i, carry):
@@ -135,7 +135,3 @@ def denoise(
 
     numbers = jax.tree.map(jnp.asarray, (coefficients, start, stop, guidance_scale, reuse))
     return on_each_device(run, sharding, whole=(0, 3, 4, 5, 6, 7))(params, state, conditions, *numbers, inpaint)
-
-
-def _first_of(first: Any, *_: Any) -> Any:
-    return first

@@ -265,7 +265,7 @@ def sample_rows(
     interval = (0.0, 0.0) if guidance_scale == 1 else guidance_interval
     pieces = plan_pieces(table, mis_steps, guidance_interval=interval, mis_guidance=mis_guidance or alone)
 
-    # A mark changes no result: features are computed anew after it anyway.
+    # A run begins with fresh features: between marks lie whole rounds of them, so that a mark changes no result.
     stride = max(stride // reuse, 1) * reuse
     coefficients, scale = table.coefficients, np.float32(guidance_scale)
     coefficients, scale = jax.device_put((coefficients, scale), None if sharding is None else replicated(sharding))

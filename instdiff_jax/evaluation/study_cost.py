@@ -26,7 +26,6 @@ from instdiff_jax.diffusion.multi_instance import (
     count_fresh,
     denoise,
     pack_rows,
-    plan_pieces,
     start_state,
 )
 from instdiff_jax.diffusion.solvers import solver_table
@@ -35,7 +34,7 @@ from instdiff_jax.evaluation.generate import image_seed, make_layout
 from instdiff_jax.evaluation.study_rows import FIFTY, Task
 from instdiff_jax.evaluation.study_runs import Study, machine
 from instdiff_jax.flops import count_flops
-from instdiff_jax.jobs import Job
+from instdiff_jax.jobs import Job, plan
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import NUM_TOKENS
@@ -50,8 +49,7 @@ def option_costs(study: Study, task: Task, numbers: Numbers) -> dict[str, float]
     """UNet evaluations of a picture, and the distance from the same pictures in 50 steps where there are any."""
     settings = task.row.settings(study.sampling)
     table = solver_table(settings.sampler, settings.steps, study.config.schedule, settings.alpha)
-    rules = dict(guidance_interval=settings.guidance_interval, mis_guidance=settings.mis_guidance)
-    pieces = plan_pieces(table, int(table.steps * settings.mis), **rules)
+    pieces = plan(settings, table)
     images, guided = [ImageRows(0, 0, (0,) * INSTANCES)], settings.guidance_scale != 1
     every, fresh = count_evaluations(pieces, images, guided), count_fresh(pieces, images, settings.reuse, guided)
     found = {"UNets": fresh + (every - fresh) * finish_share(study.config, study.size)}
