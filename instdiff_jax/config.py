@@ -250,7 +250,8 @@ def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, l
         values(config_args)
         config = values["config"].value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        raise InputError(f"--config: {error}") from error
+        # absl quotes the whole traceback of what a config file raises: its last line is what happened.
+        raise InputError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
     if not isinstance(config, ConfigDict):
         named = " ".join(config_args[1:2]) or "--config"
         raise InputError(f"{named}: expected a config file, for example configs/sd15.py")

@@ -19,12 +19,20 @@ def test_config_as_two_arguments():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--config.model.nothing=1"], ["--config.sampling.steps=many"], ["--config=no/such/file.py"]]
+    "argv",
+    [
+        ["--config.model.nothing=1"],
+        ["--config.sampling.stepz=1"],
+        ["--config.sampling.steps=many"],
+        ["--config=no/such/file.py"],
+        ["--config=configs/shapes.py:nothing"],
+    ],
 )
 def test_what_cannot_be_read_is_one_line(argv):
     with pytest.raises(InputError) as error:
         read_config(argv, "configs/sd15.py")
     assert "config" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1 and "Traceback" not in str(error.value)
 
 
 def test_defaults_are_found_from_any_folder(tmp_path, monkeypatch):
