@@ -2,10 +2,9 @@
 
 Its data, a tokenizer from its captions, and four stages, each from the one before:
 
-    python -m instdiff_jax.data.shapes --output shapes --split train --count 30000 --seed 11 --size 64 \
-        --min_side 0.24 --max_side 0.7
-    python -m instdiff_jax.data.shapes --output shapes --split val --count 500 --seed 13 --size 64 \
-        --min_side 0.24 --max_side 0.7 --min_instances 2 --max_instances 6
+    python -m instdiff_jax.data.shapes --output shapes --split train --count 40000 --seed 21 --size 64 --world calm
+    python -m instdiff_jax.data.shapes --output shapes --split val --count 500 --seed 13 --size 64 --world calm \
+        --min_instances 2 --max_instances 6
     python -m instdiff_jax.data.coco --coco_dir shapes --data_dir datasets/shapes \
         --instance_captions shapes/annotations/instance_captions.json
     python -m instdiff_jax.data.tokenizer --data_dir datasets/shapes --output datasets/shapes_tokenizer --max_length 64

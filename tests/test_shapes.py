@@ -1,6 +1,7 @@
 """Scenes of shapes: the same everywhere, true to their annotations and captions, and good COCO."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -23,7 +24,7 @@ from instdiff_jax.data.shape_drawing import (
     make_stamp,
 )
 from instdiff_jax.data.shape_scenes import _arrange
-from instdiff_jax.data.shapes import COLOURS, SHAPES, SceneSettings, render_scene, write_coco
+from instdiff_jax.data.shapes import COLOURS, SHAPES, WORLDS, SceneSettings, render_scene, write_coco
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry import box_from_mask
 
@@ -91,11 +92,12 @@ def test_every_attribute_appears(scenes):
     assert all(name in words for name in BACKGROUNDS) and "cloudy" in words and "fading" in words
 
 
-def test_ten_instances_always_find_room():
-    settings = SceneSettings(min_instances=10)
+@pytest.mark.parametrize("world", WORLDS)
+def test_ten_instances_always_find_room(world):
     for i in range(25):
-        for one in (settings, SceneSettings(min_instances=10, confusable=True)):
-            assert len(render_scene(5, i, 64, one).instances) == 10
+        for confusable in (False, True):
+            settings = dataclasses.replace(WORLDS[world], min_instances=10, confusable=confusable)
+            assert len(render_scene(5, i, 64, settings).instances) == 10
 
 
 def test_pixels_have_the_colour_of_their_instance(scenes):
@@ -320,6 +322,8 @@ def test_workers_change_nothing(tmp_path):
         (["--count", "2", "--seed", "-1"], "seed: expected a whole number from 0"),
         (["--count", "2", "--split", "a/b"], "split: expected a name"),
         (["--count", "2", "--min_instances", "5", "--max_instances", "3"], "scene.max_instances: expected a number"),
+        (["--count", "2", "--world", "calm", "--max_side", "0.2"], "scene.max_side: expected a number from 0.24"),
+        (["--count", "2", "--min_periods", "5"], "scene.max_periods: expected a number from 5"),
         (["--count", "2", "--max_hidden", "nan"], "scene.max_hidden: expected a number from 0 to 0.9, got nan"),
     ],
 )
@@ -328,6 +332,12 @@ def test_bad_input_is_one_line(options, message, tmp_path):
         shapes.main(["--output", str(tmp_path / "new"), *options])
     assert message in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_world_gives_the_settings_that_are_not_given(tmp_path):
+    shapes.main(["--output", str(tmp_path), "--count", "2", "--size", "32", "--world", "calm", "--min_side", "0.3"])
+    info = json.loads((tmp_path / "annotations" / "info_train.json").read_text())
+    assert info["scene"] == dataclasses.asdict(dataclasses.replace(WORLDS["calm"], min_side=0.3))
 
 
 def test_command_line(tmp_path):

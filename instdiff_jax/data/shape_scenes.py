@@ -51,6 +51,8 @@ class SceneSettings(Settings):
         max_side: of the largest shape; less where there are many.
         max_turn: degrees that a shape may be turned either way.
         max_stretch: how many times as wide as high, or as high as wide, a shape may be.
+        min_periods: of the texture between two edges of a shape, at least;
+        max_periods: at most. They are fewer where one would have less than 4 pixels.
         max_hidden: largest fraction of a shape that others may hide. In a third of the scenes nothing is hidden.
         nested: probability that one shape of a scene has another one inside as its part.
         confusable: neighbours have the same shape and other colours and textures; of every four, the third and the
@@ -64,6 +66,8 @@ class SceneSettings(Settings):
     max_side: float = 0.6
     max_turn: float = 30.0
     max_stretch: float = 1.2
+    min_periods: float = 2.5
+    max_periods: float = 4.0
     max_hidden: float = 0.4
     nested: float = 0.15
     confusable: bool = False
@@ -78,6 +82,8 @@ class SceneSettings(Settings):
             "max_side": (self.min_side, 0.9),
             "max_turn": (0, 180),
             "max_stretch": (1, 2),
+            "min_periods": (1, 20),
+            "max_periods": (self.min_periods, 20),
             "max_hidden": (0, 0.9),
             "nested": (0, 1),
             "captions": (1, 20),
@@ -86,6 +92,13 @@ class SceneSettings(Settings):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InputError(f"{where}.{field}: expected a number from {low} to {high}, got {value!r}")
+
+
+# "calm" is what the model in the box has learned: a box and a phrase leave little open of how a shape looks.
+WORLDS = {
+    "varied": SceneSettings(),
+    "calm": SceneSettings(min_side=0.24, max_side=0.7, max_turn=10.0, min_periods=3.0, max_periods=3.3),
+}
 
 
 class SceneInstance(NamedTuple):
@@ -249,7 +262,7 @@ class _Crowd:
         stretch = float(rng.uniform(1, settings.max_stretch))
         # A widened diamond would be a square that stands on its corner.
         stretch = stretch if rng.random() < 0.5 and plan.shape != "diamond" else 1 / stretch
-        periods = float(rng.uniform(2.5, 4.0))
+        periods = float(rng.uniform(settings.min_periods, settings.max_periods))
         offset = (float(rng.random()), float(rng.random()))
         for _ in range(_SHRINKS):
             pixels = side * self.size

@@ -34,11 +34,29 @@ from PIL import Image
 from tqdm import tqdm
 
 from instdiff_jax.data.shape_drawing import COLOURS, TEXTURES
-from instdiff_jax.data.shape_scenes import SHAPES, Scene, SceneInstance, SceneSettings, check_scene, render_scene
+from instdiff_jax.data.shape_scenes import (
+    SHAPES,
+    WORLDS,
+    Scene,
+    SceneInstance,
+    SceneSettings,
+    check_scene,
+    render_scene,
+)
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.geometry import encode_mask
 
-__all__ = ["COLOURS", "SHAPES", "TEXTURES", "Scene", "SceneInstance", "SceneSettings", "render_scene", "write_coco"]
+__all__ = [
+    "COLOURS",
+    "SHAPES",
+    "TEXTURES",
+    "WORLDS",
+    "Scene",
+    "SceneInstance",
+    "SceneSettings",
+    "render_scene",
+    "write_coco",
+]
 
 _SCENES_A_SEED = 10**6
 _INSTANCES_A_SCENE = 100
@@ -209,15 +227,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that render")
     parser.add_argument("--overwrite", action="store_true", help="replace a split made from other settings")
+    parser.add_argument("--world", choices=WORLDS, default="varied", help="what the settings below are when not given")
     for field in dataclasses.fields(SceneSettings):
         if field.default is False:
-            parser.add_argument(f"--{field.name}", action="store_true", help="see SceneSettings")
+            parser.add_argument(f"--{field.name}", action="store_true", default=None, help="see SceneSettings")
         else:
-            parser.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default, help=f"default {field.default}"
-            )
+            defaults = ", ".join(f"{getattr(world, field.name)} ({name})" for name, world in WORLDS.items())
+            parser.add_argument(f"--{field.name}", type=type(field.default), help=defaults)
     args = vars(parser.parse_args(argv))
-    settings = SceneSettings(**{field.name: args[field.name] for field in dataclasses.fields(SceneSettings)})
+    given = {field.name: args[field.name] for field in dataclasses.fields(SceneSettings)}
+    settings = dataclasses.replace(
+        WORLDS[args["world"]], **{name: value for name, value in given.items() if value is not None}
+    )
     made = write_coco(
         args["output"],
         args["split"],

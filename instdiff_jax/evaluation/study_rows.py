@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from instdiff_jax.config import PRESETS, SamplingConfig
-from instdiff_jax.data.shape_scenes import SceneSettings
+from instdiff_jax.data.shape_scenes import WORLDS, SceneSettings
 
 COUNTS = tuple(range(1, 11))
 
@@ -29,9 +29,7 @@ class Scenes:
 
 def _scenes(least: int, most: int, confusable: bool = False) -> SceneSettings:
     """As configs/shapes.py renders them to train on."""
-    return SceneSettings(
-        min_instances=least, max_instances=most, min_side=0.24, max_side=0.7, confusable=confusable
-    )
+    return dataclasses.replace(WORLDS["calm"], min_instances=least, max_instances=most, confusable=confusable)
 
 
 SCENES: dict[str, Scenes] = {
