@@ -123,6 +123,10 @@ def test_an_upper_bound_is_measured_in_the_same_way(place, tmp_path, capsys):
         assert line.startswith(f"error: {bound}: settings.") and not (tmp_path / "other").exists()
         return line.partition("settings.")[2]
 
+    report = json.loads(bound.read_text())
+    bound.write_text(json.dumps(report | {"settings": report["settings"] | {"pictures": "drawn from layouts"}}))
+    assert differs() == "pictures: expected real as --real has it, got drawn from layouts"
+    bound.write_text(json.dumps(report))
     assert "min_score: expected 0.5 as in this run, got 0.25; measure the bound" in differs("--min_score", 0.5)
     assert "size: expected 64 as in this run, got 32" in differs("--size", 64)
     assert "min_area: expected 0.001 as in this run, got 0.01" in differs("--min_area", 0.001)

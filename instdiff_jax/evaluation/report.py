@@ -94,7 +94,12 @@ def check_same_images(path: str | Path, upper: Mapping[str, Any], image_ids: Seq
 def check_same_measures(path: str | Path, upper: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises InputError where an upper bound was measured in another way than `settings`, a report's own, say."""
     theirs = upper["settings"]
-    for name in ("size", "min_area", "min_score", "detector_fingerprint"):
+    if theirs.get("pictures") != "real":
+        raise InputError(f"{path}: settings.pictures: expected real as --real has it, got {theirs.get('pictures')}")
+    names = ["size", "min_area", "min_score", "detector_fingerprint"]
+    # Without CLIP on both sides there is no share of its score.
+    names += ["clip"] if settings["clip"] and theirs.get("clip") else []
+    for name in names:
         if theirs.get(name) != settings[name]:
             ours, got = settings[name], theirs.get(name)
             if name == "detector_fingerprint":

@@ -87,7 +87,8 @@ def cost_file(study: Study) -> tuple[Path, dict[str, Any]]:
     """Where the numbers are kept, and what they are of."""
     key = {"checkpoint": study.fingerprint, "sampling": study.sampling.to_dict(), "size": study.size}
     # Seconds are those of a machine: a study that goes on elsewhere measures again.
-    key |= {"dtype": study.dtype, "device": machine()["device"], "devices": jax.device_count(), "version": 1}
+    key |= {"dtype": study.dtype, "device": machine()["device"], "devices": jax.device_count()}
+    key |= {"max_rows": study.max_rows, "version": 1}
     return study.workdir / "numbers" / "cost.json", json.loads(json.dumps(key))
 
 

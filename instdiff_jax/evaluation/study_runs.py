@@ -63,7 +63,7 @@ class Study:
         self.fingerprint = checkpoint_fingerprint(checkpoint)
         self.config = read_settings(checkpoint)[0]
         self._detector = Segmenter.from_folder(segmenter)
-        self.workdir, self._reference_count, self._max_rows = workdir, reference_count, max_rows
+        self.workdir, self._reference_count, self.max_rows = workdir, reference_count, max_rows
         self._pipelines: dict[bool, Pipeline] = {}
         self._splits: dict[tuple[str, int], Split] = {}
         self._references: dict[str, Gaussian] = {}
@@ -71,7 +71,7 @@ class Study:
     def pipeline(self, scaleu: bool = True) -> Pipeline:
         """The pipeline, with or without ScaleU."""
         if True not in self._pipelines:
-            self._pipelines[True] = Pipeline.from_checkpoint(self.checkpoint, self.dtype, max_rows=self._max_rows)
+            self._pipelines[True] = Pipeline.from_checkpoint(self.checkpoint, self.dtype, max_rows=self.max_rows)
             self._pipelines[False] = self._pipelines[True].without_scaleu()
         return self._pipelines[scaleu]
 
