@@ -6,6 +6,7 @@ config or a flag.
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -220,6 +221,15 @@ def with_preset(preset: str | None, overrides: Mapping[str, Any]) -> dict[str, A
     return PRESETS.get(preset or "", {}) | dict(overrides)
 
 
+def _check_keys(config_args: Sequence[str], message: str) -> None:
+    """Raises InputError, in words, where ml_collections' message is about a key that one of the flags misspells."""
+    quoted = re.match(r"\W*(\w+)\W*(?:n?Did you mean \W*(\w+))?", message)
+    for flag in (arg.lstrip("-").split("=")[0] for arg in config_args):
+        if quoted and quoted[1] in flag.split(".")[1:] and len(message) < 200:
+            meant = f"; did you mean {quoted[2]}?" if quoted[2] else ""
+            raise InputError(f"--{flag}: the config has no key {quoted[1]}{meant}")
+
+
 def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, list[str]]:
     """Reads `--config=FILE` and `--config.key=value` overrides from a command line.
 
@@ -250,6 +260,7 @@ def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, l
         values(config_args)
         config = values["config"].value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        _check_keys(config_args[1:], str(error))
         # absl quotes the whole traceback of what a config file raises: its last line is what happened.
         raise InputError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
     if not isinstance(config, ConfigDict):

@@ -1,5 +1,7 @@
 """Typed settings and the command line's --config."""
 
+import re
+
 import pytest
 
 from instdiff_jax.config import ModelConfig, SamplingConfig, read_config
@@ -70,3 +72,18 @@ def test_alpha_as_one_number():
 def test_settings_out_of_range(values):
     with pytest.raises(InputError, match="config.sampling"):
         SamplingConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "flag, line",
+    [
+        ("--config.sampling.stepz=3", "--config.sampling.stepz: the config has no key stepz; did you mean steps?"),
+        ("--config.sampler.steps=3", "--config.sampler.steps: the config has no key sampler"),
+        ("--config.model.unet.rate=3", "--config.model.unet.rate: the config has no key rate"),
+        ("--config.sampling.steps=few", "--config: flag --config.sampling.steps=few: invalid literal for int"),
+    ],
+)
+def test_a_flag_that_the_config_has_not(flag, line):
+    with pytest.raises(InputError, match=f"^{re.escape(line)}") as error:
+        read_config([flag], "configs/sd15.py")
+    assert "\n" not in str(error.value)
