@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from instdiff_jax import grounding as groundings
 from instdiff_jax import programs
-from instdiff_jax.compilation import enable_compilation_cache
+from instdiff_jax.compilation import enable_compilation_cache, return_compiler_memory
 from instdiff_jax.config import ModelConfig, SamplingConfig, with_preset
 from instdiff_jax.diffusion.multi_instance import ImageRows, Inpaint, Mark, sample_rows
 from instdiff_jax.diffusion.schedule import q_sample
@@ -112,6 +112,8 @@ class Pipeline:
         if dtype not in DTYPES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         platform = jax.default_backend()
+        if platform == "cpu":
+            return_compiler_memory()
         devices = 1 if mesh is None else mesh.size
         self.config, self.sampling, self.dtype, self._tokenizer = config, sampling, dtype, tokenizer
         self._devices, self._given_rows, self._default_rows = devices, max_rows, _MAX_ROWS.get(platform, 1)

@@ -1,0 +1,52 @@
+"""The memory that compiling leaves behind."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from instdiff_jax import compilation
+
+
+@pytest.fixture
+def trims(monkeypatch):
+    """Calls of the C library's trim, with listeners that end with the test."""
+    made, listeners = [], []
+    monkeypatch.setattr(compilation, "_heap_trim", lambda: lambda: made.append(1))
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
+    compilation.return_compiler_memory.cache_clear()
+    compilation.return_compiler_memory()
+    compilation.return_compiler_memory()
+    assert len(listeners) == 1
+    yield made, listeners[0]
+    compilation.return_compiler_memory.cache_clear()
+
+
+def test_memory_goes_back_after_a_long_compilation_alone(trims):
+    made, listener = trims
+    for event, duration in (("/jax/core/compile/jaxpr_trace_duration", 9.0), (compilation._BACKEND_COMPILE, 0.1)):
+        listener(event, duration)
+    assert not made
+    listener(compilation._BACKEND_COMPILE, 9.0, fun_name="f")
+    assert made == [1]
+
+
+def test_jax_tells_of_a_compilation_by_that_name():
+    """The name is no public promise of jax: without it nothing would be given back."""
+    events = []
+    listener = lambda event, duration, **_: events.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        jax.jit(lambda x: jnp.sin(x) * 7.125)(1.0)
+    finally:
+        jax._src.monitoring.unregister_event_duration_listener(listener)
+    assert compilation._BACKEND_COMPILE in events
+
+
+def test_another_c_library_is_no_error(monkeypatch):
+    monkeypatch.setattr(compilation, "_heap_trim", lambda: None)
+    compilation.return_compiler_memory.cache_clear()
+    compilation.return_compiler_memory()
+    compilation.return_compiler_memory.cache_clear()
+    monkeypatch.undo()
+    trim = compilation._heap_trim()
+    assert trim is None or trim() in (0, 1)
