@@ -15,10 +15,14 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
+import tempfile
 import time
+import uuid
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +33,9 @@ from instdiff_jax.shards import Shard
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shapes"
 DEFAULT_LAYOUTS = Path(__file__).parent / "examples" / "shapes"
-SHEET_LAYOUTS = 64  # the most that the contact sheet shows
+SHEET_LAYOUTS, SHEET_SEEDS = 64, 16  # the most that the contact sheet shows
 # What all pictures of an output folder have in common.
-COMMON = ("checkpoint", "model", "sampling", "format", "width", "height", "strength", "inputs", "dtype")
+COMMON = ("checkpoint", "fingerprint", "model", "sampling", "format", "width", "height", "strength", "inputs", "dtype")
 
 
 # ---------------------------------------------------------------- flags
@@ -98,7 +102,7 @@ def find_layouts(args: argparse.Namespace) -> Layouts:
         files = []
         for path in args.layout:
             if path.is_dir():
-                found = sorted(path.glob("*.json"))
+                found = sorted(set(path.glob("*.json")) - set(find_records(path)))
                 if not found:
                     raise InputError(f"--layout: {path}: no .json file in this folder")
                 files += found
@@ -120,7 +124,7 @@ def read_arrays(args: argparse.Namespace) -> dict:
         try:
             with Image.open(path) as image:
                 return np.asarray(image.convert(mode))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"--{flag}: {path}: expected a picture ({error})") from error
 
     arrays = {}
@@ -131,8 +135,10 @@ def read_arrays(args: argparse.Namespace) -> dict:
     if args.noise is not None:
         try:
             arrays["noise"] = np.load(args.noise, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"--noise: {args.noise}: expected a float32 .npy file ({error})") from error
+        if not isinstance(arrays["noise"], np.ndarray):
+            raise InputError(f"--noise: {args.noise}: expected a float32 .npy file, got several arrays")
         if arrays["noise"].dtype != np.float32:
             raise InputError(f"--noise: {args.noise}: expected float32, got {arrays['noise'].dtype}")
     return arrays
@@ -142,9 +148,8 @@ def check_output(folder: Path) -> None:
     """Raises where nothing can be written, before minutes of work are lost to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        # A file of its own: shards on several machines look at once.
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"--output: {folder}: expected a folder to write to ({error.strerror})") from error
 
@@ -155,7 +160,7 @@ def check_output(folder: Path) -> None:
 def write_file(path: Path, write: Callable) -> None:
     """Writes beside and moves into place: a file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(beside, "wb") as file:
             write(file)
@@ -170,29 +175,32 @@ def write_picture(path: Path, pixels) -> None:
     write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
 
 
-def is_finished(args: argparse.Namespace, name: str, seeds: Sequence[int]) -> bool:
-    """Whether a layout has all its files."""
+def layout_files(args: argparse.Namespace, name: str, seeds: Sequence[int]) -> list[Path]:
+    """All that is written for a layout."""
     names = [*(f"{seed}.png" for seed in seeds), "layout.png", *(["latents.npy"] if args.save_latents else [])]
-    return all((args.output / name / file).exists() for file in names)
+    return [args.output / name / file for file in names]
 
 
-def write_results(args: argparse.Namespace, results: list) -> None:
-    """Writes one layout's files."""
+def write_results(args: argparse.Namespace, results: Iterable) -> str:
+    """Writes one layout's files, each picture as it comes; returns the layout's name."""
     import numpy as np
 
     from instdiff_jax.visualize import draw_layout
 
-    folder = args.output / results[0].layout.name
+    latents: list = []
     for result in results:
+        folder = args.output / result.layout.name
         write_picture(folder / f"{result.seed}.png", result.image)
-    write_picture(folder / "layout.png", draw_layout(results[0].layout, np.full_like(results[0].image, 255)))
+        latents += [result.latents] if args.save_latents else []
+    write_picture(folder / "layout.png", draw_layout(result.layout, np.full_like(result.image, 255)))
     if args.save_latents:
-        latents = np.stack([result.latents for result in results]).astype(np.float32)
-        write_file(folder / "latents.npy", lambda file: np.save(file, latents))
+        stacked = np.stack(latents).astype(np.float32)
+        write_file(folder / "latents.npy", lambda file: np.save(file, stacked))
+    return result.layout.name
 
 
 def write_contact_sheet(args: argparse.Namespace, layouts: Layouts, seeds: Sequence[int]) -> None:
-    """The first layouts and their pictures in a grid."""
+    """The first layouts and their first pictures in a grid."""
     import numpy as np
     from PIL import Image
 
@@ -201,13 +209,13 @@ def write_contact_sheet(args: argparse.Namespace, layouts: Layouts, seeds: Seque
     cells = []
     for layout in layouts.only(list(layouts.read)[:SHEET_LAYOUTS]):
         pictures = []
-        for seed in seeds:
+        for seed in seeds[:SHEET_SEEDS]:
             with Image.open(args.output / layout.name / f"{seed}.png") as image:
                 pictures.append(np.asarray(image.convert("RGB")))
         # On a small canvas captions cannot be read; the pictures' own files keep their size.
         blank = enlarge(np.full_like(pictures[0], 255))
         cells += [draw_layout(layout, blank), *map(enlarge, pictures)]
-    write_picture(args.output / "contact_sheet.png", contact_sheet(cells, columns=1 + len(seeds)))
+    write_picture(args.output / "contact_sheet.png", contact_sheet(cells, columns=1 + len(pictures)))
 
 
 def earlier_layouts(args: argparse.Namespace, path: Path, record: dict[str, Any]) -> list[dict]:
@@ -220,7 +228,7 @@ def earlier_layouts(args: argparse.Namespace, path: Path, record: dict[str, Any]
     from instdiff_jax.layout import read_json
 
     record, layouts = json.loads(json.dumps(record)), []
-    for there in sorted(args.output.glob("run*.json")):
+    for there in find_records(args.output):
         old = read_json(there)
         for name in COMMON:
             if not isinstance(old, dict) or old.get(name) != record[name]:
@@ -232,6 +240,11 @@ def earlier_layouts(args: argparse.Namespace, path: Path, record: dict[str, Any]
         if there == path:
             layouts = old.get("layouts", [])
     return layouts
+
+
+def find_records(folder: Path) -> list[Path]:
+    """The run.json of a run and the run-i-of-n.json of shards in an output folder."""
+    return [path for path in sorted(folder.glob("run*.json")) if re.fullmatch(r"run(-\d+-of-\d+)?\.json", path.name)]
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -262,11 +275,13 @@ def main(args: argparse.Namespace) -> None:
     initialize_distributed()
     shard = shard or Shard.of_process()
     mine = list(shard.of(list(layouts.read)))
-    waiting = layouts.only([name for name in mine if not (args.resume and is_finished(args, name, seeds))])
+    finished = {name for name in mine if all(path.exists() for path in layout_files(args, name, seeds))}
+    waiting = layouts.only([name for name in mine if not (args.resume and name in finished)])
     for _ in waiting:  # what is wrong with a file is an error now
         pass
     check_output(args.output)
-    if waiting or args.resume:  # pictures of other settings are an error though none is missing
+    # Pictures of other settings are an error though none is missing. Reading a checkpoint takes all processes of a job.
+    if waiting or args.resume or jax.process_count() > 1:
         draw(args, waiting, seeds, arrays, overrides, shard)
     if shard.count == 1:
         write_contact_sheet(args, layouts, seeds)
@@ -286,6 +301,7 @@ def draw(
     import jax
     from tqdm import tqdm
 
+    from instdiff_jax.loading import checkpoint_fingerprint
     from instdiff_jax.parallel import ParallelSettings, make_mesh
     from instdiff_jax.pipeline import Pipeline
 
@@ -296,6 +312,7 @@ def draw(
     loaded = time.time()
     record = dict(
         checkpoint=str(args.checkpoint),
+        fingerprint=checkpoint_fingerprint(args.checkpoint),
         model=pipeline.config.to_dict(),
         sampling=dataclasses.asdict(pipeline.settings(**overrides)),
         format=args.format,
@@ -321,12 +338,17 @@ def draw(
         options = dict(format=args.format, width=args.width, height=args.height, strength=args.strength)
         results = pipeline.stream(layouts, seeds, progress=progress, **options, **arrays, **overrides)
         results = itertools.chain([next(results)], results)  # all input is checked by now
+        if not args.resume:
+            # Of other settings perhaps: a run that ends early and goes on must not take them for its own.
+            for name in layouts.read:
+                for file in layout_files(args, name, seeds):
+                    file.unlink(missing_ok=True)
         write_record(path, record)
         try:
-            while group := list(itertools.islice(results, len(seeds))):
-                write_results(args, group)
+            for _ in range(len(layouts)):
+                name = write_results(args, itertools.islice(results, len(seeds)))
                 seconds = round(time.time() - began, 2)
-                record["layouts"].append(dict(layout=group[0].layout.name, seeds=seeds, seconds=seconds))
+                record["layouts"].append(dict(layout=name, seeds=seeds, seconds=seconds))
             record["seconds"] = dict(loading=round(loaded - began, 2), sampling=round(time.time() - loaded, 2))
         finally:
             write_record(path, record)

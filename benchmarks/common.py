@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from instdiff_jax.chips import processor_name
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.layout import Layout
@@ -84,11 +85,12 @@ def find_model(name: str, canvas: int | None = None) -> Model:
         return Model(name, ModelConfig.from_dict(values), canvas or CANVAS[name], None)
     from instdiff_jax.checkpoint.folder import read_config
 
-    folder = BOX if name == "box" else Path(name)
+    folder = BOX if name == "box" else Path(name).resolve()
     if not folder.is_dir():
         raise InputError(f"--model {name}: expected one of {', '.join(SIZES)}, or a checkpoint folder; no {folder}")
     config, _, _ = read_config(folder)
-    return Model(name, config, canvas or config.unifusion.map_size, folder)
+    # Of a folder the last part: tables have files of that name.
+    return Model(name if name == "box" else folder.name, config, canvas or config.unifusion.map_size, folder)
 
 
 def make_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
@@ -251,7 +253,7 @@ def machine_facts() -> dict[str, Any]:
     return dict(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         platform=device.platform,
-        device=_processor() if device.platform == "cpu" else device.device_kind,
+        device=processor_name() if device.platform == "cpu" else device.device_kind,
         cores=cores(),
         load=round(os.getloadavg()[0], 2),
         python=platform.python_version(),
@@ -265,15 +267,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "none"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _commit() -> str:
@@ -304,11 +297,11 @@ def write_table(
     machine = machine_facts()
     report = dict(title=title, machine=machine, notes=list(notes), columns=[list(c) for c in columns], rows=list(rows))
     device = "cpu" if machine["platform"] == "cpu" else re.sub(r"\W+", "_", machine["device"]).lower()
-    folder.mkdir(parents=True, exist_ok=True)
     text = render(report)
+    print(text, flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}_{device}.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / f"{name}_{device}.md").write_text(text)
-    print(text, flush=True)
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -345,12 +338,26 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def failure(error: RuntimeError) -> str:
+    """What a table says of a side that could not: errors of memory and of compilers."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+
+
+def check_clone(clone: str | Path) -> None:
+    """Raises InputError for a folder that is not a clone of the official repository."""
+    if not (Path(clone) / "ldm" / "models" / "diffusion" / "plms_instance.py").is_file():
+        raise InputError(f"--reference {clone}: expected a clone of github.com/frank-xwang/InstanceDiffusion")
+
+
 def sides(args: argparse.Namespace, model: Model, dtype: str) -> dict[str, Worker]:
     """Ours, and the official code as released and compiled, each in a process of its own."""
-    found = {"ours": Worker("benchmarks.ours:Ours", model, dtype, cores=args.cores)}
     if args.reference is not None:
+        # Here: in a worker's start it would be a broken pool.
+        check_clone(args.reference)
         if model.folder is not None:
             raise InputError("--reference: the official code fixes UniFusion's sizes; expected --model full or small")
+    found = {"ours": Worker("benchmarks.ours:Ours", model, dtype, cores=args.cores)}
+    if args.reference is not None:
         for name, compiled in (("official", False), ("compiled", True))[: 1 + args.compile]:
             found[name] = Worker("benchmarks.official:Official", args.reference, model, compiled, cores=args.cores)
     return found

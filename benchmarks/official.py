@@ -21,9 +21,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.common import HostMemory, Model, cores, make_array, make_layout, random_grounding
+from benchmarks.common import HostMemory, Model, check_clone, cores, make_array, make_layout, random_grounding
 from instdiff_jax.config import AutoencoderConfig, ModelConfig
-from instdiff_jax.errors import InputError
 
 CLASSES = {
     "GroundingNetInput": "grounding_input.text_grounding_tokinzer_input",
@@ -51,8 +50,7 @@ def official_classes(clone: str | Path) -> Iterator[types.SimpleNamespace]:
     Raises:
         InputError: for a folder that is not a clone of the official repository.
     """
-    if not (Path(clone) / "ldm" / "models" / "diffusion" / "plms_instance.py").is_file():
-        raise InputError(f"--reference {clone}: expected a clone of github.com/frank-xwang/InstanceDiffusion")
+    check_clone(clone)
     timm = [
         _stub("timm"),
         _stub("timm.models"),

@@ -86,6 +86,16 @@ class Ours:
         getattr(self, function)(*args)
         return sum(_compiling.values()) - before
 
+    def warm_up(self, instances: int, mis: float, steps: int, alpha: float) -> int:
+        """The fewest steps, at least 4, in which all programs of a job of `steps` run."""
+
+        def programs(count: int) -> set:
+            table = solver_table("plms", count, self.model.config.schedule, (alpha, 0.0, 1.0 - alpha))
+            pieces = plan_pieces(table, int(table.steps * mis) if instances else 0)
+            return {piece._replace(start=0, stop=0) for piece in pieces}
+
+        return next((count for count in range(4, steps) if programs(count) == programs(steps)), steps)
+
     def evaluations(self, instances: int, mis: float, steps: int, alpha: float) -> tuple[int, int]:
         """UNet evaluations of single latents for a picture, guidance included: with the fusers, and without."""
         table = solver_table("plms", steps, self.model.config.schedule, (alpha, 0.0, 1.0 - alpha))

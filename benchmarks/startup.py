@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks import common
 from benchmarks.common import Column
 from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.layout import Layout
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,9 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if checkpoint is None:
             checkpoint = folder / "checkpoint"
             common.write_checkpoint(model, checkpoint)
-        layout.write_text(
-            args.layout.read_text() if args.layout else common.make_layout(args.instances, model.canvas).to_json()
-        )
+        drawn = Layout.from_json(args.layout) if args.layout else common.make_layout(args.instances, model.canvas)
+        layout.write_text(drawn.to_json())
         command = [sys.executable, "sample.py", "--checkpoint", str(checkpoint.resolve()), "--layout", str(layout)]
         command += ["--dtype", dtype, *(["--steps", str(args.steps)] if args.steps else [])]
         for process in ("first, compiles", "second, from the cache"):
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Column("peak", "peak GB", ".2f"),
     ]
     notes = [f"Model {model.name}, {model.canvas}x{model.canvas} pixels, {dtype}, one picture."]
-    common.write_table(args.output, f"startup_{Path(model.name).name}_{dtype}", "Start-up", columns, rows, notes)
+    common.write_table(args.output, f"startup_{model.name}_{dtype}", "Start-up", columns, rows, notes)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     row["compile"] = worker.compile_seconds("train")
                 worker.train()
             except RuntimeError as error:
-                row[f"{name}_failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+                row[f"{name}_failed"] = common.failure(error)
                 continue
             asked[name] = worker
         taken = common.alternate({name: worker.train for name, worker in asked.items()}, args.repeats)

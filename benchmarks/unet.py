@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import Column, Model, Worker
-from instdiff_jax.errors import exit_on_input_error
+from instdiff_jax.errors import InputError, exit_on_input_error
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,7 +60,9 @@ def evaluation(args: argparse.Namespace, model: Model, workers: dict[str, Worker
                 worker.time_forward(False)
             output = worker.output()
         except RuntimeError as error:
-            row[f"{name}_failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            row[f"{name}_failed"] = common.failure(error)
+            if name == "ours":
+                return row
             continue
         asked[name] = worker
         if name == "ours":
@@ -143,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = [Column("part", "part"), Column("seconds", "s", ".4f"), Column("seconds_share", "share", ".1%")]
     if "official" in workers:
         found += [Column("official", "official: s", ".4f"), Column("official_share", "share", ".1%")]
+    if "ours_failed" in rows[-1]:
+        raise InputError(f"--rows {counts[-1]}: {rows[-1]['ours_failed']}; where time goes was not measured")
     rows = shares(args, workers)
     common.write_table(args.output, name.replace("unet", "parts"), "Where time goes", found, rows, notes)
     for worker in workers.values():

@@ -1,10 +1,12 @@
-"""What TPU chips can do, and how long a compiled program takes on them by that.
+"""What TPU chips can do, how long a compiled program takes on them by that, and what this machine's processor is.
 
 Facts are those of Google Cloud's pages on TPU v5e, v5p and v6e (docs.cloud.google.com/tpu/docs), per chip.
 """
 
 import dataclasses
+import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from instdiff_jax.hlo import Collective, ProgramCosts, ring_bytes
@@ -129,3 +131,13 @@ def _axis(collective: Collective, mesh: Mapping[str, int]) -> str:
     if collective.group == mesh["data"] * mesh["fsdp"]:
         return "both" if mesh["data"] > 1 else "fsdp"
     return "data" if collective.stride > 1 or mesh["fsdp"] == 1 else "fsdp"
+
+
+def processor_name() -> str:
+    """This machine's processor as Linux names it; elsewhere its architecture at least."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

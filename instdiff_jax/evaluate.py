@@ -78,8 +78,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def picture_settings(args: argparse.Namespace, split, dtype: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """All that decides what the pictures look like: a folder holds pictures of one such set."""
-    from instdiff_jax.evaluation.files import checkpoint_fingerprint
     from instdiff_jax.evaluation.generate import sampling_settings
+    from instdiff_jax.loading import checkpoint_fingerprint
 
     settings: dict[str, Any] = {"split": args.split, "annotations": split.fingerprint, "size": split.size}
     settings |= {"min_area": args.min_area, "pictures": "real" if args.real else "drawn"}
@@ -97,10 +97,11 @@ def make_pictures(args, scenes: Sequence, dtype: str, overrides: dict[str, Any],
 
     if args.real:
         return generate.copy_real(scenes, args.output, done)
-    if not generate.unfinished(args.output, scenes):
-        return 0
     import jax
 
+    # Reading a checkpoint takes all processes of a job, also those that have nothing to draw.
+    if not generate.unfinished(args.output, scenes) and jax.process_count() == 1:
+        return 0
     from instdiff_jax.parallel import ParallelSettings, make_mesh
     from instdiff_jax.pipeline import Pipeline
 
@@ -174,6 +175,8 @@ def main(args: argparse.Namespace) -> None:
         fid_of_file(args.features.removeprefix("npz:"))
     elif not (args.features is None and (args.real or not split.folder.is_dir())):
         plugs["features"] = open_features(args.features, detector)
+        if plugs["features"] is not None and not split.folder.is_dir():
+            raise InputError(f"--features: {split.folder}: expected the split's images there, to compare with")
     if args.clip is not None:
         from instdiff_jax.evaluation.hub import Clip
 

@@ -1,5 +1,6 @@
 """Opens what `--checkpoint` may name, a checkpoint folder or a training run, for sampling."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,3 +66,33 @@ def _check_complete(directory: Path, absent: tuple[str, ...]) -> None:
 
 def _open_tokenizer(config: ModelConfig, name: str | Path) -> Tokenizer:
     return Tokenizer(name, config.text_encoder.vocab_size, config.text_encoder.max_length)
+
+
+def checkpoint_fingerprint(directory: Path) -> str:
+    """Tells a checkpoint, or a training run's newest step, from another at the same place: its config and step."""
+    try:
+        digest = hashlib.sha256((directory / "config.json").read_bytes())
+        if (directory / "checkpoints").is_dir():
+            steps = [path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+            newest = max(steps, key=lambda path: int(path.name), default=None)
+            # Beside the step its facts, which hold a checksum of every array: a run made anew is another model.
+            files = [] if newest is None else sorted(path for path in (newest / "facts").rglob("*") if path.is_file())
+            names = [*(f"{path.parts[-3:]} {_ends(path)}" for path in files if not path.name.startswith("_"))]
+            names += [] if newest is None else [newest.name]
+        else:
+            # What orbax writes holds a hash or the data itself: sizes alone would not tell a later export apart.
+            files = sorted(path for path in (directory / "params").rglob("*") if path.is_file())
+            names = [f"{path.relative_to(directory)} {_ends(path)}" for path in files if not path.name.startswith("_")]
+    except OSError as error:
+        raise InputError(f"{directory}: not a checkpoint folder: {error.strerror or error}") from error
+    digest.update("\n".join(names).encode())
+    return digest.hexdigest()[:32]
+
+
+def _ends(path: Path, sample: int = 2**16) -> str:
+    """Size, beginning and end of a file as a hash."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(sample)
+        file.seek(max(0, size - sample))
+        return hashlib.sha256(head + file.read(sample) + str(size).encode()).hexdigest()

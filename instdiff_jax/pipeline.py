@@ -9,6 +9,7 @@ Axes: b batch, n pictures, h and w latent height and width, H and W pixels.
 import copy
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -45,6 +46,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 # program then does for many layouts what several small ones would.
 _MAX_ROWS = {"cpu": 1, "gpu": 64, "tpu": 8}
 _FULL_LATENTS, _MOST_ROWS = 64 * 64, 16
+# Bytes that a row of the full model takes in a 16-bit type, and what lies beside rows and parameters, at 512×512:
+# docs/performance.md, "Memory".
+_ROW, _BESIDE = 0.36e9, 4.5e9
 # Pictures decoded at a time, a device, at 512×512 with the full model; their number follows the size as that of rows.
 _DECODED = {"cpu": 1, "gpu": 8, "tpu": 2}
 _FULL_PICTURE = 512 * 512 * 128
@@ -242,7 +246,8 @@ class Pipeline:
     def _decode(self, latents: Float[Array, "b h w z"]) -> list[UInt8[Array, "n H W 3"]]:
         height, width = (side * self.config.latent_stride for side in latents.shape[1:3])
         params, most = self._params["autoencoder"], self._max_decoded((width, height))
-        return programs.decode(self._autoencoder, params, latents, most, self._sharding)
+        with jax.default_matmul_precision(self._precision):
+            return programs.decode(self._autoencoder, params, latents, most, self._sharding)
 
     def _latent_shape(self, canvas: tuple[int, int]) -> tuple[int, int, int]:
         width, height = (side // self.config.latent_stride for side in canvas)
@@ -253,7 +258,17 @@ class Pipeline:
         if self._given_rows is not None:
             return self._given_rows * self._devices
         latents = canvas[0] * canvas[1] // self.config.latent_stride**2
-        return _fitting(self._default_rows, _FULL_LATENTS / latents) * self._devices
+        return min(_fitting(self._default_rows, _FULL_LATENTS / latents), self._fitting_rows(latents)) * self._devices
+
+    def _fitting_rows(self, latents: int) -> int:
+        """Rows of so many latents that a GPU's memory holds beside parameters, at least one; elsewhere any number."""
+        stats = jax.local_devices()[0].memory_stats() if jax.default_backend() == "gpu" else None
+        if not stats or "bytes_limit" not in stats:
+            return sys.maxsize
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
+        size = latents / _FULL_LATENTS
+        width = self.config.unet.model_channels / 320 * jnp.dtype(DTYPES[self.dtype]).itemsize / 2
+        return max(1, int((stats["bytes_limit"] - held - _BESIDE * size) / (_ROW * size * width)))
 
     def _max_decoded(self, canvas: tuple[int, int]) -> int:
         """Pictures of this width and height that a device decodes at a time."""
@@ -301,7 +316,7 @@ class Pipeline:
         """Puts all work of a batch on its way, and waits for none of it."""
         shape = self._latent_shape(batch[0].canvas)
         marks: list[Mark] | None = [] if watched else None
-        with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
+        with jax.default_matmul_precision(self._precision):
             conditions, rows = self._conditions(job, {picture.number: picture.layout for picture in batch}, shape[:2])
             used = {picture.k for picture in batch}
             given = {k: initial_noise(job.seeds[k], shape) for k in used} if job.noise is None else job.noise
@@ -349,6 +364,11 @@ class Pipeline:
             yield Result(image.copy(), latent.copy(), job.seeds[picture.k], picture.layout)
 
     @property
+    def _precision(self) -> str:
+        """Of matrix products: TPUs and recent GPUs would shorten float32 operands."""
+        return "highest" if self.dtype == "float32" else "default"
+
+    @property
     def _networks(self) -> programs.Networks:
         return programs.Networks(self._predict_noise.unet, self._unifusion)
 
@@ -379,7 +399,8 @@ class Pipeline:
         """Width and height of a layout's picture in pixels."""
         multiple = self.config.canvas_stride
         size = []
-        for name, side in (("width", width or layout.width), ("height", height or layout.height)):
+        for name, given in (("width", width), ("height", height)):
+            side = getattr(layout, name) if given is None else given
             if side % multiple or side <= 0:
                 nearest = max(multiple, round(side / multiple) * multiple)
                 raise InputError(

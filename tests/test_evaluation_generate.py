@@ -1,6 +1,7 @@
 """Making an evaluation's pictures: layouts' own seeds, what the formats give, and parts switched off."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from instdiff_jax import Pipeline
 from instdiff_jax.data.shapes import SceneSettings, write_coco
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation import generate
+from instdiff_jax.loading import checkpoint_fingerprint
 from instdiff_jax.evaluation.split import read_split
 
 
@@ -110,3 +112,21 @@ def test_parts_switched_off(pipeline):
     off = pipeline.without_scaleu()
     assert np.array_equal(off(layouts)[0].latents, off.without_scaleu()(layouts)[0].latents)
     assert np.array_equal(pipeline(layouts, drop=("scribble",))[0].latents, whole.latents)
+
+
+def test_a_run_trained_anew_is_another_model(tmp_path):
+    """Its newest step counts, by the checksums of its arrays; older steps may go."""
+
+    def save(step, checksums):
+        facts = tmp_path / "checkpoints" / str(step) / "facts"
+        facts.mkdir(parents=True, exist_ok=True)
+        (facts / "metadata").write_text(checksums)
+
+    (tmp_path / "config.json").write_text("{}")
+    save(900, "a")
+    save(1000, "b")
+    first = checkpoint_fingerprint(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "900")
+    assert checkpoint_fingerprint(tmp_path) == first
+    save(1000, "c")
+    assert checkpoint_fingerprint(tmp_path) != first

@@ -134,6 +134,12 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, clip):
         with pytest.raises(InputError, match=f"^--detector: {name}: ") as error:
             open_detector(f"transformers:{name}", None)
         assert message in str(error.value) and "\n" not in str(error.value)
+    broken = tmp_path / "broken"
+    shutil.copytree(clip, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match=f"^--clip: {broken}: cannot be loaded from this machine"):
+        Clip.from_name(str(broken))
     with pytest.raises(InputError, match=f"^--clip: {tmp_path}: cannot be loaded from this machine") as error:
         Clip.from_name(str(tmp_path))
     assert "\n" not in str(error.value)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -353,3 +354,19 @@ def test_eight_devices_draw_the_same(checkpoint, pipeline, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = latents(pipeline([make_layout(3), make_layout(3, seed=1)], seeds=[0, 1], alpha=1.0))
     assert relative_error(np.load(tmp_path / "latents.npy"), expected) <= 1e-4
+
+
+def test_a_gpus_memory_bounds_the_rows(pipeline, monkeypatch):
+    """Rows are as many as fit beside the parameters, at least one; a CPU's are not bounded."""
+    assert pipeline._fitting_rows(64 * 64) == sys.maxsize
+    device = types.SimpleNamespace()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+
+    def rows(limit, latents=64 * 64):
+        device.memory_stats = lambda: {"bytes_limit": limit}
+        return pipeline._fitting_rows(latents)
+
+    assert rows(10**6) == 1 < rows(6 * 10**9) < rows(12 * 10**9) < rows(12 * 10**9, 32 * 32)
+    device.memory_stats = lambda: None
+    assert pipeline._fitting_rows(64 * 64) == sys.maxsize

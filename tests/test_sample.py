@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 import sample
+from instdiff_jax import loading
 
 ROOT = Path(__file__).resolve().parent.parent
 # Sockets that reach anything but this machine are an error.
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "text.npy").write_text("no array")
     np.save(folder / "double.npy", np.zeros((1, 16, 16, 4)))
+    np.savez(folder / "several.npz", np.zeros(3, np.float32))
     np.save(folder / "small.npy", np.zeros((1, 2, 2, 4), np.float32))
     Image.new("RGB", (8, 8)).save(folder / "tiny.png")
     coco = {"images": [{"id": 1, "width": 64, "height": 64}], "annotations": [], "categories": []}
@@ -90,13 +92,18 @@ def many(folder, monkeypatch):
         (place / f"scene{i}.json").write_text(make_layout(1, seed=i).to_json())
     monkeypatch.chdir(folder)
     drawn, write = [], sample.write_results
-    monkeypatch.setattr(sample, "write_results", lambda args, results: (drawn.append(results), write(args, results)))
+
+    def write_and_note(args, results):
+        drawn.append(write(args, results))
+        return drawn[-1]
+
+    monkeypatch.setattr(sample, "write_results", write_and_note)
 
     def draw(*flags) -> list[str]:
         drawn.clear()
         quick = ("--checkpoint", "checkpoint", "--layout", "many", "--steps", "1", "--mis", "0")
         sample.main(sample.parse_args([*quick, *map(str, flags)]))
-        return [results[0].layout.name for results in drawn]
+        return list(drawn)
 
     return draw
 
@@ -125,16 +132,19 @@ def test_shards_make_up_the_whole_and_a_resumed_run_redoes_nothing(many, folder)
 
 
 def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
-    out, write = folder / "cut", sample.write_results
+    out, write = folder / "cut", sample.write_picture
 
-    def fail(args, results):
-        if results[0].layout.name == "scene2":
+    def fail(path, pixels):
+        if path.parent.name == "scene2":
             raise KeyboardInterrupt
-        write(args, results)
+        write(path, pixels)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(sample, "write_results", fail)
-        many("--output", out)
+    def cut_off(*flags):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(sample, "write_picture", fail)
+            many("--output", out, *flags)
+
+    cut_off()
     record = json.loads((out / "run.json").read_text())
     assert [entry["layout"] for entry in record["layouts"]] == ["scene0", "scene1"] and "seconds" not in record
     (out / "scene0" / "layout.png").unlink()
@@ -145,6 +155,39 @@ def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
         (out / "scene3" / "0.png").unlink()
         many("--output", out, "--resume", "--guidance_scale", 2)
     assert many("--output", out, "--resume") == ["scene3"]
+    # Pictures of an earlier run with other settings are not what this one has finished.
+    cut_off("--guidance_scale", 2)
+    assert many("--output", out, "--resume", "--guidance_scale", 2) == ["scene2", "scene3", "scene4"]
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(sample.InputError, match="run.json: fingerprint: the pictures"),
+    ):
+        patched.setattr(loading, "checkpoint_fingerprint", lambda folder: "retrained")
+        many("--output", out, "--resume", "--guidance_scale", 2)
+
+
+def test_an_output_folder_is_no_layout(many, folder):
+    """Layouts and pictures may share a folder: what a run notes there is not drawn."""
+    assert len(many("--output", folder / "many", "--resume")) == 5
+    try:
+        assert many("--output", folder / "many", "--resume") == []
+    finally:
+        (folder / "many" / "run.json").unlink()
+
+
+def test_pictures_are_written_as_they_come(many, folder, monkeypatch):
+    out, write, made = folder / "streamed", sample.write_picture, []
+
+    def fail(path, pixels):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(path)
+        write(path, pixels)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sample, "write_picture", fail)
+        many("--output", out, "--num_images", 3, "--max_rows", 1)
+    assert [path.name for path in made] == ["0.png", "1.png"] and all(path.exists() for path in made)
 
 
 def test_a_broken_layout_stops_a_run_before_anything_is_written(many, folder):
@@ -172,6 +215,8 @@ WRONG = [
     (("--output", "broken.json"), "--output: broken.json: expected a folder"),
     (("--output", "broken.json/deeper"), "--output: broken.json/deeper: expected a folder"),
     (("--noise", "text.npy"), "--noise: text.npy: expected a float32 .npy"),
+    (("--noise", "several.npz"), "--noise: several.npz: expected a float32 .npy file, got several arrays"),
+    (("--width", "0"), "width: expected a multiple of"),
     (("--noise", "double.npy"), "--noise: double.npy: expected float32, got float64"),
     (("--init_image", "text.npy"), "--init_image: text.npy: expected a picture"),
     (("--inpaint_mask", "nowhere.png"), "--inpaint_mask: nowhere.png: expected a picture"),

@@ -334,6 +334,20 @@ def test_bad_input_is_one_line(options, message, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_shapes_of_a_pixel_are_left_out_where_they_cover_none():
+    settings = SceneSettings(min_side=0.05, max_side=0.05, max_turn=180)
+    for i in range(40):
+        scene = render_scene(2, i, 32, settings)
+        assert scene.instances and all(item.mask.any() for item in scene.instances)
+
+
+def test_a_scene_without_room_for_anything_is_an_error():
+    settings = SceneSettings(min_side=0.9, max_side=0.9, max_stretch=2)
+    with pytest.raises(InputError, match="^scene: no shape of sides from 0.9 to 0.9 fits into 32 pixels"):
+        for i in range(20):
+            render_scene(0, i, 32, settings)
+
+
 def test_a_world_gives_the_settings_that_are_not_given(tmp_path):
     shapes.main(["--output", str(tmp_path), "--count", "2", "--size", "32", "--world", "calm", "--min_side", "0.3"])
     info = json.loads((tmp_path / "annotations" / "info_train.json").read_text())

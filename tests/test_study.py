@@ -134,7 +134,10 @@ def test_bad_input_is_one_line(folders, tmp_path, capsys):
         ({"segmenter": tmp_path / "none"}, "expected the config of a segmenter"),
         ({"size": 44, "sections": "formats"}, "expected sides that are multiples of 8 pixels"),
         # Elsewhere: the scenes of 44 pixels are there by now.
-        ({"size": 42, "sections": "mis", "workdir": tmp_path / "other"}, "width: expected a multiple of 4 pixels, got 42"),
+        (
+            {"size": 42, "sections": "mis", "workdir": tmp_path / "other"},
+            "width: expected a multiple of 4 pixels, got 42",
+        ),
     ):
         flags = [str(part) for name, value in (good | bad).items() for part in (f"--{name}", value)]
         with pytest.raises(SystemExit) as stop:
@@ -228,7 +231,9 @@ def numbers_of(tasks, accuracy):
 
 
 def results_of(accuracy, sizes=Sizes(40, 2, 40, 2), keep=lambda task: True, own=OWN):
-    made = types.SimpleNamespace(sampling=own, fingerprint="f", size=64, dtype="float32")
+    made = types.SimpleNamespace(
+        sampling=own, fingerprint="f", size=64, dtype="float32", segmenter="s", reference_count=3
+    )
     tasks = {key: task for key, task in make_tasks(list(NAMES), sizes, own).items() if keep(task)}
     cost = {"pictures": 2, "instances": 4, "parts": [{"part": "decoding", "seconds": 0.1, "gflop": 1.0}], "key": {}}
     return make_results(made, list(NAMES), sizes, numbers_of(tasks, accuracy), cost, "python -m command")
@@ -272,6 +277,7 @@ def test_targets_follow_from_the_numbers():
     assert share["GLIGEN_like"] < share["value"] and share["caption_alone"] < share["GLIGEN_like"]
     low = results_of(lambda task: 3.9 if task.row.pictures == "real" else 2)["targets"]
     assert [item["reached"] for item in low] == [False] * len(TARGETS)
+    assert page(results_of(lambda task: 2), []).count("| no, nor do real images |") == 3
     nothing = results_of(right_of, keep=lambda task: False)
     assert all(item["reached"] is None for item in nothing["targets"])
     assert page(nothing, []).count("Not measured.") == len(SECTIONS) + 1
@@ -321,12 +327,14 @@ def test_results_are_written_whole(tmp_path):
 
 
 def test_a_cost_of_other_settings_or_another_machine_is_measured_again(tmp_path, monkeypatch):
-    made = types.SimpleNamespace(sampling=OWN, fingerprint="f", size=64, dtype="float32", workdir=tmp_path)
+    made = types.SimpleNamespace(
+        sampling=OWN, fingerprint="f", size=64, dtype="float32", workdir=tmp_path, max_rows=None
+    )
     path, key = study_cost.cost_file(made)
     path.parent.mkdir()
     path.write_text(json.dumps({"key": key, "parts": []}))
     assert study_cost.known_cost(made) == {"key": key, "parts": []}
-    for name, other in (("size", 128), ("dtype", "bfloat16"), ("fingerprint", "g")):
+    for name, other in (("size", 128), ("dtype", "bfloat16"), ("fingerprint", "g"), ("max_rows", 4)):
         changed = types.SimpleNamespace(**vars(made) | {name: other})
         assert study_cost.known_cost(changed) is None
     for kind, count in (("TPU v4", 1), ("TPU v5 lite", 1), ("TPU v5 lite", 4)):

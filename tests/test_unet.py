@@ -1,5 +1,7 @@
 """The UNet, its fuser, ScaleU and attention against the official code's numbers."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from parity_checks import UNET as UNET_TOLERANCE
 from parity_checks import params_of
 
 import common
+from instdiff_jax.models import attention as attention_module
 from instdiff_jax.models import layers
 from instdiff_jax.models.attention import attention
 from instdiff_jax.models.scaleu import scale_low_frequencies
@@ -129,3 +132,15 @@ def test_convolutions_on_cpus_are_the_same_sum(shape):
         assert common.relative_error(a, b) < 1e-5
     text = str(jax.make_jaxpr(lambda x: layers._convolve(x, kernel, (1, 1), "SAME", dimension_numbers=names))(x))
     assert ("conv_general_dilated" in text) == (shape[1] == 96)
+
+
+@pytest.mark.parametrize(
+    "capability, kernel",
+    [("9.0", "cudnn"), ("8.0", "cudnn"), ("10.3", "cudnn"), ("7.5", "chunked"), ("gfx942", "chunked")],
+)
+def test_the_flash_kernel_is_for_gpus_that_have_it(monkeypatch, capability, kernel):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.bfloat16)) == kernel
+    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.float32)) == "chunked"
+    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 160), jnp.bfloat16)) == "chunked"

@@ -168,6 +168,11 @@ def render_scene(seed: int, index: int, size: int = 128, settings: SceneSettings
     image = draw_background(kind, (first, second), size, rng)
     background = background_words(kind, (first, second))
     placed, owner, covers = _arrange(size, settings, rng)
+    if not placed:
+        raise InputError(
+            f"scene: no shape of sides from {settings.min_side} to {settings.max_side} fits into {size} pixels; "
+            "expected smaller or larger ones, or less max_stretch and max_turn"
+        )
     for item in placed:
         paint(image, item.stamp, item.corner, item.plan.colour, draw_shift(rng))
     things, boxes = [], []
@@ -298,6 +303,8 @@ class _Crowd:
     def _put(self, plan: _Plan, stamp: Stamp, corner: tuple[int, int]) -> bool:
         """Puts a stamp in front of the others unless it hides too much of one, or lies on its own colour."""
         mask = stamp.mask
+        if not mask.any():  # too small to cover any pixel by half
+            return False
         area = np.s_[corner[1] : corner[1] + mask.shape[0], corner[0] : corner[0] + mask.shape[1]]
         window = self.owner[area]
         hides = np.bincount(window[mask] + 1, minlength=len(self.placed) + 1)

@@ -1,9 +1,9 @@
 """Files of an evaluation: written whole or not at all, and never mixed with those of other settings."""
 
-import hashlib
 import io
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         InputError: where nothing can be written.
     """
-    # Named by the process: shards that write one settings.json at once do not meet.
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # A name of its own: shards on several machines, where processes may have one number, write one settings.json.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -93,31 +93,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], start: str = ""
             yield from _differences(a, b, f"{start}{name}.")
         elif a != b:
             yield f"{start}{name}", a, b
-
-
-def checkpoint_fingerprint(directory: Path) -> str:
-    """Tells a checkpoint, or a training run's newest step, from another at the same place: its config and step."""
-    try:
-        digest = hashlib.sha256((directory / "config.json").read_bytes())
-        if (directory / "checkpoints").is_dir():
-            names = sorted(path.name for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
-        else:
-            # What orbax writes holds a hash or the data itself: sizes alone would not tell a later export apart.
-            files = sorted(path for path in (directory / "params").rglob("*") if path.is_file())
-            names = [f"{path.relative_to(directory)} {_ends(path)}" for path in files if not path.name.startswith("_")]
-    except OSError as error:
-        raise InputError(f"{directory}: not a checkpoint folder: {error.strerror or error}") from error
-    digest.update("\n".join(names).encode())
-    return digest.hexdigest()[:32]
-
-
-def _ends(path: Path, sample: int = 2**16) -> str:
-    """Size, beginning and end of a file as a hash."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(sample)
-        file.seek(max(0, size - sample))
-        return hashlib.sha256(head + file.read(sample) + str(size).encode()).hexdigest()
 
 
 def read_picture(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:

@@ -148,6 +148,7 @@ class _Loading:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError)):
+        # Also what safetensors raises of a broken file, which is an Exception and nothing more.
+        if isinstance(error, Exception) and not isinstance(error, MemoryError):
             reason = str(error).split("\n")[0][:200]
             raise InputError(f"{self._flag}: {self._name}: cannot be loaded from this machine: {reason}") from error

@@ -266,11 +266,13 @@ def fid_of_file(path: str | Path) -> tuple[float, list[str]]:
     """The Fréchet distance of features made elsewhere: an .npz with arrays `generated` and `real`, each [n, d]."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            drawn, real = arrays["generated"], arrays["real"]
+            drawn, real = (np.asarray(arrays[name], np.float64) for name in ("generated", "real"))
+            if drawn.ndim != 2:
+                raise ValueError(f"generated has shape {drawn.shape}, not [n, d]")
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"--features: {path}: expected an .npz with arrays generated and real ({error})") from error
     gaussian = fit_gaussian(real, f"--features: {path}: real")
-    return _distance(np.asarray(drawn, np.float64), gaussian, min(len(drawn), len(real)))
+    return _distance(drawn, gaussian, min(len(drawn), len(real)))
 
 
 def open_features(name: str | None, detector: Detector | Predictions | None) -> Features | None:
@@ -297,4 +299,6 @@ def open_features(name: str | None, detector: Detector | Predictions | None) -> 
         found: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError(f"--features: {name}: cannot be imported: {error}") from error
+    if not callable(found):
+        raise InputError(f"--features: {name}: expected a function, got {type(found).__name__}")
     return found

@@ -12,7 +12,11 @@ from instdiff_jax.layout import read_json
 # What is not a fraction to show as a percentage.
 _COUNTS = ("images", "instances")
 _DECIMALS = {"UNets": 1, "distance": 1, "FID": 2, "CLIP_global": 3, "CLIP_local": 3}
-LOWER_IS_BETTER = ("FID", "UNets", "distance", "colour_leak", "texture_leak")
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether less of a metric is better."""
+    return name in ("FID", "UNets", "distance") or name.endswith("_leak")
 
 
 def make_report(outcome: Outcome, settings: Mapping[str, Any], upper: Mapping[str, Any] | None = None) -> dict:
@@ -37,7 +41,7 @@ def make_report(outcome: Outcome, settings: Mapping[str, Any], upper: Mapping[st
         report["ratio"] = {
             name: value / bound[name]
             for name, value in outcome.metrics.items()
-            if name not in _COUNTS and name not in LOWER_IS_BETTER and bound.get(name)
+            if name not in _COUNTS and not lower_is_better(name) and bound.get(name)
         }
     return report
 

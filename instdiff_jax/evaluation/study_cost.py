@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from instdiff_jax import grounding as groundings
 from instdiff_jax import programs
@@ -29,9 +28,9 @@ from instdiff_jax.diffusion.multi_instance import (
     start_state,
 )
 from instdiff_jax.diffusion.solvers import solver_table
-from instdiff_jax.evaluation.files import picture_path, write_file
+from instdiff_jax.evaluation.files import picture_path, read_picture, write_file
 from instdiff_jax.evaluation.generate import image_seed, make_layout
-from instdiff_jax.evaluation.study_rows import FIFTY, Task
+from instdiff_jax.evaluation.study_rows import FIFTY, MIS, Row, Task
 from instdiff_jax.evaluation.study_runs import Study, machine
 from instdiff_jax.flops import count_flops
 from instdiff_jax.jobs import Job, plan
@@ -56,11 +55,11 @@ def option_costs(study: Study, task: Task, numbers: Numbers) -> dict[str, float]
     fifty = Task(FIFTY, task.seed, task.count)
     if (FIFTY.slug(study.sampling), *fifty[1:]) in numbers:
         scenes = study.split(task.row.scenes, task.count).scenes
-        ours, theirs = (
-            np.stack([np.asarray(Image.open(picture_path(study.folder(one), scene)), float) for scene in scenes])
-            for one in (task, fifty)
-        )
-        found["distance"] = float(np.abs(ours - theirs).mean())
+        paths = [[picture_path(study.folder(one), scene) for scene in scenes] for one in (task, fifty)]
+        # Numbers may be kept without the pictures that they are of.
+        if all(path.exists() for column in paths for path in column):
+            ours, theirs = (np.stack([read_picture(path, study.size) for path in column]) for column in paths)
+            found["distance"] = float(np.abs(ours.astype(float) - theirs).mean())
     return found
 
 
@@ -88,7 +87,7 @@ def cost_file(study: Study) -> tuple[Path, dict[str, Any]]:
     key = {"checkpoint": study.fingerprint, "sampling": study.sampling.to_dict(), "size": study.size}
     # Seconds are those of a machine: a study that goes on elsewhere measures again.
     key |= {"dtype": study.dtype, "device": machine()["device"], "devices": jax.device_count()}
-    key |= {"max_rows": study.max_rows, "version": 1}
+    key |= {"max_rows": study.max_rows, "version": 2}
     return study.workdir / "numbers" / "cost.json", json.loads(json.dumps(key))
 
 
@@ -115,12 +114,14 @@ def measure_cost(study: Study) -> dict[str, Any]:
     scenes = study.split(_SCENES, count).scenes
     layouts = [make_layout(scene, "box") for scene in scenes]
     seeds = [image_seed(0, scene.image_id) for scene in scenes]
-    settings = study.sampling.to_dict()
+    # A checkpoint may leave the multi-instance sampler out: what it costs is shown all the same.
+    sampling = Row("", sampling=MIS).settings(study.sampling)
+    settings = sampling.to_dict()
     job = Job(
         seeds=seeds,
         seed_per_layout=True,
         size=canvas,
-        settings=study.sampling,
+        settings=sampling,
         table=solver_table(settings["sampler"], settings["steps"], pipeline.config.schedule, settings["alpha"]),
         format="auto",
         drop=(),
@@ -129,7 +130,7 @@ def measure_cost(study: Study) -> dict[str, Any]:
         from_noise=True,
     )
     parts = _parts(pipeline, job, layouts)
-    for name, mis in (("whole call", study.sampling.mis), ("whole call, MIS off", 0.0)):
+    for name, mis in (("whole call", sampling.mis), ("whole call, MIS off", 0.0)):
 
         def call(mis: float = mis) -> None:
             pipeline(layouts, layout_seeds=seeds, **settings | {"mis": mis})
@@ -163,9 +164,7 @@ def _parts(pipeline: Pipeline, job: Job, layouts: list[Layout]) -> list[dict[str
     return parts
 
 
-def _text_and_tokens(
-    pipeline: Pipeline, job: Job, layouts: dict[int, Layout], grid: tuple[int, int]
-) -> dict[str, Any]:
+def _text_and_tokens(pipeline: Pipeline, job: Job, layouts: dict[int, Layout], grid: tuple[int, int]) -> dict[str, Any]:
     """Text encoder, UniFusion, and the keys and values of both in every block; what fills up a chunk is work, too."""
 
     def make() -> Any:

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from instdiff_jax.evaluation.report import LOWER_IS_BETTER, label
+from instdiff_jax.evaluation.report import label, lower_is_better
 
 _COLOURS = ("#3366cc", "#cc5533", "#339966", "#8855aa")
 
@@ -36,7 +36,7 @@ def _axes(metrics: Sequence[str]) -> tuple[Any, Sequence[Any]]:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axis, metric in zip(axes, metrics, strict=True):
-        lower = metric in LOWER_IS_BETTER
+        lower = lower_is_better(metric)
         axis.set_title(label(metric) + (" (lower is better)" if lower else ", %"), fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

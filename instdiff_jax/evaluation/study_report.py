@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from instdiff_jax.evaluation.files import write_file
-from instdiff_jax.evaluation.report import LOWER_IS_BETTER, label, show, table_line
+from instdiff_jax.evaluation.report import label, lower_is_better, show, table_line
 from instdiff_jax.evaluation.study_plots import draw_plots
 
 # The paper's numbers and others' on COCO val2017, with YOLOv8m-seg as the detector: percentages, but for FID.
@@ -113,7 +113,7 @@ def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _name(metric: str) -> str:
-    return label(metric) + (" ↓" if metric in LOWER_IS_BETTER else "")
+    return label(metric) + (" ↓" if lower_is_better(metric) else "")
 
 
 def _table(table: Mapping[str, Any]) -> str:
@@ -151,6 +151,9 @@ def _targets(targets: Sequence[Mapping[str, Any]]) -> str:
     for item in targets:
         values = [item[name] for name in ("least", "upper_bound", "value", "share", "GLIGEN_like", "caption_alone")]
         reached = {None: "not measured", True: "yes", False: "no"}[item["reached"]]
+        real = item["upper_bound"]
+        if item["reached"] is False and not item["share_counts"] and real is not None and real < item["least"]:
+            reached = "no, nor do real images"
         rows.append([item["target"], *map(percent, values), reached])
     text = "In percent, on the main scenes (2 to 6 instances): boxes for the first two, then the format named."
     return f"{text}\n\n{_lines(head, rows)}"

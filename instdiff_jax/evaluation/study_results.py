@@ -107,7 +107,9 @@ def make_results(
         "dtype": study.dtype,
         "machine": machine(),
         "sizes": sizes._asdict(),
-        "scenes": {name: kind.seed for name, kind in rows.SCENES.items()},
+        "scenes": {name: {"seed": kind.seed} | kind.settings.to_dict() for name, kind in rows.SCENES.items()},
+        "segmenter": study.segmenter,
+        "reference_count": study.reference_count,
     }
     tables = {
         name: {"title": section.title, "text": section.text, "columns": section.columns}
@@ -198,11 +200,12 @@ def _target(target: Target, sizes: Sizes, study: Study, numbers: Numbers) -> dic
         return float(np.mean(values)) if values and None not in values else None
 
     real, reached = value(rows.REAL), value(target.row)
-    share = None if reached is None or not real else reached / real
+    share = None if reached is None or real is None else reached / real if real else 0.0
     measure = share if target.of_real else reached
     return {
         "target": target.text,
         "least": target.least,
+        "share_counts": target.of_real,
         "upper_bound": real,
         "value": reached,
         "share": share,

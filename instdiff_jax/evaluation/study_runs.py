@@ -11,15 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from instdiff_jax.chips import processor_name
 from instdiff_jax.data.shape_scenes import render_scene
 from instdiff_jax.data.shapes import write_coco
 from instdiff_jax.evaluation.fid import Gaussian, fit_gaussian
-from instdiff_jax.evaluation.files import checkpoint_fingerprint, claim_folder, write_file
+from instdiff_jax.evaluation.files import claim_folder, write_file
 from instdiff_jax.evaluation.generate import copy_real, generate, read_settings, sampling_settings
 from instdiff_jax.evaluation.measure import Picture, inspect, summarize
 from instdiff_jax.evaluation.segmenter import Segmenter
 from instdiff_jax.evaluation.split import Split, read_split
 from instdiff_jax.evaluation.study_rows import SCENES, Row, Task
+from instdiff_jax.loading import checkpoint_fingerprint
 from instdiff_jax.pipeline import Pipeline
 
 # Another one when what numbers mean changes: older ones are measured again.
@@ -63,7 +65,8 @@ class Study:
         self.fingerprint = checkpoint_fingerprint(checkpoint)
         self.config = read_settings(checkpoint)[0]
         self._detector = Segmenter.from_folder(segmenter)
-        self.workdir, self._reference_count, self.max_rows = workdir, reference_count, max_rows
+        self.segmenter = self._detector.fingerprint
+        self.workdir, self.reference_count, self.max_rows = workdir, reference_count, max_rows
         self._pipelines: dict[bool, Pipeline] = {}
         self._splits: dict[tuple[str, int], Split] = {}
         self._references: dict[str, Gaussian] = {}
@@ -143,7 +146,7 @@ class Study:
         """The features' Gaussian of other scenes like those of a set."""
         if scenes not in self._references:
             kind = SCENES[scenes]
-            numbers = range(self._reference_count)
+            numbers = range(self.reference_count)
             images = [render_scene(kind.reference_seed, i, self.size, kind.settings).image for i in numbers]
             self._references[scenes] = fit_gaussian(self._detector.features(np.stack(images)))
         return self._references[scenes]
@@ -151,7 +154,7 @@ class Study:
     def _numbers_file(self, task: Task) -> tuple[Path, Mapping[str, Any]]:
         """Where a task's numbers are kept, and what they depend on."""
         key = {"version": _VERSION, "pictures": self._settings(task), "segmenter": self._detector.fingerprint}
-        key |= {"scenes": task.row.scenes, "count": task.count, "reference_count": self._reference_count}
+        key |= {"scenes": task.row.scenes, "count": task.count, "reference_count": self.reference_count}
         path = self.workdir / "numbers" / f"{task.row.slug(self.sampling)}-seed_{task.seed}-{task.count}.json"
         return path, json.loads(json.dumps(key))
 
@@ -171,7 +174,7 @@ class Study:
 def machine() -> dict[str, Any]:
     """What numbers are made on here."""
     device = jax.devices()[0]
-    name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
+    name = f"{os.cpu_count()} cores of {processor_name()}" if device.platform == "cpu" else device.device_kind
     return {"device": f"{name} ({platform.machine()})", "jax": jax.__version__, "python": platform.python_version()}
 
 

@@ -2,13 +2,14 @@
 
     python -m instdiff_jax.evaluation.train_segmenter --output checkpoints/shapes_segmenter
 
-Scenes are of seed 9, those it is measured on of seed 8: the generator's data have other ones. Pictures are blurred,
+Scenes are of seed 9, which the generator's data have not. Pictures are blurred,
 noised and tinted a little on the way, because generated ones are an autoencoder's.
 """
 
 import argparse
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from instdiff_jax.data.shape_scenes import SHAPES, Scene, SceneSettings, render_
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.evaluation.segmenter import PixelMaps, SegmentationNetwork, Segmenter, SegmenterConfig, init_params
 
-TRAIN_SEED, TEST_SEED = 9, 8
+TRAIN_SEED = 9
 # Of a centre's bump, in pixels.
 _SIGMA = 1.5
 
@@ -161,6 +162,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--size: expected a multiple of 8 pixels, got {args.size}")
         if args.output.exists() and not (args.output / "params.npz").exists():
             raise InputError(f"--output: {args.output}: expected a segmenter's folder or nothing there")
+        try:  # now, not after minutes of training
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryDirectory(dir=args.output.parent).cleanup()
+        except OSError as error:
+            raise InputError(f"--output: {args.output}: cannot be written: {error.strerror}") from error
         images, targets = render(TRAIN_SEED, args.scenes, args.size, SceneSettings())
         params, losses = train(images, targets, args.steps, seed=args.seed)
         command = f"python -m instdiff_jax.evaluation.train_segmenter {shlex.join(argv)}"

@@ -41,9 +41,9 @@ class Regions(TypedDict):
     tokens: UInt32[Array, "b m"]
 
 
-def visible(query_words: UInt32[Array, "b n"], key_words: UInt32[Array, "b m"], first: int | Array = 0) -> Bool[
-    Array, "b 1 n m"
-]:
+def visible(
+    query_words: UInt32[Array, "b n"], key_words: UInt32[Array, "b m"], first: int | Array = 0
+) -> Bool[Array, "b 1 n m"]:
     """Which keys each query may see: those whose word shares a bit with its own, and itself.
 
     Query i is the same token as key `first` + i.
@@ -88,10 +88,18 @@ def attention(
 def _pick_kernel(q: Float[Array, "b n h d"]) -> Kernel:
     # cuDNN's flash kernel wants 16-bit floats and heads of at most 128, a multiple of 8; SD 1.5's
     # innermost heads are 160 wide, over few tokens, where the chunked form is no slower.
-    if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and _has_flash():
         if q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
             return "cudnn"
     return "chunked"
+
+
+def _has_flash() -> bool:
+    """Whether this process's GPU has cuDNN's flash kernels: Nvidia's, from compute capability 8.0 (Ampere) on."""
+    if jax.default_backend() != "gpu":
+        return True  # compiled here for another machine
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return capability.replace(".", "", 1).isdecimal() and float(capability) >= 8
 
 
 def _attend(q, k, v, mask) -> Float[Array, "b h n d"]:
