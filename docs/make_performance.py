@@ -3,7 +3,8 @@
     python docs/make_performance.py
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and comes from benchmarks/results/NAME.json; where
-there is no such file the page says that it was not measured.
+there is no such file the page says that it was not measured. `<!-- table others -->` takes those of
+accelerators.
 """
 
 import json
@@ -23,9 +24,12 @@ _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def fill(text: str, results: Path = RESULTS) -> str:
     """The page with every table as its file has it."""
 
+    others = sorted(path for path in results.glob("*.json") if not path.stem.endswith("_cpu"))
+
     def table(match: re.Match) -> str:
-        path = results / f"{match[2]}.json"
-        body = render(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not measured.\n"
+        paths = others if match[2] == "others" else [results / f"{match[2]}.json"]
+        bodies = [render(json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.exists()]
+        body = "\n".join(bodies) or "Not measured.\n"
         return f"{match[1]}{body}{match[3]}"
 
     return _TABLE.sub(table, text)

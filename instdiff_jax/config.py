@@ -153,7 +153,7 @@ class ModelConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Settings):
-    """How pictures are sampled; defaults are the released ones.
+    """How pictures are sampled; defaults are the released ones, without their negative prompt.
 
     `alpha` is the fraction of steps the fusers are on, or three fractions (ones, linear decay, zeros)
     that sum to 1. `mis` is the fraction of steps of the multi-instance sampler.

@@ -97,6 +97,16 @@ def test_the_docs_tables_are_those_of_the_results():
     assert "<!-- table " in text
 
 
+def test_tables_of_other_machines_have_a_place(tmp_path):
+    report = json.loads((common.RESULTS / "startup_box_float32_cpu.json").read_text())
+    for device in ("cpu", "nvidia_h200"):
+        report["title"] = f"Of {device}"
+        (tmp_path / f"startup_full_bfloat16_{device}.json").write_text(json.dumps(report))
+    text = make_performance.fill("a\n<!-- table others -->\n<!-- end -->\nb", tmp_path)
+    assert "**Of nvidia_h200**" in text and "Of cpu" not in text
+    assert make_performance.fill(text, tmp_path) == text
+
+
 @pytest.mark.slow
 def test_sampling(checkpoint, two_sides, tmp_path):
     flags = ["--model", checkpoint, "--canvas", "32", "--images", "1", "2", "--instances", "2", "--steps", "3"]
