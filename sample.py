@@ -33,6 +33,7 @@ from instdiff_jax.shards import Shard
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shapes"
 DEFAULT_LAYOUTS = Path(__file__).parent / "examples" / "shapes"
+PATIENCE = 7 * 24 * 3600  # seconds that a process waits for those with more to draw
 SHEET_LAYOUTS, SHEET_SEEDS = 64, 16  # the most that the contact sheet shows
 # What all pictures of an output folder have in common.
 COMMON = ("checkpoint", "fingerprint", "model", "sampling", "format", "width", "height", "strength", "inputs", "dtype")
@@ -272,7 +273,7 @@ def main(args: argparse.Namespace) -> None:
 
     from instdiff_jax.parallel import initialize_distributed
 
-    initialize_distributed()
+    initialize_distributed(patience=PATIENCE)
     shard = shard or Shard.of_process()
     mine = list(shard.of(list(layouts.read)))
     finished = {name for name in mine if all(path.exists() for path in layout_files(args, name, seeds))}

@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
     from instdiff_jax.evaluation.split import read_split
     from instdiff_jax.parallel import initialize_distributed
 
-    initialize_distributed()
+    initialize_distributed(patience=7 * 24 * 3600)  # one may have more to draw than another
     several = jax.process_count() > 1
     shard = Shard.of_process() if args.shard is None else Shard.parse(args.shard)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

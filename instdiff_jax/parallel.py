@@ -63,11 +63,14 @@ def check_pattern(pattern: str, where: str) -> None:
         raise InputError(f"{where}: expected a regular expression, got {pattern!r} ({error})") from error
 
 
-def initialize_distributed() -> None:
+def initialize_distributed(patience: int = 300) -> None:
     """Joins this process to the others of its job; does nothing where there is only one.
 
     A job is recognised by its environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (any
     machine, CPU included), Slurm or Open MPI with more than one task, or a TPU host. Call before any use of a device.
+
+    Args:
+        patience: seconds that a process waits at its end for the others, which would die with the first one.
     """
     if jax.distributed.is_initialized():
         return
@@ -79,9 +82,9 @@ def initialize_distributed() -> None:
             message = "expected whole numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID"
             raise InputError(f"JAX_COORDINATOR_ADDRESS is set: {message} ({error})") from error
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index, shutdown_timeout_seconds=patience)
     elif int(env.get("SLURM_NTASKS", 1)) > 1 or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 or _is_tpu_host():
-        jax.distributed.initialize()
+        jax.distributed.initialize(shutdown_timeout_seconds=patience)
 
 
 def _is_tpu_host() -> bool:

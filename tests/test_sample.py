@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -277,3 +278,37 @@ def test_imports_are_light(folder):
     loaded = set(done.stdout.split("LOADED", 1)[1].split())
     assert "instdiff_jax.pipeline" in loaded
     assert not loaded & set(heavy), loaded & set(heavy)
+
+
+def test_a_process_with_nothing_to_draw_waits_for_the_others(folder):
+    """Two processes, one layout: reading the checkpoint takes both, and both end well."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    flags = (*GOOD[:-1], "two", "--steps", "1", "--mis", "0")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "sample.py", *flags],
+            env=env | {"JAX_PROCESS_ID": str(index)},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "1 pictures in two" in said[0] and "0 pictures in two" in said[1]
+    assert (folder / "two" / "scene" / "0.png").exists()
