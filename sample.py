@@ -33,7 +33,6 @@ from instdiff_jax.shards import Shard
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shapes"
 DEFAULT_LAYOUTS = Path(__file__).parent / "examples" / "shapes"
-PATIENCE = 7 * 24 * 3600  # seconds that a process waits for those with more to draw
 SHEET_LAYOUTS, SHEET_SEEDS = 64, 16  # the most that the contact sheet shows
 # What all pictures of an output folder have in common.
 COMMON = ("checkpoint", "fingerprint", "model", "sampling", "format", "width", "height", "strength", "inputs", "dtype")
@@ -271,9 +270,9 @@ def main(args: argparse.Namespace) -> None:
 
     import jax
 
-    from instdiff_jax.parallel import initialize_distributed
+    from instdiff_jax.parallel import PATIENCE, initialize_distributed
 
-    initialize_distributed(patience=PATIENCE)
+    initialize_distributed(PATIENCE)
     shard = shard or Shard.of_process()
     mine = list(shard.of(list(layouts.read)))
     finished = {name for name in mine if all(path.exists() for path in layout_files(args, name, seeds))}
@@ -342,7 +341,7 @@ def draw(
         if not args.resume:
             # Of other settings perhaps: a run that ends early and goes on must not take them for its own.
             for name in layouts.read:
-                for file in layout_files(args, name, seeds):
+                for file in (*layout_files(args, name, seeds), args.output / name / "latents.npy"):
                     file.unlink(missing_ok=True)
         write_record(path, record)
         try:

@@ -223,6 +223,7 @@ def with_preset(preset: str | None, overrides: Mapping[str, Any]) -> dict[str, A
 
 def _check_keys(config_args: Sequence[str], message: str) -> None:
     """Raises InputError, in words, where ml_collections' message is about a key that one of the flags misspells."""
+    # A KeyError's text is quoted once more, and its line break is a backslash and an n.
     quoted = re.match(r"\W*(\w+)\W*(?:n?Did you mean \W*(\w+))?", message)
     for flag in (arg.lstrip("-").split("=")[0] for arg in config_args):
         if quoted and quoted[1] in flag.split(".")[1:] and len(message) < 200:

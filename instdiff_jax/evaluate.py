@@ -160,9 +160,9 @@ def main(args: argparse.Namespace) -> None:
     from instdiff_jax.evaluation.measure import fid_of_file, open_features
     from instdiff_jax.evaluation.report import check_same_images, check_same_measures, read_report
     from instdiff_jax.evaluation.split import read_split
-    from instdiff_jax.parallel import initialize_distributed
+    from instdiff_jax.parallel import PATIENCE, initialize_distributed
 
-    initialize_distributed(patience=7 * 24 * 3600)  # one may have more to draw than another
+    initialize_distributed(PATIENCE)
     several = jax.process_count() > 1
     shard = Shard.of_process() if args.shard is None else Shard.parse(args.shard)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

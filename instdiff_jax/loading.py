@@ -69,7 +69,11 @@ def _open_tokenizer(config: ModelConfig, name: str | Path) -> Tokenizer:
 
 
 def checkpoint_fingerprint(directory: Path) -> str:
-    """Tells a checkpoint, or a training run's newest step, from another at the same place: its config and step."""
+    """Tells a checkpoint, or a training run's newest step, from another at the same place: a hash of its contents.
+
+    Raises:
+        InputError: for a folder that is neither.
+    """
     try:
         digest = hashlib.sha256((directory / "config.json").read_bytes())
         if (directory / "checkpoints").is_dir():
@@ -77,7 +81,7 @@ def checkpoint_fingerprint(directory: Path) -> str:
             newest = max(steps, key=lambda path: int(path.name), default=None)
             # Beside the step its facts, which hold a checksum of every array: a run made anew is another model.
             files = [] if newest is None else sorted(path for path in (newest / "facts").rglob("*") if path.is_file())
-            names = [*(f"{path.parts[-3:]} {_ends(path)}" for path in files if not path.name.startswith("_"))]
+            names = [f"{path.parts[-3:]} {_ends(path)}" for path in files if not path.name.startswith("_")]
             names += [] if newest is None else [newest.name]
         else:
             # What orbax writes holds a hash or the data itself: sizes alone would not tell a later export apart.

@@ -63,6 +63,10 @@ def check_pattern(pattern: str, where: str) -> None:
         raise InputError(f"{where}: expected a regular expression, got {pattern!r} ({error})") from error
 
 
+# Seconds that a process of a job that draws waits at its end for those with more to draw: a week.
+PATIENCE = 7 * 24 * 3600
+
+
 def initialize_distributed(patience: int = 300) -> None:
     """Joins this process to the others of its job; does nothing where there is only one.
 

@@ -46,8 +46,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 # program then does for many layouts what several small ones would.
 _MAX_ROWS = {"cpu": 1, "gpu": 64, "tpu": 8}
 _FULL_LATENTS, _MOST_ROWS = 64 * 64, 16
-# Bytes that a row of the full model takes in a 16-bit type, and what lies beside rows and parameters, at 512×512:
-# docs/performance.md, "Memory".
+# Bytes that a row of the full model takes in a 16-bit type at 512×512, and what lies beside rows and parameters: the
+# row and 7.22 GB less about 2.7 GB of parameters of docs/performance.md, "Memory", an upper bound. Not seen on a GPU.
 _ROW, _BESIDE = 0.36e9, 4.5e9
 # Pictures decoded at a time, a device, at 512×512 with the full model; their number follows the size as that of rows.
 _DECODED = {"cpu": 1, "gpu": 8, "tpu": 2}
