@@ -1,6 +1,7 @@
 """Prompts and phrases as CLIP token ids."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class Tokenizer:
             InputError: naming the tokenizer, where it is not there or does not fit.
         """
         # Imported here: it takes a second, and reading layouts or training does not need it.
+        # It would say that PyTorch is missing, which tokenizers do not need.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import CLIPTokenizer
 
         self.max_length = max_length
