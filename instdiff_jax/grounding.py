@@ -1,5 +1,6 @@
 """Groundings: a layout as arrays for 30 slots, in fractions of the canvas, with which features each slot has."""
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Literal, TypedDict
 
@@ -23,8 +24,12 @@ KEPT = {
 }
 FORMATS = ("auto", *KEPT)
 
-# Around an instance without a box, as a fraction of the canvas: what "strict" masked attention takes for its place.
-REACH = 0.125
+# What "strict" masked attention takes for the place of an instance without a box, as fractions of the canvas: so far
+# around its point, of which no size is known, or around the points of its scribble, which cover a thing.
+POINT_REACH, SCRIBBLE_REACH = 0.125, 0.08
+
+# Of a cell of the latent grid, how much an instance's mask must cover for the cell to be its place.
+COVER = 0.25
 
 # Bit of a word that means "seen by all" in instance-masked attention.
 EVERYWHERE = np.uint32(1 << 31)
@@ -145,8 +150,9 @@ def region_words(
         width: of the latent grid.
         orientation: "official" fills x along rows and y along columns, as the released code does. "correct" fills the
             box itself; a box that rounds to nothing keeps the cell it lies in, and instances without a box (point or
-            scribble only) are not masked. "strict" is "correct" for models trained so: an instance without a box has
-            the cells within `REACH` of its point or scribble, and all four tokens of an instance are masked.
+            scribble only) are not masked. "strict" is "correct" for models trained so: an instance with a mask has the
+            cells of which it covers `COVER`, one without box and mask those within `SCRIBBLE_REACH` of its scribble
+            or `POINT_REACH` of its point, and all four tokens of an instance are masked.
         num_map_tokens: tokens after the four times 30 of the slots.
 
     Returns:
@@ -160,6 +166,11 @@ def region_words(
     strict, boxes_count = orientation == "strict", bool(grounding["has_box"].any() or grounding["has_mask"].any())
     for slot in np.flatnonzero(grounding["valid"]):
         box, bit = grounding["boxes"][slot], np.uint32(1 << int(slot))
+        covered = _covered(grounding, slot, height, width) if strict else None
+        if covered is not None:
+            visual[covered] |= bit
+            masked[slot] = bit
+            continue
         if (strict and not boxes_count) or not (box[2] > box[0] and box[3] > box[1]):
             near = _near(grounding, slot, height, width) if strict else None
             if near is not None:
@@ -181,15 +192,35 @@ def region_words(
     return visual.ravel(), tokens
 
 
+def _covered(grounding: Grounding, slot: int, height: int, width: int) -> Bool[np.ndarray, "h w"] | None:
+    """The cells of which a slot's mask covers `COVER`, at least those it covers most; None without a mask."""
+    if not grounding["has_mask"][slot]:
+        return None
+    mask = (grounding["maps"] >> np.uint32(slot)) & np.uint32(1)
+    if not mask.any():
+        return None
+    down, across = (_overlaps(count, len(mask)) for count in (height, width))
+    cover = down @ mask.astype(np.float32) @ across.T
+    return cover >= min(COVER, cover.max() * (1 - 1e-5))
+
+
+@functools.lru_cache(maxsize=64)
+def _overlaps(count: int, of: int) -> Float[np.ndarray, "count of"]:
+    """Which share of each of `count` cells along a side every one of `of` pixels along the same side takes."""
+    cells, pixels = np.arange(count)[:, None] / count, np.arange(of) / of
+    shared = np.minimum(cells + 1 / count, pixels + 1 / of) - np.maximum(cells, pixels)
+    return (np.maximum(shared, 0) * count).astype(np.float32)
+
+
 def _near(grounding: Grounding, slot: int, height: int, width: int) -> Bool[np.ndarray, "h w"] | None:
-    """The cells whose centres lie within `REACH` of a slot's scribble, or else of its point; None without either."""
+    """The cells whose centres lie near a slot's scribble, or else its point; None without either."""
     points = [grounding[name][slot].reshape(-1, 2) for name in ("scribbles", "points")]
     present = [grounding["has_scribble"][slot] and points[0].any(), grounding["has_point"][slot]]
     if not any(present):
         return None
-    places = points[0] if present[0] else points[1]
+    places, reach = (points[0], SCRIBBLE_REACH) if present[0] else (points[1], POINT_REACH)
     centres = np.stack(np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height), axis=-1)
-    return (np.abs(centres[:, :, None] - places).max(axis=-1) <= REACH).any(axis=-1)
+    return (np.abs(centres[:, :, None] - places).max(axis=-1) <= reach).any(axis=-1)
 
 
 def _places(instance: Instance, layout: Layout, from_mask: bool) -> dict[str, np.ndarray | None]:

@@ -275,11 +275,51 @@ def test_strict_takes_the_neighbourhood_of_points_where_there_is_no_box():
     point[2:6, 6:10] = True  # cells whose centres lie within 1/8 of (0.5, 0.25)
     np.testing.assert_array_equal(words & 1 > 0, point)
     scribble = np.zeros((16, 16), bool)
-    scribble[12:, :] = True
+    scribble[13:, :] = True  # those within 0.08 of a line at 0.9
     np.testing.assert_array_equal(words & 2 > 0, scribble)
     # The third instance has no place: seen everywhere.
     assert tokens[:3].tolist() == tokens[30:33].tolist() == [1, 2, EVERYWHERE]
     assert (region_words(grounding, 16, 16, "correct")[0] == EVERYWHERE).all()
+
+
+def test_strict_takes_the_cells_of_a_mask_instead_of_its_box():
+    mask = np.zeros((64, 64), bool)
+    mask[16:48, 16:32] = True  # a whole number of cells of 4 pixels,
+    mask[48:50, 16:32] = True  # half of four more,
+    mask[16:48, 32:34] = True  # half of eight more,
+    mask[50, 60] = True  # and a pixel far away: less than a quarter of its cell, but in the box
+    layout = Layout("", 64, 64, (Instance("a mask", mask=mask), Instance("a box", box=(0, 0, 8, 8))))
+    grounding = make_grounding(layout, SMALL_CONFIG)
+    visual, tokens = region_words(grounding, 16, 16, "strict")
+    expected = np.zeros((16, 16), bool)
+    expected[4:13, 4:9] = True
+    expected[12, 8] = False
+    np.testing.assert_array_equal(visual.reshape(16, 16) & 1 > 0, expected)
+    assert (visual.reshape(16, 16)[:2, :2] == 2).all() and (visual == 2).sum() == 4
+    assert tokens[:3].tolist() == [1, 2, 0]
+    # Without the mask's features, or with other orientations, its box.
+    box = np.zeros((16, 16), bool)
+    box[4:13, 4:15] = True
+    for other in (
+        region_words(make_grounding(layout, SMALL_CONFIG, drop=("mask",)), 16, 16, "strict"),
+        region_words(grounding, 16, 16, "correct"),
+    ):
+        np.testing.assert_array_equal(other[0].reshape(16, 16) & 1 > 0, box)
+
+
+@pytest.mark.parametrize("side", [1, 3, 16, 24, 64, 100])
+def test_strict_keeps_a_cell_of_every_mask_on_any_grid(side):
+    """A mask of one pixel, and one of all; on grids that do not divide the map, and finer than it."""
+    for pixel in [(0, 0), (63, 63), (17, 40)]:
+        mask = np.zeros((64, 64), bool)
+        mask[pixel] = True
+        layout = Layout("", 64, 64, (Instance("one", mask=mask), Instance("all", mask=np.ones((64, 64), bool))))
+        visual, _ = region_words(make_grounding(layout, SMALL_CONFIG), side, side, "strict")
+        assert (visual & 2 > 0).all()
+        rows, columns = np.nonzero(visual.reshape(side, side) & 1)
+        assert 1 <= len(rows) <= max(1, (side / 64 + 2) ** 2)
+        for cells, place in ((rows, pixel[0]), (columns, pixel[1])):
+            assert (cells / side < (place + 1) / 64).all() and ((cells + 1) / side > place / 64).all()
 
 
 def test_strict_leaves_boxes_out_where_box_and_mask_are_dropped():
@@ -353,6 +393,6 @@ def test_any_valid_layout_becomes_a_valid_grounding(layout, format, height, widt
     assert Layout.from_dict(json.loads(layout.to_json())) == layout
     grounding = make_grounding(layout, SMALL_CONFIG, format)
     check(grounding, 64)
-    for orientation in ("official", "correct"):
+    for orientation in ("official", "correct", "strict"):
         visual, tokens = region_words(grounding, height, width, orientation)
         assert visual.shape == (height * width,) and tokens.shape == (184,)
