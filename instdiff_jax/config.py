@@ -75,7 +75,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(Settings):
-    """Sizes of the UNet; attention resolutions are downsampling factors (1 is the latent grid itself)."""
+    """Sizes of the UNet; attention resolutions are downsampling factors (1 is the latent grid itself).
+
+    Stable Diffusion's UNet knows where a latent lies from the zero padding of its convolutions alone. With
+    `positions` every latent is told, by the features that UniFusion makes of a point.
+    """
 
     in_channels: int
     out_channels: int
@@ -85,6 +89,7 @@ class UNetConfig(Settings):
     attention_resolutions: tuple[int, ...]
     num_heads: int
     context_dim: int
+    positions: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from common import state_dict
 from test_checkpoint_folder import TINY, TOKENIZER
-from training_common import make_run, tiny_settings
+from training_common import make_run, numpy_params, tiny_settings
 
 from instdiff_jax import convert
 from instdiff_jax.checkpoint import folder, pytorch, torch_file
 from instdiff_jax.checkpoint.rename import flatten, from_state_dict, parameter_shapes, unflatten
 from instdiff_jax.checkpoint.tables import ADAPTERS, PARTS, rename_table
-from instdiff_jax.config import ScheduleConfig
+from instdiff_jax.config import SamplingConfig, ScheduleConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.training.start import start_params
 from instdiff_jax.training.state import fresh_params
@@ -306,6 +306,23 @@ def test_convnext_weights_for_a_base(tmp_path):
         pytorch.load_pytorch([base, *port_files(state, tmp_path)], TINY, tmp_path / "convnext.pth")
     with pytest.raises(InputError, match="not ConvNeXt weights"):
         pytorch.load_pytorch([base], TINY, base)
+
+
+def test_training_gives_positions_to_a_model_without_and_does_not_take_them(tmp_path):
+    params = numpy_params(parameter_shapes(TINY))
+    folder.save_folder(tmp_path / "base", params, TINY, SamplingConfig(), TOKENIZER)
+    told = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, positions=True))
+    layout = make_run(told, tiny_settings()).layout
+    trainable, frozen = start_params(layout, told, tiny_settings(start=str(tmp_path / "base")))
+    found = flatten(trainable) | flatten(frozen)
+    assert found.keys() == flatten(parameter_shapes(told)).keys()
+    assert not found["unet", "position_in", "kernel"].any()
+    np.testing.assert_array_equal(found["unet", "conv_in", "kernel"], params["unet"]["conv_in"]["kernel"])
+
+    params["unet"]["position_in"] = {"kernel": np.ones(found["unet", "position_in", "kernel"].shape, np.float32)}
+    folder.save_folder(tmp_path / "told", params, told, SamplingConfig(), TOKENIZER)
+    with pytest.raises(InputError, match=r"config.model.unet.positions: expected True as in .*told, got False"):
+        start_params(make_run(TINY, tiny_settings()).layout, TINY, tiny_settings(start=str(tmp_path / "told")))
 
 
 def test_training_starts_from_a_base_and_convnext(tmp_path):

@@ -153,9 +153,11 @@ def test_a_tree_that_lacks_a_parameter_is_not_written():
         rename.to_state_dict("autoencoder", params, config)
 
 
+@pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("size", ["small", "alt", "full"])
-def test_tables_agree_with_the_modules(size):
+def test_tables_agree_with_the_modules(size, positions):
     config = model_config(size)
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, positions=positions))
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
     s, context = config.unifusion.map_size, config.unet.context_dim
     grounding = dict(

@@ -1,7 +1,9 @@
 """The UNet, its fuser, ScaleU and attention against the official code's numbers."""
 
+import dataclasses
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,15 @@ from parity_checks import UNET as UNET_TOLERANCE
 from parity_checks import params_of
 
 import common
+from instdiff_jax.config import UNetConfig
 from instdiff_jax.models import attention as attention_module
 from instdiff_jax.models import layers
 from instdiff_jax.models.attention import attention
 from instdiff_jax.models.scaleu import scale_low_frequencies
 from instdiff_jax.models.unet import UNet
+from instdiff_jax.models.unifusion import fourier_features
+
+SIDES = (4, 6), (12, 18)
 
 
 @pytest.mark.parametrize("check", params_of("primitives", "unet_small", "unet_alt", "unet_full"))
@@ -94,6 +100,39 @@ def test_any_canvas():
 
     for h, w in [(8, 8), (24, 40), (96, 64)]:
         assert jax.eval_shape(run, jnp.zeros((1, h, w, 4))).shape == (1, h, w, 4)
+
+
+def test_positions_tell_where_a_latent_lies():
+    """As zeros they change nothing; otherwise the same place has the same features on any grid, and others none alike."""
+    config = UNetConfig(4, 4, 32, (1, 2), 1, (1,), 2, 8, positions=True)
+    tokens = jnp.zeros((1, 1, 8))
+
+    def features(unet, x):
+        return unet._enter(x, jnp.zeros(1))[0]
+
+    def run(unet, x):
+        return unet(x, jnp.zeros(1), unet.condition(tokens, tokens), 1.0)
+
+    with_them, without = UNet(config), UNet(dataclasses.replace(config, positions=False))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 16, 4)), jnp.float32)
+    params = nn.init(run, with_them)(jax.random.key(0), x)["params"]
+    kernel = params["position_in"]["kernel"]
+    assert kernel.shape == (64, 32) and not kernel.any()
+    bare = {name: leaf for name, leaf in params.items() if name != "position_in"}
+    np.testing.assert_array_equal(
+        nn.apply(run, with_them)({"params": params}, x), nn.apply(run, without)({"params": bare}, x)
+    )
+    params["position_in"]["kernel"] = jax.random.normal(jax.random.key(1), (64, 32))
+    params["conv_in"] = jax.tree.map(jnp.zeros_like, params["conv_in"])
+    small, large = (nn.apply(features, with_them)({"params": params}, jnp.zeros((1, *side, 4)))[0] for side in SIDES)
+    # Three cells of the larger grid lie in one of the smaller, the middle ones at its centre.
+    np.testing.assert_allclose(large[1::3, 1::3], small, atol=1e-4)
+    cells = np.asarray(small).reshape(-1, 32)
+    apart = np.linalg.norm(cells[:, None] - cells, axis=-1) + 1e3 * np.eye(len(cells))
+    assert apart.min() > 1
+    # UniFusion's features of a point, x before y.
+    point = jnp.asarray([(3 + 0.5) / SIDES[0][1], (1 + 0.5) / SIDES[0][0]])
+    np.testing.assert_allclose(fourier_features(point) @ params["position_in"]["kernel"], small[1, 3], atol=1e-4)
 
 
 def test_exact_parameter_counts():

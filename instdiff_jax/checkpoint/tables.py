@@ -147,6 +147,9 @@ def _unet(table: _Table, config: UNetConfig) -> None:
     table.linear("time_embed.0", "unet/time_in", base, time_dim)
     table.linear("time_embed.2", "unet/time_out", time_dim, time_dim)
     table.conv("input_blocks.0.0", "unet/conv_in", config.in_channels, base)
+    if config.positions:
+        # Not in the released layout: the official code has no such layer.
+        table.linear("position_in", "unet/position_in", FOURIER * COORDINATES["point"], base, bias=False)
     channels, skips, index = base, [base], 1
     for level, mult in enumerate(config.channel_mult):
         for i in range(config.num_res_blocks):

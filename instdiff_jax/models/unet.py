@@ -15,6 +15,7 @@ from instdiff_jax.config import UNetConfig
 from instdiff_jax.models.attention import GEGLU, Fuser, Kernel, KeyValue, Projections, Regions
 from instdiff_jax.models.layers import Conv, GroupNorm, LayerNorm, timestep_embedding, upsample_nearest
 from instdiff_jax.models.scaleu import ScaleU
+from instdiff_jax.models.unifusion import fourier_features
 
 
 class Conditions(TypedDict):
@@ -128,6 +129,9 @@ class UNet(nn.Module):
         self.time_in = nn.Dense(4 * width, **settings)
         self.time_out = nn.Dense(4 * width, **settings)
         self.conv_in = Conv(width, (3, 3), **settings)
+        if config.positions:
+            # Zeros: a model that starts from one without is that model.
+            self.position_in = nn.Dense(width, use_bias=False, kernel_init=nn.initializers.zeros, **settings)
         for level, mult in enumerate(config.channel_mult):
             for i in range(config.num_res_blocks):
                 add_res(f"down_{level}_res_{i}", mult * width)
@@ -229,7 +233,12 @@ class UNet(nn.Module):
         time = timestep_embedding(timesteps, self.config.model_channels).astype(self.dtype)
         # SiLU of the embedding is the same in every res block.
         time = nn.silu(self.time_out(nn.silu(self.time_in(time))))
-        return self.conv_in(latents.astype(self.dtype)), time
+        x = self.conv_in(latents.astype(self.dtype))
+        if self.config.positions:
+            height, width = x.shape[1:3]
+            centres = jnp.meshgrid((jnp.arange(width) + 0.5) / width, (jnp.arange(height) + 0.5) / height)
+            x = x + self.position_in(fourier_features(jnp.stack(centres, axis=-1)).astype(self.dtype))
+        return x, time
 
     def _deep(self, x, time, conditions: Conditions, alpha) -> Float[Array, "b h w c"]:
         config = self.config

@@ -80,8 +80,11 @@ def start_params(
 def _restore(layout: RunLayout, model: ModelConfig, settings: TrainSettings) -> dict[tuple[str, ...], jax.Array]:
     directory = Path(settings.start)
     found, _, absent = read_config(directory)
-    if _sizes(found) != _sizes(model):
-        ours, theirs = flatten(_sizes(model)), flatten(_sizes(found))
+    ours, theirs = flatten(_sizes(model)), flatten(_sizes(found))
+    if not found.unet.positions:
+        # A model without may be given them: the layer begins as zeros.
+        theirs["unet", "positions"] = model.unet.positions
+    if ours != theirs:
         path = next(path for path in ours if ours[path] != theirs.get(path))
         raise InputError(
             f"config.model.{'.'.join(path)}: expected {theirs.get(path)} as in {directory}, got {ours[path]}"
