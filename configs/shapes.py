@@ -18,8 +18,8 @@ Its data, a tokenizer from its captions, and four stages, each from the one befo
     python -m instdiff_jax.export --workdir runs/shapes_adapters --output checkpoints/shapes \
         --dtype float16 --overwrite
 
-"autoencoder" learns pictures; "text" a text encoder that holds the words of a caption, in CLIP's place; "base" a UNet on
-captions alone; "adapters" the fusers, UniFusion and ScaleU, as in the paper. Without a stage's name it is the last
+"autoencoder" learns pictures; "text" a text encoder that holds the words of a caption, in CLIP's place; "base" a UNet
+on captions alone; "adapters" the fusers, UniFusion and ScaleU, as in the paper. Without a stage's name it is the last
 one. docs/shapes.md says what the model in checkpoints/shapes went through.
 """
 

@@ -1,6 +1,6 @@
 """Makes the pictures of the README and of docs/; those of the small model are drawn by it, with seed 0.
 
-    python docs/make_figures.py
+python docs/make_figures.py
 """
 
 import sys

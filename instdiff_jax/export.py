@@ -1,6 +1,6 @@
 """Makes a checkpoint folder, with the averaged parameters, from a training run.
 
-    python -m instdiff_jax.export --workdir DIR --output DIR [--step N] [--dtype float16] [--overwrite]
+python -m instdiff_jax.export --workdir DIR --output DIR [--step N] [--dtype float16] [--overwrite]
 """
 
 import argparse

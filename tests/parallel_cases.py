@@ -2,8 +2,8 @@
 
     python parallel_cases.py DATAxFSDP[:sharded|:interleaved] …
 
-"interleaved" takes a device of each process in turn. Devices come from XLA_FLAGS, other processes from JAX_COORDINATOR_ADDRESS; both are read before jax starts. A mesh of
-one device is on this process alone.
+"interleaved" takes a device of each process in turn. Devices come from XLA_FLAGS, other processes from
+JAX_COORDINATOR_ADDRESS; both are read before jax starts. A mesh of one device is on this process alone.
 """
 
 import dataclasses

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from common import make_array, model_config, parity, relative_error, state_dict
 from diffusers import AutoencoderKL
 
+from common import make_array, model_config, parity, relative_error, state_dict
 from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.config import AutoencoderConfig, ModelConfig

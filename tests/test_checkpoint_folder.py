@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import PARITY
 
+from common import PARITY
 from instdiff_jax.checkpoint import folder
 from instdiff_jax.checkpoint.rename import flatten, parameter_shapes, unflatten
 from instdiff_jax.config import (

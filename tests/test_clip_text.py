@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from common import model_config, parity, relative_error, state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from common import model_config, parity, relative_error, state_dict
 from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.models.clip_text import CLIPTextEncoder

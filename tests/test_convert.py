@@ -9,10 +9,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from common import state_dict
 from test_checkpoint_folder import TINY, TOKENIZER
 from training_common import make_run, numpy_params, tiny_settings
 
+from common import state_dict
 from instdiff_jax import convert
 from instdiff_jax.checkpoint import folder, pytorch, torch_file
 from instdiff_jax.checkpoint.rename import flatten, from_state_dict, parameter_shapes, unflatten

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from common import make_array, model_config, relative_error
 from transformers import ConvNextConfig, ConvNextModel
 
+from common import make_array, model_config, relative_error
 from instdiff_jax.checkpoint.rename import unflatten
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.models.convnext import ConvNeXt

@@ -49,7 +49,11 @@ def test_a_coco_folder_becomes_a_model_that_draws(tmp_path, capsys):
 
     save_start(tmp_path / "start", absent=("fusers", "scaleu", "unifusion", "trunk"))
     flags = [CONFIG, f"--workdir={run}", f"--config.data.dir={data}", f"--config.train.start={tmp_path / 'start'}"]
-    flags += ["--config.train.trainable=all", "--config.train.save_every=1000", "--config.train.optimizer.warmup_steps=5"]
+    flags += [
+        "--config.train.trainable=all",
+        "--config.train.save_every=1000",
+        "--config.train.optimizer.warmup_steps=5",
+    ]
     for steps in (60, 120):
         train.main([*flags, f"--config.train.steps={steps}"])
     assert f"{run}: from step 60 to 120" in capsys.readouterr().err

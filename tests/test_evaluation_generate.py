@@ -13,8 +13,8 @@ from instdiff_jax import Pipeline
 from instdiff_jax.data.shapes import SceneSettings, write_coco
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation import generate
-from instdiff_jax.loading import checkpoint_fingerprint
 from instdiff_jax.evaluation.split import read_split
+from instdiff_jax.loading import checkpoint_fingerprint
 
 
 @pytest.fixture(scope="module", autouse=True)

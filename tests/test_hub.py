@@ -1,12 +1,12 @@
-"""Detectors and CLIP of the transformers library: tiny models with random weights in folders, and nothing downloaded."""
+"""Detectors and CLIP of the transformers library: tiny models with random weights in folders, nothing downloaded."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-from common import PARITY
 
+from common import PARITY
 from instdiff_jax import evaluate
 from instdiff_jax.data.shapes import SceneSettings, write_coco
 from instdiff_jax.errors import InputError

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_grounding import SMALL_CONFIG, check, mixed_layout
 
 from common import parity
 from instdiff_jax import geometry
 from instdiff_jax.errors import InputError
 from instdiff_jax.grounding import FORMATS, make_grounding
 from instdiff_jax.layout import Instance, Layout
-from test_grounding import SMALL_CONFIG, check, mixed_layout
 
 EXAMPLES = sorted(glob.glob(str(Path(__file__).parent.parent / "examples" / "demo_*.json")))
 

@@ -50,8 +50,10 @@ def official_key(key: str, config: UNetConfig) -> str:
     inside = {"resnets": 0, "attentions": 1}
     if side == "down":
         index = 1 + int(level) * (blocks + 1) + (blocks if kind == "downsamplers" else i)
-        return f"input_blocks.{index}.0.op.{leaf.removeprefix('conv.')}" if kind == "downsamplers" else (
-            f"input_blocks.{index}.{inside[kind]}.{leaf}"
+        return (
+            f"input_blocks.{index}.0.op.{leaf.removeprefix('conv.')}"
+            if kind == "downsamplers"
+            else (f"input_blocks.{index}.{inside[kind]}.{leaf}")
         )
     index = int(level) * (blocks + 1) + (blocks if kind == "upsamplers" else i)
     if kind == "upsamplers":

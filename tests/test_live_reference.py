@@ -1,7 +1,7 @@
 """Against the official code itself, where INSTDIFF_REFERENCE names a clone of its repository.
 
-    git clone https://github.com/frank-xwang/InstanceDiffusion
-    INSTDIFF_REFERENCE=InstanceDiffusion python -m pytest tests/test_live_reference.py
+git clone https://github.com/frank-xwang/InstanceDiffusion
+INSTDIFF_REFERENCE=InstanceDiffusion python -m pytest tests/test_live_reference.py
 """
 
 import dataclasses

@@ -40,7 +40,9 @@ def test_every_example_fits_it():
 def boxes(*things: tuple[str, str, tuple[int, int, int, int]]) -> Layout:
     """A layout of things with a colour, a shape and a box x0, y0, x1, y1 each."""
     names = [f"a {colour} {shape}" for colour, shape, _ in things]
-    instances = tuple(Instance(name, box=tuple(map(float, box))) for name, (_, _, box) in zip(names, things, strict=True))
+    instances = tuple(
+        Instance(name, box=tuple(map(float, box))) for name, (_, _, box) in zip(names, things, strict=True)
+    )
     return Layout(" and ".join(names), 64, 64, instances, name="boxes")
 
 

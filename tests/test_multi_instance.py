@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import relative_error
 
+from common import relative_error
 from instdiff_jax.config import ScheduleConfig
 from instdiff_jax.diffusion import multi_instance as mi
 from instdiff_jax.diffusion import schedule as schedules

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from common import parity
 
+from common import parity
 from instdiff_jax.data import official_json
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.phrases import phrase_table, read_phrases

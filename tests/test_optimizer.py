@@ -49,9 +49,7 @@ def test_updates_are_pytorchs(changes):
     settings = dataclasses.replace(OptimizerSettings(learning_rate=0.01, warmup_steps=4, ema_decay=0.9), **changes)
     tensors = {name: torch.nn.Parameter(torch.from_numpy(value)) for name, value in gradients(100).items()}
     betas = (settings.beta1, settings.beta2)
-    optimizer = torch.optim.AdamW(
-        tensors.values(), settings.learning_rate, betas, settings.eps, settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(tensors.values(), settings.learning_rate, betas, settings.eps, settings.weight_decay)
     if settings.schedule == "cosine":
         schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, STEPS)
     else:

@@ -7,8 +7,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from common import PARITY, state_dict
 
+from common import PARITY, state_dict
 from configs import sd15
 from instdiff_jax.checkpoint import rename
 from instdiff_jax.checkpoint.tables import ADAPTERS, PARTS, rename_table

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import parity, relative_error
 
+from common import parity, relative_error
 from instdiff_jax.config import ScheduleConfig
 from instdiff_jax.diffusion import schedule as schedules
 from instdiff_jax.errors import InputError

@@ -14,7 +14,9 @@ SMALL = SegmenterConfig(channels=(8, 8, 16))
 
 def perfect(scene):
     targets = scene_targets(scene)
-    onehot = [np.eye(n)[part] for n, part in ((len(SHAPES) + 1, targets.shape), (8, targets.colour), (4, targets.texture))]
+    onehot = [
+        np.eye(n)[part] for n, part in ((len(SHAPES) + 1, targets.shape), (8, targets.colour), (4, targets.texture))
+    ]
     return PixelMaps(*onehot, targets.centre.astype(np.float32), targets.offset.astype(np.float32))
 
 

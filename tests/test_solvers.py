@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from common import relative_error
 
+from common import relative_error
 from instdiff_jax.config import ScheduleConfig
 from instdiff_jax.diffusion import schedule as schedules
 from instdiff_jax.diffusion import solvers

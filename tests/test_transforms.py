@@ -5,11 +5,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from common import parity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from common import parity
 from instdiff_jax.data.dataset import Instance, Record
 from instdiff_jax.data.dropout import FORMATS, apply_formats, draw_formats
 from instdiff_jax.data.transforms import (

@@ -103,7 +103,7 @@ def test_any_canvas():
 
 
 def test_positions_tell_where_a_latent_lies():
-    """As zeros they change nothing; otherwise the same place has the same features on any grid, and others none alike."""
+    """As zeros they change nothing; else the same place has the same features on any grid, and no two are alike."""
     config = UNetConfig(4, 4, 32, (1, 2), 1, (1,), 2, 8, positions=True)
     tokens = jnp.zeros((1, 1, 8))
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from test_grounding import layouts, mixed_layout
 
 from instdiff_jax.layout import Instance, Layout
 from instdiff_jax.visualize import _color, contact_sheet, draw_layout, enlarge
-from test_grounding import layouts, mixed_layout
 
 
 def has_color(pixels, color):

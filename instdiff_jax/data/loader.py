@@ -63,7 +63,13 @@ class BatchReader:
         if batch_size < 1 or not all(0 <= row < batch_size for row in rows):
             raise InputError(f"rows: expected numbers from 0 to {batch_size - 1} in a batch of {batch_size}")
         self.dataset, self.config, self.tokenize, self.phrases = dataset, config, tokenize, phrases
-        self.batch_size, self.rows, self.seed, self.latents, self.masked = batch_size, tuple(rows), seed, latents, masked
+        self.batch_size, self.rows, self.seed, self.latents, self.masked = (
+            batch_size,
+            tuple(rows),
+            seed,
+            latents,
+            masked,
+        )
         order = grain.MapDataset.range(len(dataset))
         # Every epoch gets its own shuffle.
         self.order = (order.shuffle(seed) if shuffle else order).repeat()

@@ -43,7 +43,8 @@ def settled(tree: Any, sharding: NamedSharding | None) -> Any:
     """The arrays; on a mesh of CPU devices it waits until they are ready, and elsewhere for nothing.
 
     XLA:CPU's devices share one pool of threads: a collective that waits in some of them for partners that are still
-    busy, or queue behind another collective, never ends. So collectives run there on inputs that are ready, one at a time.
+    busy, or queue behind another collective, never ends. So collectives run there on inputs that are ready, one at a
+    time.
     """
     if sharding is not None and sharding.mesh.devices.flat[0].platform == "cpu":
         jax.block_until_ready(tree)

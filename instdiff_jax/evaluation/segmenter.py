@@ -35,7 +35,13 @@ from instdiff_jax.evaluation.detect import Detection
 # A centre's neighbourhood in pixels, the least height of one, how far off a pixel may see it, the fewest pixels.
 _PEAK_WINDOW, _PEAK_HEIGHT, _REACH, _FEWEST = 5, 0.2, 6.0, 9
 _CHUNK = 32
-_PARTS = {"shape": 1 + len(SHAPES), "colour": len(COLOURS), "texture": len(TEXTURES), "centre": len(SHAPES), "offset": 2}
+_PARTS = {
+    "shape": 1 + len(SHAPES),
+    "colour": len(COLOURS),
+    "texture": len(TEXTURES),
+    "centre": len(SHAPES),
+    "offset": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=Path("checkpoints/shapes"), help="a checkpoint folder, or a training workdir")
+    add(
+        "--checkpoint", type=Path, default=Path("checkpoints/shapes"), help="a checkpoint folder, or a training workdir"
+    )
     add("--segmenter", type=Path, default=Path("checkpoints/shapes_segmenter"), help="folder of the detector")
     add("--workdir", type=Path, default=Path("runs/study"), help="folder for scenes, pictures and numbers")
     add("--docs", type=Path, default=Path("docs"), help="folder for results.md, results.json, figures/results_*.png")

@@ -69,7 +69,8 @@ def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:
 def _introduction(made: Mapping[str, Any]) -> str:
     machine, sizes, sampling = made["machine"], made["sizes"], made["sampling"]
     alpha = "/".join(f"{part:g}" for part in sampling["alpha"])
-    return f"""The small model on held-out scenes of shapes, {made["size"]}×{made["size"]} pixels. All that this page shows
+    side = made["size"]
+    return f"""The small model on held-out scenes of shapes, {side}×{side} pixels. All that this page shows
 was made by one command, which draws only what its workdir lacks:
 
 ```bash

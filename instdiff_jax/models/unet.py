@@ -170,9 +170,7 @@ class UNet(nn.Module):
         up = [f"up_{level}_attn_{i}" for level in reversed(levels) if self._attends(level) for i in range(blocks + 1)]
         return [*down, "mid_attn", *up]
 
-    def condition(
-        self, context: Float[Array, "b m e"], tokens: Float[Array, "b k e"] | None = None
-    ) -> Conditions:
+    def condition(self, context: Float[Array, "b m e"], tokens: Float[Array, "b k e"] | None = None) -> Conditions:
         """Keys and values of every transformer block.
 
         Args:

@@ -197,9 +197,7 @@ def make_layout(model: ModelConfig, settings: TrainSettings, parallel: ParallelS
 
     params = jax.eval_shape(initial, jax.eval_shape(lambda: jax.random.key(0)))
     trainable, frozen = split_params(params, settings)
-    frozen = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype(leaf.shape, settings)), frozen
-    )
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype(leaf.shape, settings)), frozen)
     # Trainable parameters always obey the rules; checking all of them here names an uncovered frozen one too.
     parameter_specs(params, parallel.rules, mesh)
     return RunLayout(
