@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
             attention_resolutions=(1, 2, 4),
             num_heads=8,
             context_dim=768,
+            positions=False,
         ),
         unifusion=dict(mid_dim=3072, trunk_depths=(3, 3, 9, 3), trunk_dims=(96, 192, 384, 768), map_size=512),
         autoencoder=dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, scale_factor=0.18215),
