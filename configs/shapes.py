@@ -99,8 +99,7 @@ def get_config(stage: str = "adapters") -> ConfigDict:
             attention_resolutions=(1, 2),
             num_heads=2,
             context_dim=128,
-            # Without, a linear map found a latent's place in the features with an error of 4 of the 16 cells: too
-            # little to draw an outline in a box. Full-size models have seen enough to know it from the padding.
+            # Without, a linear map found a latent's place in the features with an error of 4 of the 16 cells.
             positions=True,
         ),
         unifusion=dict(mid_dim=192, trunk_depths=(1, 1, 2, 1), trunk_dims=(16, 32, 64, 64), map_size=64),

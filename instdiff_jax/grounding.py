@@ -165,31 +165,32 @@ def region_words(
     masked = np.zeros(MAX_INSTANCES, np.uint32)
     strict, boxes_count = orientation == "strict", bool(grounding["has_box"].any() or grounding["has_mask"].any())
     for slot in np.flatnonzero(grounding["valid"]):
-        box, bit = grounding["boxes"][slot], np.uint32(1 << int(slot))
-        covered = _covered(grounding, slot, height, width) if strict else None
-        if covered is not None:
-            visual[covered] |= bit
+        bit = np.uint32(1 << int(slot))
+        cells = _region(grounding, slot, height, width, orientation, boxes_count)
+        if cells is not None:
+            visual[cells] |= bit
             masked[slot] = bit
-            continue
-        if (strict and not boxes_count) or not (box[2] > box[0] and box[3] > box[1]):
-            near = _near(grounding, slot, height, width) if strict else None
-            if near is not None:
-                visual[near] |= bit
-                masked[slot] = bit
-            elif orientation != "official":
-                masked[slot] = EVERYWHERE
-            continue
-        if orientation == "official":
-            rows, columns = _cells(box[[0, 2]], height), _cells(box[[1, 3]], width)
-        else:
-            rows, columns = _cells(box[[1, 3]], height, keep_one=True), _cells(box[[0, 2]], width, keep_one=True)
-        visual[rows, columns] |= bit
-        masked[slot] = bit
+        elif orientation != "official":
+            masked[slot] = EVERYWHERE
     if not visual.any() or not (boxes_count or strict):
         return np.full(height * width, EVERYWHERE, np.uint32), tokens
     for kind in range(4) if strict else (0, 3):
         tokens[kind * MAX_INSTANCES : (kind + 1) * MAX_INSTANCES] = masked
     return visual.ravel(), tokens
+
+
+def _region(
+    grounding: Grounding, slot: int, height: int, width: int, orientation: Orientation, boxes_count: bool
+) -> Bool[np.ndarray, "h w"] | tuple[slice, slice] | None:
+    """The cells of one slot, as an index of the grid; None where it has no place. See `region_words`."""
+    strict, box = orientation == "strict", grounding["boxes"][slot]
+    if strict and (covered := _covered(grounding, slot, height, width)) is not None:
+        return covered
+    if (strict and not boxes_count) or not (box[2] > box[0] and box[3] > box[1]):
+        return _near(grounding, slot, height, width) if strict else None
+    if orientation == "official":
+        return _cells(box[[0, 2]], height), _cells(box[[1, 3]], width)
+    return _cells(box[[1, 3]], height, keep_one=True), _cells(box[[0, 2]], width, keep_one=True)
 
 
 def _covered(grounding: Grounding, slot: int, height: int, width: int) -> Bool[np.ndarray, "h w"] | None:

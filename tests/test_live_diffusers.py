@@ -53,7 +53,7 @@ def official_key(key: str, config: UNetConfig) -> str:
         return (
             f"input_blocks.{index}.0.op.{leaf.removeprefix('conv.')}"
             if kind == "downsamplers"
-            else (f"input_blocks.{index}.{inside[kind]}.{leaf}")
+            else f"input_blocks.{index}.{inside[kind]}.{leaf}"
         )
     index = int(level) * (blocks + 1) + (blocks if kind == "upsamplers" else i)
     if kind == "upsamplers":

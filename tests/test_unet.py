@@ -20,8 +20,6 @@ from instdiff_jax.models.scaleu import scale_low_frequencies
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import fourier_features
 
-SIDES = (4, 6), (12, 18)
-
 
 @pytest.mark.parametrize("check", params_of("primitives", "unet_small", "unet_alt", "unet_full"))
 def test_equals_the_official_numbers(check):
@@ -124,14 +122,15 @@ def test_positions_tell_where_a_latent_lies():
     )
     params["position_in"]["kernel"] = jax.random.normal(jax.random.key(1), (64, 32))
     params["conv_in"] = jax.tree.map(jnp.zeros_like, params["conv_in"])
-    small, large = (nn.apply(features, with_them)({"params": params}, jnp.zeros((1, *side, 4)))[0] for side in SIDES)
+    grids = (4, 6), (12, 18)
+    small, large = (nn.apply(features, with_them)({"params": params}, jnp.zeros((1, *grid, 4)))[0] for grid in grids)
     # Three cells of the larger grid lie in one of the smaller, the middle ones at its centre.
     np.testing.assert_allclose(large[1::3, 1::3], small, atol=1e-4)
     cells = np.asarray(small).reshape(-1, 32)
     apart = np.linalg.norm(cells[:, None] - cells, axis=-1) + 1e3 * np.eye(len(cells))
     assert apart.min() > 1
     # UniFusion's features of a point, x before y.
-    point = jnp.asarray([(3 + 0.5) / SIDES[0][1], (1 + 0.5) / SIDES[0][0]])
+    point = jnp.asarray([(3 + 0.5) / 6, (1 + 0.5) / 4])
     np.testing.assert_allclose(fourier_features(point) @ params["position_in"]["kernel"], small[1, 3], atol=1e-4)
 
 
