@@ -270,8 +270,10 @@ def main(args: argparse.Namespace) -> None:
 
     import jax
 
+    from instdiff_jax.compilation import spare_compiler_memory
     from instdiff_jax.parallel import PATIENCE, initialize_distributed
 
+    spare_compiler_memory()
     initialize_distributed(PATIENCE)
     shard = shard or Shard.of_process()
     mine = list(shard.of(list(layouts.read)))

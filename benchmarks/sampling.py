@@ -6,7 +6,7 @@ One picture (latency) and many of one layout (throughput), by number of instance
 multi-instance sampler. On a GPU or TPU the released size, 50 steps, 1 to 128 pictures of 0 to 30 instances; on a CPU
 the small size and few steps. The cost is linear in UNet evaluations of single latents, so where fewer than 50 steps
 run, the 50-step time is the measured one times the evaluations of 50 steps over those that ran; the table says so.
-Both sides run in turn, each in a process of its own. The official time is without its text encoder.
+Both sides run in turn, each in a process of its own.
 """
 
 import argparse

@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
                 only_mask=0.1,
                 null_grounding=0.1,
                 dropout_per="sample",
+                point="center",
                 use_crowds=False,
                 max_instances=30,
             ),

@@ -157,6 +157,8 @@ def get_config(stage: str = "adapters") -> ConfigDict:
             only_mask=0.2,
             null_grounding=0.1,
             dropout_per="sample",
+            # A user's point lies on the thing; the center of a ring's box, as released, does not.
+            point="mask",
             min_area=0.01,
             use_crowds=False,
             max_instances=10,

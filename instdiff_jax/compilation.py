@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 
+_FEWER_EMITTERS = "xla_cpu_use_fusion_emitters"
+# XLA ends the process at a flag it does not know: this one was seen in 0.10.2, 0.11.2 and 0.12.0.
+_WITHOUT_IT = (0, 13)
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
@@ -25,6 +29,17 @@ def enable_compilation_cache() -> None:
         warnings.warn(f"no compilation cache: {folder}: {error.strerror}", stacklevel=2)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def spare_compiler_memory() -> None:
+    """Has XLA compile for CPUs in less memory; to be called before jax looks for devices, after which it is too late.
+
+    Its newer way to compile fusions needs half a gigabyte more for a small UNet, which then lies beside the weights,
+    and the program is no faster (docs/performance.md). A user's own XLA_FLAGS on it stay.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _FEWER_EMITTERS not in flags and jaxlib.version.__version_info__ < _WITHOUT_IT:
+        os.environ["XLA_FLAGS"] = f"{flags} --{_FEWER_EMITTERS}=false".strip()
 
 
 @functools.cache

@@ -155,6 +155,7 @@ def main(args: argparse.Namespace) -> None:
     import jax
     from tqdm import tqdm
 
+    from instdiff_jax.compilation import spare_compiler_memory
     from instdiff_jax.evaluation.detectors import detector_fingerprint, open_detector
     from instdiff_jax.evaluation.files import claim_folder
     from instdiff_jax.evaluation.measure import fid_of_file, open_features
@@ -162,6 +163,7 @@ def main(args: argparse.Namespace) -> None:
     from instdiff_jax.evaluation.split import read_split
     from instdiff_jax.parallel import PATIENCE, initialize_distributed
 
+    spare_compiler_memory()
     initialize_distributed(PATIENCE)
     several = jax.process_count() > 1
     shard = Shard.of_process() if args.shard is None else Shard.parse(args.shard)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from instdiff_jax import grounding as groundings
 from instdiff_jax import programs
-from instdiff_jax.compilation import enable_compilation_cache, return_compiler_memory
+from instdiff_jax.compilation import enable_compilation_cache, return_compiler_memory, spare_compiler_memory
 from instdiff_jax.config import ModelConfig, SamplingConfig, with_preset
 from instdiff_jax.diffusion.multi_instance import ImageRows, Inpaint, Mark, sample_rows
 from instdiff_jax.diffusion.schedule import q_sample
@@ -149,6 +149,7 @@ class Pipeline:
         if dtype not in DTYPES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         enable_compilation_cache()
+        spare_compiler_memory()
         sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         return cls(*load_model(directory, DTYPES[dtype], sharding), dtype, mesh, max_rows)
 

@@ -1,5 +1,9 @@
 """The memory that compiling leaves behind."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -50,3 +54,25 @@ def test_another_c_library_is_no_error(monkeypatch):
     monkeypatch.undo()
     trim = compilation._heap_trim()
     assert trim is None or trim() in (0, 1)
+
+
+@pytest.mark.parametrize("before", ["", "--xla_cpu_use_fusion_emitters=true", "--xla_force_host_platform_device_count=2"])
+def test_flags_of_the_user_stay(monkeypatch, before):
+    monkeypatch.setenv("XLA_FLAGS", before)
+    compilation.spare_compiler_memory()
+    compilation.spare_compiler_memory()
+    added = [] if "emitters" in before else ["--xla_cpu_use_fusion_emitters=false"]
+    assert os.environ["XLA_FLAGS"].split() == before.split() + added
+
+
+def test_no_flag_for_an_unknown_xla(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(compilation, "_WITHOUT_IT", (0, 1))
+    compilation.spare_compiler_memory()
+    assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_this_xla_knows_the_flag():
+    code = "from instdiff_jax.compilation import *; spare_compiler_memory(); print(jax.jit(lambda x: x + 1)(1))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr

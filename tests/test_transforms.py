@@ -218,6 +218,39 @@ def test_which_features_a_slot_has():
     assert not any(array.any() for array in empty.values())
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_points_on_masks(flip):
+    """The center of an L's box is not on it: a point of "mask" is, wherever the crop and the flip put it."""
+    mask = np.zeros((60, 90), bool)
+    mask[5:55, 20:28] = mask[47:55, 20:70] = True
+    gone = np.zeros_like(mask)  # in the part that the crop leaves out
+    gone[:, 80:] = True
+    masks = [encode_mask(m)["counts"].encode() for m in (mask, gone)]
+    instances = (Instance((20, 5, 50, 50), "l", masks[0]), Instance((0, 0, 90, 60), "gone", masks[1]))
+    bare = Instance((20, 5, 50, 50), "bare")
+    record = Record(ellipse_record(90, 60, []).image, 90, 60, 0, "l", (), (*instances, bare))
+    crop = Crop(90, 60, 64, flip)
+    chosen = select_instances(record, crop, DataConfig())
+    slots = {instance.category: slot for slot, (instance, _) in enumerate(chosen)}
+    seen = set()
+    for seed in range(20):
+        arrays = locate(chosen, record, crop, 64, np.random.default_rng(seed), "mask")
+        x, y = (arrays["points"][slots["l"]] * 64).astype(int)
+        assert unpack(arrays["maps"])[slots["l"], y, x]
+        seen.add((x, y))
+        for name in ("gone", "bare"):
+            box = arrays["boxes"][slots[name]]
+            np.testing.assert_allclose(arrays["points"][slots[name]], (box[:2] + box[2:]) / 2, atol=1e-6)
+        released = locate(chosen, record, crop, 64, np.random.default_rng(seed))
+        # Drawn before the only random point, and so as without it.
+        np.testing.assert_array_equal(released["scribbles"], arrays["scribbles"])
+    assert len(seen) > 10
+    x, y = (released["points"][slots["l"]] * 64).astype(int)
+    assert not unpack(arrays["maps"])[slots["l"], y, x]
+    with pytest.raises(InputError, match="point"):
+        DataConfig.from_dict({"point": "middle"}, "data")
+
+
 def test_settings_out_of_range():
     with pytest.raises(InputError, match="data.flip: expected a number from 0 to 1, got 1.5"):
         DataConfig(flip=1.5).validate()

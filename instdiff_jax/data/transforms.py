@@ -33,6 +33,8 @@ class DataConfig(Settings):
     `max_instances` largest instances are kept; below 30, batches carry no more slots than that. Probabilities: `flip`;
     `keep_caption` (else the caption is empty); `instance_caption`, that an instance's phrase is its own caption instead
     of its category; `drop_*` and `only_*`, see `dropout.draw_formats`; `null_grounding`, that a sample has none.
+    `point` is the "center" of the instance's box, as released, or a random pixel of its "mask", as a user's click is
+    (in a ring, the center of the box is not).
     """
 
     image_size: int = 512
@@ -50,6 +52,7 @@ class DataConfig(Settings):
     only_mask: float = 0.1
     null_grounding: float = 0.1
     dropout_per: Literal["sample", "batch"] = "sample"
+    point: Literal["center", "mask"] = "center"
     use_crowds: bool = False
     max_instances: int = NUM_SLOTS
 
@@ -203,6 +206,7 @@ def locate(
     crop: Crop,
     map_size: int,
     rng: np.random.Generator,
+    point: Literal["center", "mask"] = "center",
 ) -> dict[str, np.ndarray]:
     """Every format of up to 30 instances, in fractions of the canvas.
 
@@ -211,10 +215,11 @@ def locate(
         record: whose instances they are.
         crop: from the image to the canvas.
         map_size: side of the maps in pixels.
-        rng: draws the scribbles, and points of masks under 128 pixels.
+        rng: draws the scribbles, mask points of masks under 128 pixels, and points on masks.
+        point: where an instance's point lies, see DataConfig; without a mask on the canvas it is the box's center.
 
     Returns:
-        boxes [30, 4], points [30, 2] (centres of the boxes), scribbles [30, 40], mask_points [30, 512] and valid [30],
+        boxes [30, 4], points [30, 2] (see DataConfig), scribbles [30, 40], mask_points [30, 512] and valid [30],
         float32; maps [map_size, map_size], uint32, bit i for slot i. An instance without a mask has zeros.
 
     Raises:
@@ -236,6 +241,10 @@ def locate(
         for name, points in (("scribbles", sample_scribble(mask, rng)), ("mask_points", mask_points(mask, rng))):
             arrays[name][slot] = np.float32(crop.points(points)).reshape(-1) / np.float32(crop.size)
         _paint(arrays["maps"], mask, rows, columns, slot)
+        if point == "mask":
+            pixels = np.argwhere(arrays["maps"] >> np.uint32(slot) & 1)
+            if len(pixels):
+                arrays["points"][slot] = np.float32(pixels[rng.integers(len(pixels)), ::-1]) / np.float32(map_size)
     return arrays
 
 

@@ -1,6 +1,6 @@
 """Trains the shapes' segmentation network on rendered scenes.
 
-    python -m instdiff_jax.evaluation.train_segmenter --output checkpoints/shapes_segmenter
+    python -m instdiff_jax.evaluation.train_segmenter --output checkpoints/shapes_segmenter --world calm
 
 Scenes are of seed 9, which the generator's data have not. Pictures are blurred,
 noised and tinted a little on the way, because generated ones are an autoencoder's.
@@ -23,7 +23,7 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from instdiff_jax.data.shape_drawing import COLOURS, TEXTURES
-from instdiff_jax.data.shape_scenes import SHAPES, Scene, SceneSettings, render_scene
+from instdiff_jax.data.shape_scenes import SHAPES, WORLDS, Scene, SceneSettings, render_scene
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.evaluation.segmenter import PixelMaps, SegmentationNetwork, Segmenter, SegmenterConfig, init_params
 
@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the segmenter's folder; replaced if there")
     parser.add_argument("--scenes", type=int, default=5000, help="scenes to train on (default 5000)")
     parser.add_argument("--steps", type=int, default=1500, help="training steps (default 1500)")
+    parser.add_argument("--world", choices=WORLDS, default="varied", help="whose scenes, as in data/shapes.py")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tempfile.TemporaryDirectory(dir=args.output.parent).cleanup()
         except OSError as error:
             raise InputError(f"--output: {args.output}: cannot be written: {error.strerror}") from error
-        images, targets = render(TRAIN_SEED, args.scenes, args.size, SceneSettings())
+        images, targets = render(TRAIN_SEED, args.scenes, args.size, WORLDS[args.world])
         params, losses = train(images, targets, args.steps, seed=args.seed)
         command = f"python -m instdiff_jax.evaluation.train_segmenter {shlex.join(argv)}"
         Segmenter(SegmenterConfig(), params).save(args.output, {"command": command, "loss": round(losses[-1], 4)})
