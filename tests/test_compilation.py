@@ -56,7 +56,9 @@ def test_another_c_library_is_no_error(monkeypatch):
     assert trim is None or trim() in (0, 1)
 
 
-@pytest.mark.parametrize("before", ["", "--xla_cpu_use_fusion_emitters=true", "--xla_force_host_platform_device_count=2"])
+@pytest.mark.parametrize(
+    "before", ["", "--xla_cpu_use_fusion_emitters=true", "--xla_force_host_platform_device_count=2"]
+)
 def test_flags_of_the_user_stay(monkeypatch, before):
     monkeypatch.setenv("XLA_FLAGS", before)
     compilation.spare_compiler_memory()
