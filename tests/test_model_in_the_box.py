@@ -9,7 +9,7 @@ import pytest
 from instdiff_jax import Layout, Pipeline
 from instdiff_jax.checkpoint.folder import read_config
 from instdiff_jax.data.shape_drawing import COLOURS
-from instdiff_jax.data.shape_scenes import WORLDS, SceneSettings, render_scene
+from instdiff_jax.data.shape_scenes import WORLDS, render_scene
 from instdiff_jax.evaluation.segmenter import Segmenter
 from instdiff_jax.layout import Instance
 
@@ -120,5 +120,7 @@ def test_scenes_are_drawn_again_from_their_places(place, least_found, least_over
 
 def test_the_detector_finds_what_is_there():
     """On rendered scenes that it has not seen: most things, with their colours."""
-    scenes = [render_scene(55, index, 64, SceneSettings(min_instances=2, max_instances=4)) for index in range(16)]
-    assert (overlaps_of(scenes, np.stack([scene.image for scene in scenes])) >= 0.5).mean() >= 0.8
+    settings = dataclasses.replace(WORLDS["calm"], min_instances=2, max_instances=4)
+    scenes = [render_scene(55, index, 64, settings) for index in range(16)]
+    overlaps = overlaps_of(scenes, np.stack([scene.image for scene in scenes]))
+    assert (overlaps >= 0.5).mean() >= 0.95 and overlaps.mean() >= 0.88
