@@ -27,7 +27,7 @@ from PIL import Image
 
 from instdiff_jax.checkpoint.folder import find_tokenizer
 from instdiff_jax.checkpoint.folder import read_config as read_folder
-from instdiff_jax.compilation import enable_compilation_cache, keep_freed_memory, return_compiler_memory
+from instdiff_jax.compilation import enable_compilation_cache
 from instdiff_jax.config import ModelConfig, SamplingConfig, read_config
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.latents import LatentCache, cache_latents
@@ -264,9 +264,6 @@ def train(run: RunSettings, workdir: Path) -> str:
     # ---- devices
     initialize_distributed()
     enable_compilation_cache()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-        return_compiler_memory()
     if run.train.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(run.parallel)

@@ -21,7 +21,7 @@ from benchmarks.common import (
 from benchmarks.parts import record_layers, time_layers
 from common import grounding_arrays
 from instdiff_jax import grounding as groundings
-from instdiff_jax.compilation import keep_freed_memory, return_compiler_memory, spare_compiler_memory
+from instdiff_jax.compilation import spare_compiler_memory
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.diffusion.multi_instance import ImageRows, count_evaluations, plan_pieces
 from instdiff_jax.diffusion.solvers import solver_table
@@ -201,9 +201,6 @@ class Ours:
 
     def prepare_training(self, batch: int, remat: str = "none") -> None:
         """The paper's training step of ready latents and text, compiled by its first call."""
-        if jax.default_backend() == "cpu":  # as train.py
-            keep_freed_memory()
-            return_compiler_memory()
         config, rng = self.model.config, np.random.default_rng(0)
         settings = TrainSettings(steps=100, batch_size=batch, dtype=self.dtype, remat=remat)
         mesh = make_mesh(ParallelSettings(), jax.devices()[:1])

@@ -1,4 +1,4 @@
-"""The persistent cache of compiled programs, and the memory of compiling and of programs on a CPU."""
+"""The persistent cache of compiled programs, and the memory that compiling leaves behind."""
 
 import ctypes
 import functools
@@ -58,24 +58,6 @@ def return_compiler_memory() -> None:
             trim()
 
     jax.monitoring.register_event_duration_secs_listener(trim_after)
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """From now on keeps what programs free for the next ones, in one heap, instead of giving it back to the system.
-
-    For training on CPUs: the gigabytes of each step come as pages that the system fills with zeros first, every time
-    anew. A user's own GLIBC_TUNABLES on malloc stay; does nothing where the C library cannot.
-    """
-    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):
-        return
-    # M_TRIM_THRESHOLD: never. M_MMAP_MAX: none. M_ARENA_MAX: freed by one thread, used by the next.
-    for option, value in ((-1, -1), (-4, 0), (-8, 1)):
-        mallopt(ctypes.c_int(option), ctypes.c_int(value))
 
 
 def _heap_trim() -> Callable[[], int] | None:

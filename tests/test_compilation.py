@@ -1,6 +1,5 @@
 """The memory that compiling leaves behind."""
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -79,26 +78,3 @@ def test_this_xla_knows_the_flag():
     code = "from instdiff_jax.compilation import *; spare_compiler_memory(); print(jax.jit(lambda x: x + 1)(1))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
-
-
-def faults_of_a_program(before: str) -> int:
-    """Pages that the system hands out while a program with 16 MB of its own runs ten times, in a fresh process."""
-    code = f"""
-import resource
-from instdiff_jax.compilation import *
-import jax.numpy as jnp
-{before}
-run = jax.jit(lambda x: jnp.cumsum(jnp.outer(x, x), axis=0).sum())
-x = jnp.arange(2000.0)
-run(x).block_until_ready()
-start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    run(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
-"""
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
-def test_a_program_s_memory_is_kept_for_its_next_call():
-    assert faults_of_a_program("keep_freed_memory()") * 20 < faults_of_a_program("")
