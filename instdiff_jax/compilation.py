@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jaxlib
 
-_FEWER_EMITTERS = "xla_cpu_use_fusion_emitters"
+_EMITTERS_FLAG = "xla_cpu_use_fusion_emitters"
 # XLA ends the process at a flag it does not know: this one was seen in 0.10.2, 0.11.2 and 0.12.0.
-_WITHOUT_IT = (0, 13)
+_FIRST_UNTRIED = (0, 13)
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
@@ -38,8 +38,8 @@ def spare_compiler_memory() -> None:
     and the program is no faster (docs/performance.md). A user's own XLA_FLAGS on it stay.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _FEWER_EMITTERS not in flags and jaxlib.version.__version_info__ < _WITHOUT_IT:
-        os.environ["XLA_FLAGS"] = f"{flags} --{_FEWER_EMITTERS}=false".strip()
+    if _EMITTERS_FLAG not in flags and jaxlib.version.__version_info__ < _FIRST_UNTRIED:
+        os.environ["XLA_FLAGS"] = f"{flags} --{_EMITTERS_FLAG}=false".strip()
 
 
 @functools.cache

@@ -69,7 +69,7 @@ def test_flags_of_the_user_stay(monkeypatch, before):
 
 def test_no_flag_for_an_unknown_xla(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(compilation, "_WITHOUT_IT", (0, 1))
+    monkeypatch.setattr(compilation, "_FIRST_UNTRIED", (0, 1))
     compilation.spare_compiler_memory()
     assert os.environ["XLA_FLAGS"] == ""
 
