@@ -324,6 +324,7 @@ def test_workers_change_nothing(tmp_path):
         (["--count", "2", "--min_instances", "5", "--max_instances", "3"], "scene.max_instances: expected a number"),
         (["--count", "2", "--world", "calm", "--max_side", "0.2"], "scene.max_side: expected a number from 0.24"),
         (["--count", "2", "--min_periods", "5"], "scene.max_periods: expected a number from 5"),
+        (["--count", "2", "--favour", "ring,hexagn"], "scene.favour: expected shapes out of circle, square"),
         (["--count", "2", "--max_hidden", "nan"], "scene.max_hidden: expected a number from 0 to 0.9, got nan"),
     ],
 )
@@ -361,3 +362,12 @@ def test_command_line(tmp_path):
     assert len(list((tmp_path / "train").glob("*.png"))) == 3
     bad = subprocess.run([*command, "--count", "4"], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and bad.stderr.startswith("error: ")
+
+
+def test_favoured_shapes_are_drawn_three_times_as_often():
+    settings = SceneSettings(min_instances=2, max_instances=2, nested=0.0, max_hidden=0.0, favour="hexagon,ring")
+    shapes_drawn = [item.shape for i in range(150) for item in render_scene(4, i, 64, settings).instances]
+    share = sum(shape in ("hexagon", "ring") for shape in shapes_drawn) / len(shapes_drawn)
+    # 6 choices of 14 instead of 2 of 10; four standard deviations of 300 draws are 0.11.
+    assert 0.31 < share < 0.54
+    assert dataclasses.replace(settings, favour="").choices == SHAPES

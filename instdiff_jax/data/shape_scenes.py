@@ -58,6 +58,7 @@ class SceneSettings(Settings):
         confusable: neighbours have the same shape and other colours and textures; of every four, the third and the
             fourth have those of the first two swapped. For measuring how attributes leak.
         captions: how many captions an image has.
+        favour: shapes, by commas, that are drawn three times as often as others: for a model that confuses them.
     """
 
     min_instances: int = 1
@@ -72,6 +73,12 @@ class SceneSettings(Settings):
     nested: float = 0.15
     confusable: bool = False
     captions: int = 5
+    favour: str = ""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The shapes to draw from evenly: those favoured stand there three times."""
+        return SHAPES + 2 * tuple(filter(None, self.favour.split(",")))
 
     def validate(self, where: str = "scene") -> None:
         """Raises InputError for a value out of its range."""
@@ -92,6 +99,9 @@ class SceneSettings(Settings):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InputError(f"{where}.{field}: expected a number from {low} to {high}, got {value!r}")
+        for shape in self.choices:
+            if shape not in SHAPES:
+                raise InputError(f"{where}.favour: expected shapes out of {', '.join(SHAPES)}, got {shape!r}")
 
 
 # "calm" is what the model in the box has learned: a box and a phrase leave little open of how a shape looks.
@@ -203,14 +213,15 @@ def _plan(settings: SceneSettings, rng: np.random.Generator) -> list[_Plan]:
     colours, plans = list(COLOURS), []
     if settings.confusable:
         for start in range(0, count, 4):
-            shape = SHAPES[rng.integers(len(SHAPES))]
+            shape = settings.choices[rng.integers(len(settings.choices))]
             c, t = rng.permutation(len(colours)), rng.permutation(len(TEXTURES))
             looks = [(c[0], t[0]), (c[1], t[1]), (c[0], t[1]), (c[1], t[0])]
             for k, (i, j) in enumerate(looks[: count - start]):
                 plans.append(_Plan(shape, colours[i], TEXTURES[j], near=start if k else None))
         return plans
+    kinds = settings.choices, colours, TEXTURES
     for _ in range(count):
-        shape, colour, texture = (options[rng.integers(len(options))] for options in (SHAPES, colours, TEXTURES))
+        shape, colour, texture = (options[rng.integers(len(options))] for options in kinds)
         plans.append(_Plan(shape, colour, texture))
     hosts = [k for k in range(count - 1) if plans[k].shape in _HOSTS]
     if hosts and rng.random() < settings.nested:
