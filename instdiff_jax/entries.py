@@ -50,7 +50,7 @@ def list_entries(
     entries, rows = [], {}
     for number, layout in layouts.items():
         whole = groundings.make_grounding(layout, config, format, drop)
-        numbers = [phrase_number[instance.caption] for instance in layout.instances]
+        numbers = [phrase_number[instance.caption] for instance in layout.instances if whole["valid"].any()]
         entries.append(Entry(whole, text_number[layout.caption], numbers))
         alone = groundings.instance_groundings(whole) if instances else []
         rows[number] = ImageRows(

@@ -89,7 +89,8 @@ def make_grounding(
             all; one that it keeps but an instance lacks is Fourier of zeros, but for points, which fall back to the
             centre of the box.
         drop: of box, point, scribble and mask (its points and its map), those to be null for all besides. Boxes still
-            say where masked attention and the crop merge act.
+            say where masked attention and the crop merge act. With all four there is no instance, as in training
+            samples without grounding.
 
     Raises:
         InputError: for an unknown format.
@@ -99,6 +100,8 @@ def make_grounding(
     if unknown := sorted(set(drop) - set(KEPT["scribble"])):
         raise InputError(f"drop: expected some of {', '.join(KEPT['scribble'])}, got {unknown[0]!r}")
     grounding = null_grounding(config.unifusion.map_size, config.unet.context_dim)
+    if set(drop) == set(KEPT["scribble"]):
+        return grounding
     kept = KEPT.get(format, KEPT["scribble"])
     for slot, instance in enumerate(layout.instances):
         grounding["valid"][slot] = 1

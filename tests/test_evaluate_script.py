@@ -319,6 +319,7 @@ PREDICTION = {"image_id": 55_000_001, "category_id": 1, "score": 0.5, "bbox": [1
         ([PREDICTION, {**PREDICTION, "category_id": "cat"}], "[1].category_id: expected an id"),
         ([{**PREDICTION, "score": None}], "[0].score: expected a number, got None"),
         ([{**PREDICTION, "bbox": [1, 2, 3]}], "[0].bbox: expected [x, y, width, height]"),
+        ([{**PREDICTION, "bbox": [9, 9, -4, 4]}], "[0].bbox: expected [x, y, width, height]"),
         ([{key: PREDICTION[key] for key in ("image_id", "category_id", "score")}], "[0]: expected a bbox"),
         ([{**PREDICTION, "segmentation": {"size": [9, 9], "counts": "5"}}], "[0].segmentation"),
     ],

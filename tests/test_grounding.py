@@ -71,7 +71,7 @@ def mixed_layout():
     return Layout("things", 400, 300, instances)
 
 
-@pytest.mark.parametrize("drop", [("box",), ("point", "scribble"), ("mask",), ("box", "point", "scribble", "mask")])
+@pytest.mark.parametrize("drop", [("box",), ("point", "scribble"), ("mask",), ("box", "scribble", "mask")])
 def test_dropped_formats_are_null_and_the_others_stay(drop):
     whole, left = make_grounding(mixed_layout(), CONFIG), make_grounding(mixed_layout(), CONFIG, drop=drop)
     for name in ("box", "point", "scribble", "mask"):
@@ -83,6 +83,12 @@ def test_dropped_formats_are_null_and_the_others_stay(drop):
     assert np.array_equal(left["boxes"], whole["boxes"]) and np.array_equal(left["valid"], whole["valid"])
     with pytest.raises(InputError, match="drop: expected some of box, point, scribble, mask, got 'bbox'"):
         make_grounding(mixed_layout(), CONFIG, drop=("bbox",))
+
+
+def test_without_any_format_there_is_no_instance():
+    nothing = make_grounding(mixed_layout(), CONFIG, drop=("box", "point", "scribble", "mask"))
+    null = null_grounding(CONFIG.unifusion.map_size, CONFIG.unet.context_dim)
+    assert nothing.keys() == null.keys() and all(np.array_equal(nothing[key], null[key]) for key in null)
 
 
 def test_auto_keeps_what_each_instance_has():

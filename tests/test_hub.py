@@ -11,7 +11,9 @@ from instdiff_jax import evaluate
 from instdiff_jax.data.shapes import SceneSettings, write_coco
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detectors import box_around, detector_fingerprint, finds_masks, open_detector
+from instdiff_jax.evaluation.generate import copy_real
 from instdiff_jax.evaluation.hub import Clip
+from instdiff_jax.evaluation.measure import inspect
 from instdiff_jax.evaluation.split import read_split
 
 torch = pytest.importorskip("torch")
@@ -114,6 +116,23 @@ def test_masks_have_their_boxes(tmp_path):
     assert detector_fingerprint(detector) == detector_fingerprint(
         open_detector(f"transformers:{shutil.copytree(tmp_path / 'masks', tmp_path / 'moved')}", None)
     )
+
+
+def test_labels_of_another_data_set_are_told(tmp_path, coco):
+    names = {"id2label": {0: "dog", 1: "cat"}, "label2id": {"dog": 0, "cat": 1}}
+    detector = open_detector(f"transformers:{make_boxes(tmp_path / 'yolos', **names)}", None)
+    split = read_split(coco, "val")
+    copy_real(split.scenes, tmp_path)
+    (note,) = [note for note in inspect(split, tmp_path, detector).notes if "categories" in note]
+    assert note == "The detector knows none of the split's categories; it found cat, dog and so on."
+
+
+def test_processors_without_masks_of_instances_are_refused(tmp_path):
+    folder = make_masks(tmp_path / "masks")
+    processor = transformers.DetrImageProcessor()
+    processor.save_pretrained(folder)
+    with pytest.raises(InputError, match="DetrImageProcessor.*gives no mask for each instance"):
+        open_detector(f"transformers:{folder}", None)
 
 
 def test_fingerprints_tell_detectors_apart(tmp_path):

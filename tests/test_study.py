@@ -244,7 +244,7 @@ def right_of(task):
     row = task.row
     if row.pictures == "real":
         return 3.9
-    if row.pictures == "captions":
+    if len(row.drop) == 4:
         return 0.5
     if row.sampling.get("masked_attention") == "on":
         return 3

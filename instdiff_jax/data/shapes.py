@@ -119,6 +119,8 @@ def _is_finished(directory: Path, split: str, info: dict[str, Any], overwrite: b
     notes = directory / "annotations"
     for path in sorted(notes.glob("info_*.json")):
         other, there = path.stem.removeprefix("info_"), _read_json(path)
+        # One from before a setting was there has its default.
+        there["scene"] = dataclasses.asdict(SceneSettings()) | there.get("scene", {})
         if other == split and there == info and (notes / f"instances_{split}.json").exists():
             return True
         if other == split and there != info and not overwrite:

@@ -51,7 +51,8 @@ class Predictions:
         box = row.get("bbox")
         if box is None and not row.get("segmentation"):
             raise InputError(f"{where}: expected a bbox or a segmentation")
-        if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+        numbers = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+        if box is not None and not (numbers and box[2] >= 0 and box[3] >= 0):
             raise InputError(f"{where}.bbox: expected [x, y, width, height] in pixels, got {short(box)}")
 
     def of_image(self, image_id: int) -> list[Detection]:

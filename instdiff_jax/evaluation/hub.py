@@ -3,6 +3,7 @@ are in the hub's cache already.
 """
 
 import hashlib
+import inspect
 from typing import Any, Self
 
 import numpy as np
@@ -43,6 +44,8 @@ class HubDetector:
             wanted = f"post_process_{'instance_segmentation' if has_masks else 'object_detection'}"
             if not hasattr(processor, wanted):
                 raise ValueError(f"{type(processor).__name__} has no {wanted}")
+            if has_masks and "return_binary_maps" not in inspect.signature(getattr(processor, wanted)).parameters:
+                raise ValueError(f"{type(processor).__name__}.{wanted} gives no mask for each instance")
         return cls(model, processor, has_masks)
 
     @property

@@ -146,6 +146,11 @@ def inspect(
             else:
                 kinds = []
                 notes.append("The detector names no attributes; --clip would.")
+        names = sorted({found.category for found in everything})
+        if names and not set(names) & set(split.categories.values()):
+            notes.append(
+                f"The detector knows none of the split's categories; it found {', '.join(names[:3])} and so on."
+            )
         if not finds_masks(detector):
             notes.append("The detector finds boxes only: no number is about masks.")
     distance = None

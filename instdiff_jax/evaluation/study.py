@@ -36,7 +36,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--segmenter", type=Path, default=Path("checkpoints/shapes_segmenter"), help="folder of the detector")
     add("--workdir", type=Path, default=Path("runs/study"), help="folder for scenes, pictures and numbers")
-    add("--docs", type=Path, default=Path("docs"), help="folder for results.md, results.json, figures/results_*.png")
+    add(
+        "--docs",
+        type=Path,
+        help="folder for results.md, results.json, figures/results_*.png (default: docs; WORKDIR/page with --sections)",
+    )
     add("--sections", default=",".join(NAMES), help="which tables, with commas (default: all)")
     add("--count", type=int, default=500, help="pictures of a row and seed in the main tables (default 500)")
     add("--seeds", type=int, default=3, help="seeds there (default 3)")
@@ -48,7 +52,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--minutes", type=float, help="draw no longer than this")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
     add("--max_rows", type=int, help="latents denoised at a time; less needs less memory")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.docs is None:
+        # A page of some sections would leave out what the whole one says.
+        args.docs = Path("docs") if args.sections == ",".join(NAMES) else args.workdir / "page"
+    return args
 
 
 def check_args(args: argparse.Namespace) -> list[str]:

@@ -41,10 +41,12 @@ _ON_ALONE, _NEITHER, _MASKED_ALONE, _MASKED_TOO = (
         (rows.MIS, rows.MASKED),
     )
 )
+_CROPPED = Row("", scenes="confusable", sampling=rows.MIS | rows.MASKED | {"merge": "crop"})
 _MASKED, _UNMASKED = _ABLATION["box, masked attention"], _ABLATION["box, no masked attention"]
 _BOTH = ("found", "colour_accuracy", "texture_accuracy")
 CLAIMS = (
     Claim("MIS keeps attributes of confusable neighbours apart", "leakage", _MASKED_TOO, _MASKED_ALONE, _BOTH),
+    Claim("so it does merged by crop and paste", "leakage", _CROPPED, _MASKED_ALONE, _BOTH),
     Claim("so it does without masked attention", "leakage", _ON_ALONE, _NEITHER, _BOTH),
     Claim("masked attention keeps them apart", "leakage", _MASKED_TOO, _ON_ALONE, _BOTH),
     Claim("so it does without MIS", "leakage", _MASKED_ALONE, _NEITHER, _BOTH),
