@@ -207,18 +207,30 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(sides: Mapping[str, Callable[[], float]], repeats: int, budget: float = math.inf) -> dict[str, float]:
+def alternate(
+    sides: Mapping[str, Callable[[], float]],
+    repeats: int,
+    budget: float = math.inf,
+    failed: dict[str, str] | None = None,
+) -> dict[str, float]:
     """Median seconds of each side, timed in turn (A B A B …), so that a slow spell of the machine meets all alike.
 
-    Stops early after `budget` seconds, but not before every side has had one turn. Warm up before.
+    Stops early after `budget` seconds, but not before every side has had one turn. Warm up before. A side that fails
+    is left out, and `failed` says why; without that, it raises.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
     start = time.perf_counter()
     for turn in range(repeats):
         if turn and time.perf_counter() - start > budget:
             break
-        for name, run in sides.items():
-            taken[name].append(run())
+        for name in list(taken):
+            try:
+                taken[name].append(sides[name]())
+            except RuntimeError as error:
+                if failed is None:
+                    raise
+                failed[f"{name}_failed"] = failure(error)
+                del taken[name]
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
@@ -292,13 +304,19 @@ def write_table(
     columns: Sequence[Column],
     rows: Sequence[Mapping[str, Any]],
     notes: Sequence[str] = (),
+    show: bool = True,
 ) -> None:
-    """Prints a table, and writes it to the folder as JSON and Markdown; the device is in the files' name."""
+    """Prints a table, and writes it to the folder as JSON and Markdown; the device is in the files' name.
+
+    What failed in a row is added to the notes. `show` False: one that is not complete yet; only written.
+    """
+    notes = [*notes, *sorted({f"{k}: {v}" for row in rows for k, v in row.items() if k.endswith("_failed")})]
     machine = machine_facts()
     report = dict(title=title, machine=machine, notes=list(notes), columns=[list(c) for c in columns], rows=list(rows))
     device = "cpu" if machine["platform"] == "cpu" else re.sub(r"\W+", "_", machine["device"]).lower()
     text = render(report)
-    print(text, flush=True)
+    if show:
+        print(text, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}_{device}.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / f"{name}_{device}.md").write_text(text)
@@ -338,6 +356,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def parse_alone(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the flags of a benchmark that has no baseline and runs once; those that would do nothing are errors."""
+    args = parser.parse_args(argv)
+    for name in ("reference", "compile", "repeats", "cores"):
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name}: this benchmark has no baseline and runs once")
+    return args
+
+
 def failure(error: RuntimeError) -> str:
     """What a table says of a side that could not: errors of memory and of compilers."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
@@ -356,6 +383,9 @@ def sides(args: argparse.Namespace, model: Model, dtype: str) -> dict[str, Worke
         check_clone(args.reference)
         if model.folder is not None:
             raise InputError("--reference: the official code fixes UniFusion's sizes; expected --model full or small")
+        wanted = "float32" if on_cpu() else "bfloat16"
+        if dtype != wanted:
+            raise InputError(f"--dtype {dtype}: beside the official code expected {wanted}, as it is released here")
     found = {"ours": Worker("benchmarks.ours:Ours", model, dtype, cores=args.cores)}
     if args.reference is not None:
         for name, compiled in (("official", False), ("compiled", True))[: 1 + args.compile]:

@@ -30,7 +30,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoded", type=int, default=1, help="pictures decoded at a time")
     parser.add_argument("--topology", help="compile for a TPU, for example v5e:2x2; needs libtpu")
     parser.add_argument("--reserve", type=float, default=0.5, help="GB of each size that the runtime keeps for itself")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        default=0.75,
+        help="of each size, what jax takes: XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 where it is not set",
+    )
+    return common.parse_alone(parser, argv)
 
 
 def analyse(model: Model, dtype: str, rows: int, mesh: Any) -> dict[str, float]:
@@ -108,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = fixed - entry
     rows.append(dict(what=f"decoding {args.decoded}", temporary=decoder, peak=loaded + decoder))
     for capacity in CAPACITIES:
-        left = capacity - args.reserve - fixed
+        left = min(capacity - args.reserve, args.fraction * capacity) - fixed
         images, plain = (max(0, int(left / (count * (per_row + entry)))) for count in (args.instances + 1, 1))
         rows.append(dict(what=f"{capacity} GB", images=images, plain=plain))
     columns = [
@@ -123,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = args.topology or jax.default_backend()
     notes = [
         f"Model {model.name}, {model.canvas}x{model.canvas} pixels, {dtype}, compiled for {where}, not run. "
-        f"A row takes {per_row:.3f} GB, what does not grow with rows {fixed:.2f} GB; {args.reserve} GB are kept free."
+        f"A row takes {per_row:.3f} GB, what does not grow with rows {fixed:.2f} GB; "
+        f"jax takes {args.fraction:.0%} of a device's memory (XLA_PYTHON_CLIENT_MEM_FRACTION), and leaves at least "
+        f"{args.reserve} GB."
     ]
     if where == "cpu":
         notes.append(

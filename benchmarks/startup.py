@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--instances", type=int, default=6)
     parser.add_argument("--steps", type=int, help="default: the checkpoint's own")
     parser.add_argument("--layout", type=Path, help="a layout file instead of --instances boxes")
-    return parser.parse_args(argv)
+    return common.parse_alone(parser, argv)
 
 
 def run(command: list[str], output: Path, cache: Path) -> dict[str, float]:

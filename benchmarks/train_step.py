@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 row[f"{name}_failed"] = common.failure(error)
                 continue
             asked[name] = worker
-        taken = common.alternate({name: worker.train for name, worker in asked.items()}, args.repeats)
-        for name, worker in asked.items():
+        taken = common.alternate({name: worker.train for name, worker in asked.items()}, args.repeats, failed=row)
+        for name, worker in ((name, asked[name]) for name in taken):
             prefix = "" if name == "ours" else f"{name}_"
             row[f"{prefix}seconds"], row[f"{prefix}rate"] = taken[name], batch / taken[name]
             row[f"{prefix}peak"] = worker.peak() / 1e9
@@ -73,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             Column(f"{name}_ratio", "its time / ours", ".2f"),
         ]
     notes = [f"Model {model.name}, {model.canvas}x{model.canvas} pixels, {dtype}, remat {args.remat}."]
-    notes += sorted({f"{key}: {value}" for row in rows for key, value in row.items() if key.endswith("_failed")})
     common.write_table(args.output, f"train_step_{model.name}_{dtype}", "Training step", columns, rows, notes)
 
 

@@ -34,6 +34,10 @@ def _count(jaxpr: core.Jaxpr) -> int:
             # The kernel's input axis is already per group.
             per_output = math.prod(kernel[axis] for axis in spec[1:])
             total += 2 * math.prod(equation.outvars[0].aval.shape) * per_output
+        elif name.startswith("dot_product_attention_"):
+            # cuDNN's: two products forward; backward five, of which the first again.
+            (b, n, h, d), m = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+            total += (10 if "bwd" in name else 4) * b * n * h * d * m
         elif name == "cond":
             total += max(_count(branch.jaxpr) for branch in params["branches"])
         elif name == "scan":

@@ -1,6 +1,7 @@
 """The UNet, its fuser, ScaleU and attention against the official code's numbers."""
 
 import dataclasses
+import importlib
 import types
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from parity_checks import params_of
 
 import common
 from instdiff_jax.config import UNetConfig
+from instdiff_jax.flops import count_flops
 from instdiff_jax.models import attention as attention_module
 from instdiff_jax.models import layers
 from instdiff_jax.models.attention import attention
@@ -182,3 +184,25 @@ def test_the_flash_kernel_is_for_gpus_that_have_it(monkeypatch, capability, kern
     assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.bfloat16)) == kernel
     assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.float32)) == "chunked"
     assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 160), jnp.bfloat16)) == "chunked"
+    assert attention_module._pick_kernel(jnp.zeros((1, 5, 2, 64), jnp.bfloat16)) == "chunked"
+
+
+@pytest.mark.parametrize("keys, masked", [(77, False), (78, False), (77, True)])
+def test_the_flash_kernel_has_a_gradient_for_any_number_of_keys(monkeypatch, keys, masked):
+    """Traced alone, as on a GPU: a caption has 77 tokens, and cuDNN's gradient takes even numbers."""
+    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    b, n, h, d = 2, 64, 4, 40
+    q, k = jnp.zeros((b, n, h, d), jnp.bfloat16), jnp.zeros((b, keys, h, d), jnp.bfloat16)
+    words = [jnp.ones((b, count), jnp.uint32) for count in (n, keys)] if masked else [None, None]
+
+    def total(q, k, v):
+        return attention_module.attention(q, k, v, *words, kernel="cudnn").astype(jnp.float32).sum()
+
+    shapes = [x.shape for x in jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), q, k, k)]
+    assert shapes == [q.shape, k.shape, k.shape]
+    # Seven products of queries and keys; an odd number of keys is one more.
+    assert count_flops(jax.grad(total), q, k, k) == 7 * 2 * b * n * h * d * (keys + keys % 2)
+    assert count_flops(total, q, k, k) == 2 * 2 * b * n * h * d * (keys + keys % 2)
