@@ -41,6 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what("--count", type=int, help="the first so many images of the split; all by default")
     what("--size", type=int, help="side of the pictures; default: the images' own where all are equal squares, or 512")
     what("--min_area", type=float, default=0.01, help="share of the picture below which an instance is not asked for")
+    what("--attributes", choices=("colour", "texture"), help="ask every instance for one drawn for it, as in the paper")
     what("--seed", type=int, default=0, help="a picture's seed follows from this and the image's id")
     what("--batch", type=int, default=128, help="layouts in memory at a time")
     what("--shard", help="i/n: only draw images i, i + n, ...; then run once without it to measure")
@@ -70,6 +71,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--{name}: expected a number from 0 to 1, got {getattr(args, name)}")
     if args.real and args.caption_only:
         raise InputError("--caption_only: expected without --real, which draws nothing")
+    if args.real and args.attributes is not None:
+        raise InputError("--attributes: expected without --real, whose instances have their own")
     if not args.real and args.checkpoint is None:
         raise InputError("--checkpoint: expected a checkpoint folder, or --real")
     if args.caption_only and (args.alpha is not None or args.mis is not None):
@@ -168,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     several = jax.process_count() > 1
     shard = Shard.of_process() if args.shard is None else Shard.parse(args.shard)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    split = read_split(args.coco_dir, args.split, args.size, args.count, args.min_area)
+    split = read_split(args.coco_dir, args.split, args.size, args.count, args.min_area, args.attributes)
 
     # Everything that measuring needs is opened first: a mistake in it should not wait for hours of drawing.
     detector = None if args.detector is None else open_detector(args.detector, split)

@@ -170,3 +170,20 @@ def test_the_official_code_is_the_baseline(tmp_path):
     assert finite(read(tmp_path, "sampling"), "official_ratio", "official_per_evaluation")
     train_step.main([*flags, "--batch", "1"])
     assert finite(read(tmp_path, "train_step"), "official_ratio")
+
+
+def test_a_side_that_fails_is_left_out_and_named():
+    def broken():
+        raise RuntimeError("out of memory\nmore")
+
+    failed = {}
+    assert common.alternate({"a": lambda: 1.0, "b": broken}, 2, failed=failed) == {"a": 1.0}
+    assert failed == {"b_failed": "RuntimeError: out of memory"}
+    with pytest.raises(RuntimeError):
+        common.alternate({"b": broken}, 2)
+
+
+@pytest.mark.parametrize("module", [memory, startup])
+def test_flags_that_would_do_nothing_are_refused(module):
+    with pytest.raises(InputError, match="--repeats: this benchmark has no baseline"):
+        module.parse_args(["--repeats", "7"])

@@ -340,6 +340,7 @@ def test_bad_flags(place, tmp_path, capsys):
         (["--checkpoint", tmp_path / "none"], "none"),
         (["--checkpoint", place / "checkpoint", "--sampler", "euler"], "sampling.sampler: expected one of"),
         (["--real", "--caption_only"], "--caption_only: expected without --real"),
+        (["--real", "--attributes", "colour"], "--attributes: expected without --real"),
         (["--real", "--shard", "2/2"], "--shard: expected i/n"),
     ):
         assert message in fails(capsys, place, tmp_path / "out", *flags)

@@ -14,7 +14,7 @@ from instdiff_jax.evaluation.detectors import box_around, detector_fingerprint, 
 from instdiff_jax.evaluation.generate import copy_real
 from instdiff_jax.evaluation.hub import Clip
 from instdiff_jax.evaluation.measure import inspect
-from instdiff_jax.evaluation.split import read_split
+from instdiff_jax.evaluation.split import ATTRIBUTES, read_split
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -211,3 +211,17 @@ def test_clip_scores_are_the_models_cosines(coco, clip, tmp_path):
     for instance in (instance for row in report["pictures"] for instance in row["instances"]):
         assert set(instance["found"]) == set(instance["attributes"]) == {"colour", "texture"}
     assert 0 <= report["metrics"]["colour_accuracy"] <= 1
+
+
+def test_attributes_are_drawn_for_every_instance(coco):
+    """As in the paper: a colour or texture and the category are what is asked for; places stay."""
+    plain, red = read_split(coco, "val"), read_split(coco, "val", attributes="texture")
+    assert plain.fingerprint != red.fingerprint
+    pairs = [(a, b) for x, y in zip(plain.scenes, red.scenes, strict=True) for a, b in zip(x.targets, y.targets)]
+    for old, new in pairs:
+        assert new.attributes["texture"] in ATTRIBUTES["texture"] and set(new.attributes) == {"texture"}
+        assert new.caption == f"{new.attributes['texture']} {old.category}" and new.box == old.box
+    assert [new.caption for _, new in pairs] == [
+        target.caption for scene in read_split(coco, "val", attributes="texture").scenes for target in scene.targets
+    ]
+    assert len({new.attributes["texture"] for _, new in pairs}) > 1

@@ -21,6 +21,12 @@ from instdiff_jax.layout import MAX_INSTANCES, MAX_SIDE, read_json
 DEFAULT_SIZE = 512
 # The points that layouts give are drawn with this and the image's id: the same for every --seed.
 _POINTS_SEED = 2402
+_ATTRIBUTES_SEED = 3290
+# What attribute binding is measured with (paper, section 4): an instance's caption is one of these and its category.
+ATTRIBUTES = {
+    "colour": ("black", "white", "red", "green", "yellow", "blue", "pink", "purple"),
+    "texture": ("rubber", "fluffy", "metallic", "wooden", "plastic", "fabric", "leather", "glass"),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +126,12 @@ class Split:
 
 
 def read_split(
-    coco_dir: str | Path, name: str, size: int | None = None, count: int | None = None, min_area: float = 0.01
+    coco_dir: str | Path,
+    name: str,
+    size: int | None = None,
+    count: int | None = None,
+    min_area: float = 0.01,
+    attributes: str | None = None,
 ) -> Split:
     """Reads annotations/instances_NAME.json and, where it exists, annotations/captions_NAME.json.
 
@@ -131,6 +142,8 @@ def read_split(
             images' own side where all are squares of one size, else 512.
         count: take the first so many scenes.
         min_area: share of the canvas that an instance's box must cover to be asked for (as in training).
+        attributes: a kind of ATTRIBUTES: every instance gets one of its values, drawn by the image's id, in place of
+            the attributes and the caption that its annotation may have.
 
     Raises:
         InputError: for files that are no COCO annotations, broken annotations, and no scenes.
@@ -172,6 +185,8 @@ def read_split(
         if len(scenes) == count:
             break
         targets = _targets(image, of_image[image["id"]], categories, size, min_area)
+        if attributes is not None:
+            targets = _with_attributes(targets, attributes, image["id"])
         labels = [target.category for target in targets if target.asked]
         if not labels:
             left_out += 1
@@ -185,6 +200,8 @@ def read_split(
     digest = hashlib.sha256(path.read_bytes())
     if caption_file.exists():
         digest.update(caption_file.read_bytes())
+    if attributes is not None:
+        digest.update(attributes.encode())
     return Split(tuple(scenes), categories, frozenset(ids), size, digest.hexdigest()[:32], folder, left_out)
 
 
@@ -233,6 +250,14 @@ def _targets(
         )
     assert all(target.scribble.shape == (SCRIBBLE_POINTS, 2) for target in targets)
     return tuple(targets)
+
+
+def _with_attributes(targets: Sequence[Target], kind: str, image_id: int) -> tuple[Target, ...]:
+    chosen = np.random.default_rng([_ATTRIBUTES_SEED, image_id]).choice(ATTRIBUTES[kind], len(targets))
+    return tuple(
+        dataclasses.replace(target, caption=f"{value} {target.category}", attributes={kind: str(value)})
+        for target, value in zip(targets, chosen, strict=True)
+    )
 
 
 def _filled(corners: Float[np.ndarray, "4"], size: int) -> Bool[np.ndarray, "size size"]:
