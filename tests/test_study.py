@@ -117,7 +117,7 @@ def test_a_reduced_run_of_everything(folders, tmp_path):
     assert all(part["seconds"] > 0 for part in parts.values())
     assert all(part["gflop"] > 0 and part["temporary_mb"] > 0 for part in pieces)
     assert "not measured" not in (tmp_path / "docs" / "results.md").read_text().lower()
-    assert all({"UNets", "distance"} <= set(row["metrics"]) for row in results["tables"]["fewer"]["rows"])
+    assert all({"UNets", "speedup", "distance"} <= set(row["metrics"]) for row in results["tables"]["fewer"]["rows"])
     for name in ("leakage", "instances", "alpha", "mis", "guidance", "solvers"):
         assert (tmp_path / "docs" / "figures" / f"results_{name}.png").exists()
 
@@ -191,8 +191,9 @@ def test_what_options_cost(folders, tmp_path):
     costs = {label: study_cost.option_costs(study, task, {}) for label, task in tasks.items()}
     # 20 steps with guidance, 7 of them for 5 rows; 50, and 18 of them.
     whole = 2 * (7 * 5 + 13)
-    assert costs["all of it"] == {"UNets": whole} and costs["50 steps"] == {"UNets": 2 * (18 * 5 + 32)}
-    assert costs["no MIS"] == {"UNets": 2 * 20}
+    fifty = 2 * (18 * 5 + 32)
+    assert costs["all of it"] == {"UNets": whole, "speedup": fifty / whole}
+    assert costs["50 steps"] == {"UNets": fifty, "speedup": 1} and costs["no MIS"]["UNets"] == 2 * 20
     share = study_cost.finish_share(study.config, SIDE)
     assert 0.05 < share < 0.5
     # 4 of 7 evaluations are whole; of the others fusers are on for 8: 4 of those and 3 of the last 5.

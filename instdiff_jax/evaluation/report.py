@@ -11,7 +11,7 @@ from instdiff_jax.layout import read_json
 
 # What is not a fraction to show as a percentage.
 _COUNTS = ("images", "instances")
-_DECIMALS = {"UNets": 1, "distance": 1, "FID": 2, "CLIP_global": 3, "CLIP_local": 3}
+_DECIMALS = {"UNets": 1, "speedup": 1, "distance": 1, "FID": 2, "CLIP_global": 3, "CLIP_local": 3}
 
 
 def lower_is_better(name: str) -> bool:
