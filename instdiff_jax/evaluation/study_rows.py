@@ -248,8 +248,8 @@ SECTIONS: dict[str, Section] = {
         "Less work a picture",
         "Boxes; 20 steps of DPM-Solver++ with MIS for 0.36 of them, and what leaves some out (docs/sampling.md). "
         "UNets: evaluations of the UNet on one latent for a picture of four instances, where one that reuses features "
-        "counts as its share of the operations; speedup: how many times fewer they are than in 50 steps. Distance: from "
-        "the same pictures in 50 steps, the mean difference of pixels (0 to 255).",
+        "counts as its share of the operations; speedup: how many times fewer they are than in 50 steps. Distance: "
+        "from the same pictures in 50 steps, the mean difference of pixels (0 to 255).",
         (FIFTY,)
         + tuple(
             Row(label, sampling=_LONG | changes)
