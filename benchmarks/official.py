@@ -294,6 +294,8 @@ class Official:
 
     def prepare_training(self, batch: int) -> None:
         """An optimizer and averages as in the official trainer, and a batch of ready latents and embeddings."""
+        # As the official trainer does.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         network, names = self._unet, [name for name, _ in self._unet.named_parameters()]
         with contextlib.redirect_stdout(io.StringIO()):
             params = self._official.get_trainable_params(network, names)

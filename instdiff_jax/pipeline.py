@@ -52,6 +52,8 @@ _ROW, _BESIDE = 0.36e9, 4.5e9
 # Pictures decoded at a time, a device, at 512×512 with the full model; their number follows the size as that of rows.
 _DECODED = {"cpu": 1, "gpu": 8, "tpu": 2}
 _FULL_PICTURE = 512 * 512 * 128
+# Bytes that decoding one of them takes (docs/performance.md, "Memory").
+_PICTURE = 0.81e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,18 +265,22 @@ class Pipeline:
 
     def _fitting_rows(self, latents: int) -> int:
         """Rows of so many latents that a GPU's memory holds beside parameters, at least one; elsewhere any number."""
+        size = latents / _FULL_LATENTS
+        width = self.config.unet.model_channels / 320 * jnp.dtype(DTYPES[self.dtype]).itemsize / 2
+        return self._in_memory(_BESIDE * size, _ROW * size * width)
+
+    def _in_memory(self, beside: float, each: float) -> int:
+        """How many things of `each` bytes a GPU holds beside parameters and `beside` bytes, at least one."""
         stats = jax.local_devices()[0].memory_stats() if jax.default_backend() == "gpu" else None
         if not stats or "bytes_limit" not in stats:
             return sys.maxsize
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
-        size = latents / _FULL_LATENTS
-        width = self.config.unet.model_channels / 320 * jnp.dtype(DTYPES[self.dtype]).itemsize / 2
-        return max(1, int((stats["bytes_limit"] - held - _BESIDE * size) / (_ROW * size * width)))
+        return max(1, int((stats["bytes_limit"] - held - beside) / each))
 
     def _max_decoded(self, canvas: tuple[int, int]) -> int:
         """Pictures of this width and height that a device decodes at a time."""
-        size = canvas[0] * canvas[1] * self.config.autoencoder.ch
-        return _fitting(self._default_decoded, _FULL_PICTURE / size)
+        size = canvas[0] * canvas[1] * self.config.autoencoder.ch / _FULL_PICTURE
+        return min(_fitting(self._default_decoded, 1 / size), self._in_memory(0, _PICTURE * size))
 
     def _pictures(self, job: Job, layouts: Iterable[Layout]) -> Iterator[Picture]:
         """What to draw, one after the other, checked."""

@@ -356,8 +356,8 @@ def test_eight_devices_draw_the_same(checkpoint, pipeline, tmp_path):
     assert relative_error(np.load(tmp_path / "latents.npy"), expected) <= 1e-4
 
 
-def test_a_gpus_memory_bounds_the_rows(pipeline, monkeypatch):
-    """Rows are as many as fit beside the parameters, at least one; a CPU's are not bounded."""
+def test_a_gpus_memory_bounds_rows_and_decoding(pipeline, monkeypatch):
+    """Rows and pictures are as many as fit beside the parameters, at least one; a CPU's are not bounded."""
     assert pipeline._fitting_rows(64 * 64) == sys.maxsize
     device = types.SimpleNamespace()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -367,6 +367,11 @@ def test_a_gpus_memory_bounds_the_rows(pipeline, monkeypatch):
         device.memory_stats = lambda: {"bytes_limit": limit}
         return pipeline._fitting_rows(latents)
 
+    def decoded(limit):
+        device.memory_stats = lambda: {"bytes_limit": limit}
+        return pipeline._max_decoded((64, 64))
+
+    assert decoded(10**6) == 1 < decoded(10**10)
     assert rows(10**6) == 1 < rows(6 * 10**9) < rows(12 * 10**9) < rows(12 * 10**9, 32 * 32)
     device.memory_stats = lambda: None
     assert pipeline._fitting_rows(64 * 64) == sys.maxsize
