@@ -178,6 +178,7 @@ SECTIONS: dict[str, Section] = {
             Row("MIS merged by crop and paste", scenes="confusable", sampling=MIS | MASKED | {"merge": "crop"}),
         ),
         ("box_AP50", "found", *_LEAKS),
+        large=True,
     ),
     "ablations": Section(
         "Each part on and off",
