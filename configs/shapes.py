@@ -118,9 +118,9 @@ def get_config(stage: str = "adapters") -> ConfigDict:
         schedule=dict(linear_start=0.00085, linear_end=0.012, timesteps=1000),
     )
     sampling = dict(
-        # 12 steps reach what 20 do: AP50 of 48 pictures of an earlier model 76.9 and 76.6.
-        steps=12,
-        sampler="dpm++",
+        # Of 200 other scenes AP50 91.3, found 88.6; 16 steps reach 91.8 and 88.7, 12 of DPM-Solver++ 91.4 and 87.6.
+        steps=10,
+        sampler="ddim",
         guidance_scale=3.0,
         alpha=1.0,
         # MIS with the mean costs more than it gains: colours of 48 pictures 88.6 with 0.2, 89.6 without.
