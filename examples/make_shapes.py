@@ -95,7 +95,7 @@ def layouts() -> dict[str, tuple[str, list[dict[str, Any]]]]:
         "masks": scene(2, "m", min_instances=4, max_instances=4, max_hidden=0.0),
         "masks_large": scene(3, "m", min_instances=2, max_instances=2, min_side=0.35),
         "scribbles": scene(4, "s", min_instances=3, max_instances=3, max_hidden=0.0),
-        "points": scene(5, "p", min_instances=4, max_instances=4, max_hidden=0.0),
+        "points": scene(8, "p", min_instances=4, max_instances=4, max_hidden=0.0),
         "mixed": scene(6, "bmsp", min_instances=4, max_instances=4, max_hidden=0.0),
         "parts": (
             f"a large white circle with a red heart inside and a yellow square with a black star inside {grey}",
