@@ -54,9 +54,9 @@ def measure(args: argparse.Namespace, workers: dict[str, Worker], case: tuple, s
                     "sample", *case, ours.warm_up(*case[1:], steps, args.alpha), args.alpha
                 )
             worker.reset_peak()
-            # The fusers' scale is a constant of what torch compiles.
-            for alpha in (0.0, 1.0) if name == "compiled" else () if name == "ours" else (args.alpha,):
-                worker.sample(*case, 1, alpha)
+            # torch compiles anew for fusers on and off and with and without instances: all of that job, once.
+            if name != "ours":
+                worker.sample(*case, steps if name == "compiled" else 1, args.alpha)
         except RuntimeError as error:  # those of memory, and of torch's compiler
             row[f"{name}_failed"] = common.failure(error)
             if name == "ours":
