@@ -45,7 +45,7 @@ class Row:
     Attributes:
         label: for people.
         scenes: a name in SCENES.
-        pictures: drawn from layouts, or from captions by the base model, or the real ones.
+        pictures: drawn from layouts, or the real ones.
         format: what layouts hold, see `generate.make_layout`.
         drop: formats that they hold but the model does not see.
         scaleu: False switches ScaleU off.
@@ -54,7 +54,7 @@ class Row:
 
     label: str
     scenes: str = "main"
-    pictures: Literal["layouts", "captions", "real"] = "layouts"
+    pictures: Literal["layouts", "real"] = "layouts"
     format: str = "box"
     drop: tuple[str, ...] = ()
     scaleu: bool = True

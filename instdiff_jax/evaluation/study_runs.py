@@ -120,7 +120,6 @@ class Study:
                 folder,
                 seed=task.seed,
                 format=row.format,
-                caption_only=row.pictures == "captions",
                 drop=row.drop,
                 batch=_BATCH,
                 report=drawn,
