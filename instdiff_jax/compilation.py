@@ -14,6 +14,7 @@ import jaxlib
 _EMITTERS_FLAG = "xla_cpu_use_fusion_emitters"
 # XLA ends the process at a flag it does not know: this one was seen in 0.10.2, 0.11.2 and 0.12.0.
 _FIRST_UNTRIED = (0, 13)
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
@@ -35,8 +36,11 @@ def spare_compiler_memory() -> None:
     """Has XLA compile for CPUs in less memory; to be called before jax looks for devices, after which it is too late.
 
     Its newer way to compile fusions needs half a gigabyte more for a small UNet, which then lies beside the weights,
-    and the program is no faster (docs/performance.md). A user's own XLA_FLAGS on it stay.
+    and the program is no faster (docs/performance.md). A user's own XLA_FLAGS on it stay. And glibc, whose threads have
+    a heap each that is never quite full, gets one for every two cores, unless the user says how many.
     """
+    if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
+        _set_heaps(max(1, (os.cpu_count() or 1) // 2))
     flags = os.environ.get("XLA_FLAGS", "")
     if _EMITTERS_FLAG not in flags and jaxlib.version.__version_info__ < _FIRST_UNTRIED:
         os.environ["XLA_FLAGS"] = f"{flags} --{_EMITTERS_FLAG}=false".strip()
@@ -58,6 +62,14 @@ def return_compiler_memory() -> None:
             trim()
 
     jax.monitoring.register_event_duration_secs_listener(trim_after)
+
+
+def _set_heaps(most: int) -> bool:
+    """glibc's M_ARENA_MAX; False with another C library."""
+    try:
+        return bool(ctypes.CDLL(None).mallopt(ctypes.c_int(_M_ARENA_MAX), ctypes.c_int(most)))
+    except (OSError, TypeError, AttributeError):
+        return False
 
 
 def _heap_trim() -> Callable[[], int] | None:

@@ -1,6 +1,7 @@
 """The memory that compiling leaves behind."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -65,6 +66,48 @@ def test_flags_of_the_user_stay(monkeypatch, before):
     compilation.spare_compiler_memory()
     added = [] if "emitters" in before else ["--xla_cpu_use_fusion_emitters=false"]
     assert os.environ["XLA_FLAGS"].split() == before.split() + added
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [({}, 1), ({"MALLOC_ARENA_MAX": "4"}, 0), ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, 0)],
+)
+def test_heaps_of_the_user_stay(monkeypatch, variables, asked):
+    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    counts = []
+    monkeypatch.setattr(compilation, "_set_heaps", counts.append)
+    compilation.spare_compiler_memory()
+    assert counts == [max(1, os.cpu_count() // 2)] * asked
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other heaps")
+def test_glibc_takes_the_number_of_heaps():
+    """In a process of its own, with threads that each would have had a heap: malloc_info lists them."""
+    code = """
+import ctypes, threading, sys
+from instdiff_jax import compilation
+asked = int(sys.argv[1])
+assert not asked or compilation._set_heaps(asked)
+libc, go = ctypes.CDLL(None), threading.Barrier(4)
+libc.malloc.restype = ctypes.c_void_p
+def work():
+    go.wait(); libc.malloc(100_000); go.wait()
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+libc.fopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+libc.malloc_info(0, out); libc.fflush(out)
+"""
+    heaps = [
+        subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True).stdout.count(
+            "<heap"
+        )
+        for n in (0, 1)
+    ]
+    assert heaps[0] > heaps[1] == 1, heaps
 
 
 def test_no_flag_for_an_unknown_xla(monkeypatch):
