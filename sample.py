@@ -11,6 +11,7 @@ processes each takes its own part without it. `--resume` leaves out layouts whos
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from instdiff_jax.config import SamplingConfig
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.sampling_flags import add_sampling_flags, read_overrides
 from instdiff_jax.shards import Shard
 
@@ -42,7 +43,7 @@ COMMON = ("checkpoint", "fingerprint", "model", "sampling", "format", "width", "
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="a checkpoint folder, or a training workdir")
     add("--layout", type=Path, nargs="+", default=[DEFAULT_LAYOUTS], help="layout files, or folders of them")
@@ -99,6 +100,9 @@ def find_layouts(args: argparse.Namespace) -> Layouts:
         found = [Layout.from_coco(args.coco, number, args.captions, too_many) for number in args.image_id]
         pairs = [(layout.name, lambda layout=layout: layout) for layout in found]
     else:
+        for name in ("image_id", "captions"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name}: only means something with --coco")
         files = []
         for path in args.layout:
             if path.is_dir():
@@ -124,7 +128,7 @@ def read_arrays(args: argparse.Namespace) -> dict:
         try:
             with Image.open(path) as image:
                 return np.asarray(image.convert(mode))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"--{flag}: {path}: expected a picture ({error})") from error
 
     arrays = {}
@@ -144,14 +148,27 @@ def read_arrays(args: argparse.Namespace) -> dict:
     return arrays
 
 
-def check_output(folder: Path) -> None:
-    """Raises where nothing can be written, before minutes of work are lost to it."""
+@contextlib.contextmanager
+def open_output(folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """Raises where nothing can be written, before minutes of work are lost to it; leaves no new empty folder behind."""
+    there = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A file of its own: shards on several machines look at once.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"--output: {folder}: expected a folder to write to ({error.strerror})") from error
+    try:
+        for path in (folder / name for name in names):
+            if path.exists() and not path.is_dir():
+                raise InputError(f"--output: {path}: expected a folder to write to, found a file")
+        yield
+    except OSError as error:
+        raise InputError(f"--output: {folder}: cannot be written: {error}") from error
+    finally:
+        if not there:
+            with contextlib.suppress(OSError):  # pictures are there
+                folder.rmdir()
 
 
 # ---------------------------------------------------------------- output
@@ -281,12 +298,12 @@ def main(args: argparse.Namespace) -> None:
     waiting = layouts.only([name for name in mine if not (args.resume and name in finished)])
     for _ in waiting:  # what is wrong with a file is an error now
         pass
-    check_output(args.output)
-    # Pictures of other settings are an error though none is missing. Reading a checkpoint takes all processes of a job.
-    if waiting or args.resume or jax.process_count() > 1:
-        draw(args, waiting, seeds, arrays, overrides, shard)
-    if shard.count == 1:
-        write_contact_sheet(args, layouts, seeds)
+    with open_output(args.output, mine):
+        # Pictures of other settings are an error though none is missing. Reading a checkpoint takes all processes.
+        if waiting or args.resume or jax.process_count() > 1:
+            draw(args, waiting, seeds, arrays, overrides, shard)
+        if shard.count == 1:
+            write_contact_sheet(args, layouts, seeds)
     there = f", {(len(mine) - len(waiting)) * len(seeds)} were there" if args.resume else ""
     print(f"{len(waiting) * len(seeds)} pictures in {args.output} ({time.time() - began:.1f} s){there}")
 

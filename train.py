@@ -8,6 +8,7 @@ checkpoint folder of it. On several hosts start the same command on each; see do
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -34,7 +35,7 @@ from instdiff_jax.data.latents import LatentCache, cache_latents
 from instdiff_jax.data.loader import DevicePrefetch, make_loader
 from instdiff_jax.data.phrases import PhraseTable, phrase_table
 from instdiff_jax.data.transforms import DataConfig
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.flops import count_flops
 from instdiff_jax.layout import Layout
 from instdiff_jax.parallel import (
@@ -86,7 +87,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     if not any(arg.lstrip("-").split("=")[0] in ("config", "h", "help") for arg in argv):
         raise InputError("--config: expected a config file, for example --config=configs/coco.py")
     config, rest = (None, argv) if {"-h", "--help"} & set(argv) else read_config(argv, None)
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", help="a config file; --config.KEY=VALUE changes a setting of it")
@@ -190,20 +191,33 @@ def check_data(run: RunSettings) -> None:
         raise InputError(f"config.data.examples.map_size: expected the model's {expected}, got {examples.map_size}")
 
 
+def check_held_out(run: RunSettings) -> None:
+    """Raises InputError where what is looked at between steps is missing: now, not after encoding a whole dataset."""
+    if run.train.validate_every and run.data.validation_split:
+        InstanceDataset(run.data.dir, run.data.validation_split)
+    if run.train.sample_every:
+        read_sample_layouts(run)
+
+
 # ---------------------------------------------------------------- what happens between steps
 
 
-def make_sampler(run: RunSettings, layout: RunLayout, workdir: Path, tokenizer: Tokenizer) -> Callable | None:
-    """(step, averaged parameters, frozen ones) → a grid of layouts and pictures, drawn by the first process."""
-    if not run.train.sample_every:
-        return None
+def read_sample_layouts(run: RunSettings) -> list[Layout]:
+    """The layouts of sample grids; InputError where there are none, or the run cannot draw them."""
     if run.train.task != "diffusion" or not run.train.grounding:
         raise InputError("config.train.sample_every: only runs with grounding draw samples; expected 0")
     folder = Path(run.train.sample_layouts)
     files = sorted(folder.glob("*.json"))[: run.train.sample_count]
     if not files:
         raise InputError(f"config.train.sample_layouts: {folder}: expected a folder of layouts")
-    layouts = [Layout.from_json(file) for file in files]
+    return [Layout.from_json(file) for file in files]
+
+
+def make_sampler(run: RunSettings, layout: RunLayout, workdir: Path, tokenizer: Tokenizer) -> Callable | None:
+    """(step, averaged parameters, frozen ones) → a grid of layouts and pictures, drawn by the first process."""
+    if not run.train.sample_every:
+        return None
+    layouts = read_sample_layouts(run)
     canvas = dict(width=run.data.examples.image_size, height=run.data.examples.image_size)
 
     def sample(step: int, average: Params, frozen: Params) -> np.ndarray | None:
@@ -273,6 +287,7 @@ def train(run: RunSettings, workdir: Path) -> str:
 
     # ---- parameters and state
     dataset = InstanceDataset(run.data.dir, run.data.train_split)
+    check_held_out(run)
     facts = run_facts(run.train, run.model, dataset.fingerprint)
     checkpoints = Checkpoints(workdir, facts, run.train.keep_newest, run.train.keep_every)
     state = checkpoints.restore(layout.state_shapes())
@@ -391,7 +406,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, config = parse_args(sys.argv[1:] if argv is None else argv)
         run = read_settings(config)
         check_data(run)
-        print(train(run, make_workdir(args.workdir)), file=sys.stderr)
+        workdir = make_workdir(args.workdir)
+        try:
+            print(train(run, workdir), file=sys.stderr)
+        finally:
+            with contextlib.suppress(OSError):
+                workdir.rmdir()  # only where nothing was written to it
 
 
 if __name__ == "__main__":

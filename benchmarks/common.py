@@ -24,7 +24,7 @@ import numpy as np
 
 from instdiff_jax.chips import processor_name
 from instdiff_jax.config import ModelConfig, SamplingConfig
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import ArgumentParser, InputError
 from instdiff_jax.layout import Layout
 
 # Two sides may share one GPU: neither may take all of it at the start.
@@ -344,7 +344,7 @@ def _cell(value: Any, form: str) -> str:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the flags that every benchmark has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", help="full, small, tiny, box, or a checkpoint folder; on a CPU small by default")
     made.add_argument("--canvas", type=int, help="side of the pictures in pixels")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")

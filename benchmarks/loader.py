@@ -7,7 +7,6 @@ one worker process. Prints images a second; "per core" divides by processor time
 work on the machine does not count.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -21,6 +20,7 @@ from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.loader import BatchReader, make_loader
 from instdiff_jax.data.phrases import phrase_table
 from instdiff_jax.data.transforms import DataConfig, load_image
+from instdiff_jax.errors import ArgumentParser
 
 WIDTH, HEIGHT = 640, 480
 
@@ -75,7 +75,7 @@ def rate(label: str, images: int, work) -> None:
 
 def main() -> None:
     """Makes the data, then measures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=64, help="images in the dataset")
     parser.add_argument("--masks", type=int, default=7, help="instances in an image")
     parser.add_argument("--image_size", type=int, default=512)

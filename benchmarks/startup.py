@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = [
         Column("process", "process"),
         Column("first", "first picture, s", ".1f"),
-        Column("loading", "of it imports and loading, s", ".1f"),
+        Column("loading", "of it loading, s", ".1f"),
         Column("sampling", "sampling, compiling and writing, s", ".1f"),
         Column("end", "whole process, s", ".1f"),
         Column("peak", "peak GB", ".2f"),

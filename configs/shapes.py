@@ -147,7 +147,7 @@ def get_config(stage: str = "adapters") -> ConfigDict:
             count_categories=False,
             # The categories are bare shapes: colours and textures stand in the instances' own captions.
             instance_caption=0.95,
-            # The released rates leave three samples in four with every format, and one in a hundred with boxes alone:
+            # The released rates leave two samples in three with every format, and one in a hundred with boxes alone:
             # too few of each for a run this short.
             drop_box=0.45,
             drop_point=0.6,

@@ -30,7 +30,7 @@ from instdiff_jax.chips import CHIPS, predict, scaling
 from instdiff_jax.config import ModelConfig, read_config
 from instdiff_jax.diffusion.multi_instance import denoise, start_state
 from instdiff_jax.diffusion.solvers import solver_table
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.flops import count_flops
 from instdiff_jax.hlo import analyze
 from instdiff_jax.models.unet import UNet
@@ -252,7 +252,7 @@ def format_report(values: dict[str, Any]) -> str:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", required=True, help="a TPU generation and shape: v5e:16x16, v5p:2x2x4, v6e:4x4")
     parser.add_argument("--config", help="a config file; --config.KEY=VALUE changes a setting of it")
     parser.add_argument("--what", default="both", choices=("train", "sample", "both"))

@@ -145,6 +145,40 @@ class ModelConfig(Settings):
     text_encoder: TextEncoderConfig
     schedule: ScheduleConfig
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
+        config = super().from_dict(values, where)
+        config.validate(where)
+        return config
+
+    def validate(self, where: str = "config") -> None:
+        """Raises InputError for sizes that no network can have (types are checked by `from_dict`)."""
+        for group, settings in dataclasses.asdict(self).items():
+            for name, value in settings.items():
+                sizes = value if isinstance(value, tuple) else (value,)
+                if isinstance(value, tuple) and not value and name != "attention_resolutions":
+                    raise InputError(f"{where}.{group}.{name}: expected at least one number")
+                # Numbers of blocks may be 0.
+                least = 0 if name in ("num_res_blocks", "num_layers", "trunk_depths") else 1
+                if any(type(size) is int and size < least for size in sizes):
+                    raise InputError(f"{where}.{group}.{name}: expected at least {least}, got {value}")
+        unet, text = self.unet, self.text_encoder
+        levels = [mult for i, mult in enumerate(unet.channel_mult) if 2**i in unet.attention_resolutions]
+        widths = {unet.model_channels * mult for mult in (*levels, unet.channel_mult[-1])}
+        for group, heads, width in [("unet", unet.num_heads, width) for width in sorted(widths)] + [
+            ("text_encoder", text.num_heads, text.hidden_size)
+        ]:
+            if width % heads:
+                raise InputError(f"{where}.{group}.num_heads: expected a divisor of its {width} channels, got {heads}")
+        if len(self.unifusion.trunk_depths) != len(self.unifusion.trunk_dims):
+            raise InputError(f"{where}.unifusion.trunk_depths: expected as many numbers as in trunk_dims")
+        if self.schedule.timesteps < 2:
+            raise InputError(f"{where}.schedule.timesteps: expected at least 2, got {self.schedule.timesteps}")
+        if not self.autoencoder.scale_factor > 0:
+            raise InputError(
+                f"{where}.autoencoder.scale_factor: expected a number above 0, got {self.autoencoder.scale_factor}"
+            )
+
     @property
     def latent_stride(self) -> int:
         """Pixels per latent pixel: the autoencoder's downsampling."""

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from instdiff_jax.checkpoint import folder, pytorch
 from instdiff_jax.config import ModelConfig, SamplingConfig, read_config
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m instdiff_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,8 +1,10 @@
 """The error for input that a user can mend, and how a command line reports it."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -20,3 +22,10 @@ def exit_on_input_error() -> Iterator[None]:
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but an error is one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from instdiff_jax.config import SamplingConfig
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.sampling_flags import add_sampling_flags, read_overrides
 from instdiff_jax.shards import Shard
 
@@ -23,7 +23,7 @@ FORMATS = ("auto", "box", "point", "scribble", "mask", "mixed")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m instdiff_jax.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -182,6 +182,9 @@ def main(args: argparse.Namespace) -> None:
         plugs["features"] = open_features(args.features, detector)
         if plugs["features"] is not None and not split.folder.is_dir():
             raise InputError(f"--features: {split.folder}: expected the split's images there, to compare with")
+        lost = [scene.file for scene in split.scenes if not scene.file.is_file()] if plugs["features"] else []
+        if lost:
+            raise InputError(f"--features: {lost[0]}: expected the split's image there, to compare with")
     if args.clip is not None:
         from instdiff_jax.evaluation.hub import Clip
 

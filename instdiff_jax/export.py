@@ -18,7 +18,7 @@ import numpy as np
 from instdiff_jax.checkpoint.folder import check_output, find_tokenizer, read_config, save_folder
 from instdiff_jax.checkpoint.rename import flatten
 from instdiff_jax.config import ModelConfig, SamplingConfig
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.parallel import ParallelSettings, make_mesh
 from instdiff_jax.training.checkpoints import FOLDER, Checkpoints
 from instdiff_jax.training.settings import TrainSettings
@@ -96,7 +96,7 @@ def export(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m instdiff_jax.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -114,7 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     with exit_on_input_error():
         args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-        step = export(args.workdir, args.output, args.step, args.overwrite, args.dtype)
+        try:
+            step = export(args.workdir, args.output, args.step, args.overwrite, args.dtype)
+        except OSError as error:
+            raise InputError(f"{args.output}: cannot be written: {error}") from error
         print(f"wrote {args.output}: the averaged parameters of step {step}")
 
 

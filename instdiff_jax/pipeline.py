@@ -31,7 +31,7 @@ from instdiff_jax.entries import list_entries
 from instdiff_jax.errors import InputError
 from instdiff_jax.grounding import Format
 from instdiff_jax.jobs import Flight, Job, Picture, one_ahead
-from instdiff_jax.layout import Layout
+from instdiff_jax.layout import MAX_SIDE, Layout
 from instdiff_jax.loading import load_model
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
@@ -408,6 +408,8 @@ class Pipeline:
         size = []
         for name, given in (("width", width), ("height", height)):
             side = getattr(layout, name) if given is None else given
+            if side > MAX_SIDE:
+                raise InputError(f"{layout.name}: {name}: expected at most {MAX_SIDE} pixels, got {side}")
             if side % multiple or side <= 0:
                 nearest = max(multiple, round(side / multiple) * multiple)
                 raise InputError(

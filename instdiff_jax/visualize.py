@@ -1,5 +1,6 @@
 """Pictures of layouts, and grids of pictures. Pillow only."""
 
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -185,7 +186,7 @@ def _wrap(text: str, font: ImageFont.ImageFont, width: float, most: int) -> list
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
+        if not lines[-1] or len(longer) <= 4 * width and font.getlength(longer) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
@@ -195,12 +196,13 @@ def _wrap(text: str, font: ImageFont.ImageFont, width: float, most: int) -> list
 
 
 def _fit(line: str, font: ImageFont.ImageFont, width: float) -> str:
-    if font.getlength(line) <= width:
+    # Measuring takes long for text far too long to fit.
+    most = max(int(4 * width), 0)
+    if len(line) <= most and font.getlength(line) <= width:
         return line
-    line = line.removesuffix(" ...")
-    while line and font.getlength(line + "...") > width:
-        line = line[:-1]
-    return line + "..." if line else ""
+    line = line.removesuffix(" ...")[:most]
+    fitting = bisect.bisect_right(range(1, len(line) + 1), width, key=lambda n: font.getlength(line[:n] + "..."))
+    return line[:fitting] + "..." if fitting else ""
 
 
 def _font(size: int) -> ImageFont.ImageFont:

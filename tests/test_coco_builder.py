@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from coco_fixture import CATEGORIES, make_coco
 from PIL import Image
 
 from instdiff_jax.data import coco
-from instdiff_jax.data.dataset import InstanceDataset, read_meta
+from instdiff_jax.data.dataset import FORMAT, InstanceDataset, read_meta
 from instdiff_jax.data.phrases import phrase_table, read_phrases
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry import decode_mask
@@ -153,6 +154,11 @@ def wrong_masks(data):
         (lambda f: (f / "annotations" / "instances_train2017.json").unlink(), r"instances_train2017.json: missing"),
         (lambda f: (f / "annotations" / "captions_train2017.json").unlink(), r"captions_train2017.json: missing"),
         (lambda f: edit(f, "instances_train2017", no_category), r"annotation 1003: category_id: .* got 77"),
+        (lambda f: edit(f, "instances_train2017", lambda d: d["images"][0].update(id=[1])), r"images: id: .*got \[1\]"),
+        (
+            lambda f: edit(f, "instances_train2017", lambda d: d["annotations"][0].update(category_id={})),
+            r"annotations: category_id: expected a number",
+        ),
         (lambda f: edit(f, "instances_train2017", lambda d: d.update(images=[])), r"images: empty"),
         (lambda f: edit(f, "instances_train2017", lambda d: d.pop("images")), r"images: expected a list"),
         (lambda f: edit(f, "instances_train2017", wrong_masks), r"not one annotation can be used.*\[10, 10\]"),
@@ -177,6 +183,33 @@ def test_bad_outputs(folder, data_dir, tmp_path):
         build(folder, tmp_path / "letters", "--overwrite")
     with pytest.raises(InputError, match="expected a dataset"):
         InstanceDataset(tmp_path, "train")
+
+
+def test_a_link_is_not_replaced(folder, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(InputError, match="link or a mount point"):
+        build(folder, tmp_path / "link", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: shutil.rmtree(d / "instances"), "damaged or incomplete"),
+        (lambda d: [path.write_bytes(b"no records") for path in d.rglob("*.array_record*")], "damaged or incomplete"),
+        (lambda d: (d / "dataset.json").write_text("[]"), "format: expected"),
+        (
+            lambda d: (d / "dataset.json").write_text('{"format": FORMAT}'.replace("FORMAT", str(FORMAT))),
+            "splits: expec",
+        ),
+    ],
+)
+def test_a_damaged_dataset_is_named(data_dir, tmp_path, change, message):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(data_dir, damaged)
+    change(damaged)
+    with pytest.raises(InputError, match=message):
+        InstanceDataset(damaged, "train")
 
 
 def test_overwrite(tmp_path):

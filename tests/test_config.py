@@ -54,6 +54,25 @@ def test_a_key_that_nothing_reads():
         ModelConfig.from_dict(model)
 
 
+@pytest.mark.parametrize(
+    ("group", "name", "value", "words"),
+    [
+        ("unet", "num_heads", 3, "num_heads: expected a divisor of its 320 channels, got 3"),
+        ("unet", "num_heads", 0, "num_heads: expected at least 1"),
+        ("unet", "channel_mult", (), "channel_mult: expected at least one number"),
+        ("text_encoder", "num_heads", 5, "num_heads: expected a divisor of its 768 channels"),
+        ("unifusion", "trunk_depths", (3, 3), "trunk_depths: expected as many numbers as in trunk_dims"),
+        ("schedule", "timesteps", 1, "timesteps: expected at least 2"),
+        ("autoencoder", "scale_factor", 0.0, "scale_factor: expected a number above 0"),
+    ],
+)
+def test_sizes_that_no_network_has(group, name, value, words):
+    model = read_config([], "configs/sd15.py")[0].model.to_dict()
+    model[group][name] = value
+    with pytest.raises(InputError, match=f"{group}.{words}"):
+        ModelConfig.from_dict(model)
+
+
 def test_alpha_as_one_number():
     assert SamplingConfig.from_dict({"alpha": 0.8}).alpha == pytest.approx((0.8, 0.0, 0.2))
 

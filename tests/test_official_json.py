@@ -73,6 +73,19 @@ def test_what_is_broken_is_named(data_dir):
     assert names == ["label_2.json annos[1]", "label_2.json annos[2]", "label_3.json", "label_4.json"]
 
 
+def test_embeddings_of_another_width_are_left_out(tmp_path):
+    for number in range(2):
+        item = official(number)
+        if number:
+            for anno in item["annos"][1:]:
+                anno["text_embedding_before"] = base64.b64encode(np.ones(5, np.float32).tobytes()).decode()
+        (tmp_path / f"{number}.json").write_text(json.dumps(item))
+    flags = ["--input", str(tmp_path / "0.json"), str(tmp_path / "1.json"), "--data_dir", str(tmp_path / "data")]
+    official_json.main(flags)
+    skipped = json.loads((tmp_path / "data" / "report.json").read_text())["skipped"]
+    assert any("embeddings before, got 5" in json.dumps(entry) for entry in skipped), skipped
+
+
 def test_embeddings_are_kept(data_dir):
     phrases = read_phrases(data_dir)
 

@@ -1,6 +1,7 @@
 """AdamW, the learning rate and the average against PyTorch's and transformers'."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ def run(settings, taken=lambda step: True, steps=STEPS):
     [
         dict(),
         dict(weight_decay=0.1),
+        dict(beta1=0.0),
         dict(clip_norm=0.5),
         dict(schedule="cosine", weight_decay=0.01, beta2=0.95, warmup_steps=3),
     ],
@@ -110,3 +112,12 @@ def test_settings_say_what_they_expect():
     for words, change in bad.items():
         with pytest.raises(InputError, match=words):
             TrainSettings.from_dict(base | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("beta1", 1.0), ("beta2", -0.1), ("learning_rate", -1e-3), ("eps", math.nan), ("weight_decay", math.inf)],
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(InputError, match=f"config.train.optimizer.{name}: expected"):
+        TrainSettings.from_dict(dict(steps=10, batch_size=1, optimizer={name: value, "warmup_steps": 1}))

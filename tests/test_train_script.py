@@ -58,6 +58,9 @@ BAD = {
     "--config.train.stepz=3": "stepz",
     "--config.model.unet.num_heads=4": "config.model.unet.num_heads: expected 2 as in",
     "--config.data.examples.map_size=128": "config.data.examples.map_size: expected the model's 64, got 128",
+    "--config.train.seed=-1": "config.train.seed: expected a whole number from 0 to 2^32 - 1, got -1",
+    "--config.train.optimizer.learning_rate=-1.0": "config.train.optimizer.learning_rate: expected 0 or a positive",
+    "--config.model.unet.num_heads=3": "config.model.unet.num_heads: expected a divisor of its",
     "--config.data.prefetch=0": "config.data.prefetch: expected at least 1, got 0",
     "--config.data.examples.flip=2.0": "config.data.examples.flip: expected a number from 0 to 1",
     "--config.data.examples.image_size=17": "config.data.examples.image_size: expected a multiple of 4, got 17",
@@ -78,6 +81,20 @@ def test_every_setting_of_a_run_can_be_given_as_a_flag(name):
 def test_bad_settings_end_in_one_line(inputs, tmp_path, capsys, flag):
     argv = flags(inputs, f"--workdir={tmp_path / 'run'}", flag)
     assert BAD[flag] in complaint(capsys, train.main, argv)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config.train.validate_every=5", "--config.data.validation_split=absent"], "split absent: expected one of"),
+        (["--config.train.sample_every=5", "--config.train.sample_layouts=nowhere"], "nowhere: expected a folder of"),
+    ],
+)
+def test_what_is_needed_later_is_looked_for_first(inputs, tmp_path, capsys, more, message):
+    argv = flags(inputs, f"--workdir={tmp_path / 'run'}", *more)
+    assert message in complaint(capsys, train.main, argv)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_key_that_nothing_reads_ends_in_one_line(inputs, tmp_path, capsys):

@@ -56,7 +56,10 @@ def test_labels_do_not_cover_points_or_each_other():
     assert (picture[250, 250] == _color(0)).all() and (picture[128, 5] == _color(1)).all()
 
 
-@pytest.mark.parametrize("caption", ["word " * 200, "w" * 500, "日本語 🐶 café", "two\nlines\tand a tab", "-"])
+@pytest.mark.parametrize(
+    "caption",
+    ["word " * 200, "w" * 500, "w" * 2_000_000, "語" * 100_000, "日本語 🐶 café", "two\nlines\tand a tab", "-"],
+)
 def test_captions_of_any_kind(caption):
     for size in (8, 64, 512):
         draw_layout(Layout(caption, size, size, (Instance(caption, box=(0, 0, size, size)),)))

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import operator
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -77,7 +78,7 @@ def find_tokenizer(name: str, vocab_size: int | None = None) -> Path:
         raise InputError(f"{where}: {folder}: no {' and no '.join(missing)} there")
     try:
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        largest = max(vocabulary.values())
+        largest = max(map(operator.index, vocabulary.values()))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids by token ({error})") from error
     if vocab_size is not None and largest >= vocab_size:

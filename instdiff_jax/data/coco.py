@@ -1,13 +1,13 @@
 """COCO instances as a dataset for training.
 
-    python -m instdiff_jax.data.coco --coco_dir coco --data_dir data/coco
+    python -m instdiff_jax.data.coco --coco_dir coco --data_dir datasets/coco
 
 reads a folder as people download it: annotations/instances_NAME.json, annotations/captions_NAME.json and a folder
 of images NAME/ (or images/NAME/) for every split NAME, for example train2017. Images and annotations that are broken
 are skipped, counted and named in DATA_DIR/report.json.
 """
 
-import argparse
+import itertools
 import json
 import math
 import os
@@ -21,8 +21,8 @@ from typing import Any
 from instdiff_jax.data.dataset import Instance, Record, check_output, write_dataset
 from instdiff_jax.data.report import Report
 from instdiff_jax.data.transforms import load_image
-from instdiff_jax.errors import InputError, exit_on_input_error
-from instdiff_jax.geometry import decode_mask, encode_mask
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
+from instdiff_jax.geometry import decode_mask, encode_mask, short
 
 
 def make_instance(
@@ -84,6 +84,10 @@ class CocoSplit:
         self.instance_captions = instance_captions
         data = read_json(instances_file)
         self.images = _table(data, "images", instances_file)
+        for table, keys in (("images", ("id",)), ("categories", ("id",)), ("annotations", ("image_id", "category_id"))):
+            for row, key in itertools.product(_table(data, table, instances_file), keys):
+                if isinstance(row.get(key), (list, dict)):
+                    raise InputError(f"{instances_file}: {table}: {key}: expected a number, got {short(row[key])}")
         self.categories = {
             row["id"]: row["name"]
             for row in _table(data, "categories", instances_file)
@@ -255,7 +259,7 @@ def read_instance_captions(path: Path) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m instdiff_jax.data.coco", description="COCO to a training dataset")
+    parser = ArgumentParser(prog="python -m instdiff_jax.data.coco", description="COCO to a training dataset")
     parser.add_argument("--coco_dir", type=Path, required=True, help="folder with annotations/ and folders of images")
     parser.add_argument("--data_dir", type=Path, required=True, help="where the dataset goes")
     parser.add_argument("--splits", default="", help="names separated by commas; default: all that have images")

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,8 @@ class InstancesBuilder(tfds.core.GeneratorBasedBuilder):
 
 def check_output(data_dir: Path, overwrite: bool) -> None:
     """Raises InputError unless a dataset may be written to `data_dir`; cheap, to be called before any work."""
+    if data_dir.is_symlink() or os.path.ismount(data_dir):
+        raise InputError(f"{data_dir}: expected a folder that can be replaced, found a link or a mount point")
     if data_dir.exists() and not data_dir.is_dir():
         raise InputError(f"{data_dir}: expected a folder for the dataset, found a file")
     if data_dir.exists() and any(data_dir.iterdir()):
@@ -173,7 +175,7 @@ def write_dataset(
     """
     data_dir = Path(data_dir)
     check_output(data_dir, overwrite)
-    partial = data_dir.absolute().with_name(data_dir.absolute().name + ".partial")
+    partial, old = (data_dir.absolute().with_name(f"{data_dir.absolute().name}.{kind}") for kind in ("partial", "old"))
     phrases: dict[str, int] = {}
     facts: dict[str, dict] = {}
     try:
@@ -203,12 +205,18 @@ def write_dataset(
         if finish is not None:
             finish(partial, list(phrases))
         (partial / "dataset.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(data_dir, ignore_errors=True)
-        os.replace(partial, data_dir)
+        if data_dir.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            data_dir.rename(old)
+        partial.rename(data_dir)
     except OSError as error:
         raise InputError(f"{data_dir}: the dataset cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if data_dir.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            old.rename(data_dir)
     return meta
 
 
@@ -264,16 +272,27 @@ class InstanceDataset:
         self.fingerprint: str = meta["splits"][self.split]["fingerprint"]
         self._length: int = meta["splits"][self.split]["images"]
         self._source = None
+        try:
+            there = len(self._open())
+            self._open()[0]  # files are opened when they are read
+        except Exception as error:  # of tfds, of array_record, or the system's
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            raise InputError(f"{self.data_dir / InstancesBuilder.name}: damaged or incomplete: {reason}") from error
+        if there != self._length:
+            raise InputError(f"{data_dir}: split {self.split}: expected {self._length} images, found {there}")
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Record:
+    def _open(self) -> Sequence[Any]:
         if self._source is None:
             folder = self.data_dir / InstancesBuilder.name / _VERSION
             builder = tfds.builder_from_directory(str(folder))
             self._source = builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
-        row = self._source[int(index)]
+        return self._source
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._open()[int(index)]
         columns = row["instances"]
         instances = tuple(
             Instance(
@@ -320,6 +339,13 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: expected a dataset made by python -m instdiff_jax.data.coco ({type(error).__name__})"
         ) from error
-    if meta.get("format") != FORMAT:
-        raise InputError(f"{path}: format: expected {FORMAT}, got {meta.get('format')!r}; build the dataset again")
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{path}: format: expected {FORMAT}, got {found!r}; build the dataset again")
+    splits = meta.get("splits")
+    if not isinstance(splits, dict) or not all(
+        isinstance(facts, dict) and type(facts.get("images")) is int and isinstance(facts.get("fingerprint"), str)
+        for facts in splits.values()
+    ):
+        raise InputError(f"{path}: splits: expected images and fingerprint of every split; build the dataset again")
     return meta

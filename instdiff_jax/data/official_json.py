@@ -8,7 +8,6 @@ A .txt file lists such files, one a line, as the official --train_file does. The
 the dataset, see `phrases`.
 """
 
-import argparse
 import base64
 import binascii
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from instdiff_jax.data.dataset import Instance, Record, caption_phrase, check_ou
 from instdiff_jax.data.phrases import ImportedEmbeddings
 from instdiff_jax.data.report import Report
 from instdiff_jax.data.transforms import load_image
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
@@ -115,6 +114,11 @@ def _read_instance(
         raise InputError(f"{where}.category_name: expected a string, got {category!r}")
     plain = decode_embedding(anno.get("text_embedding_before"), f"{where}.text_embedding_before")
     own = decode_embedding(anno.get("blip_clip_embeddings"), f"{where}.blip_clip_embeddings")
+    for name, row in (("text_embedding_before", plain), ("blip_clip_embeddings", own)):
+        if row is not None:
+            embeddings.check(row, f"{where}.{name}")
+    if plain is not None and own is not None and plain.shape != own.shape:
+        raise InputError(f"{where}.blip_clip_embeddings: expected {len(plain)} numbers, got {len(own)}")
     # Without its embedding an instance's caption was never trained on (small instances there repeat the category).
     text = anno.get("caption")
     caption = " ".join(text.split()) if own is not None and isinstance(text, str) else ""
@@ -148,7 +152,7 @@ def read_records(files: Sequence[Path], report: Report, split: str, embeddings: 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see the top of this file."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m instdiff_jax.data.official_json", description="official training JSON to a training dataset"
     )
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="folders, .json files or .txt lists")

@@ -148,6 +148,12 @@ class ImportedEmbeddings:
     def __init__(self):
         self._rows: dict[str, Float[np.ndarray, " width"]] = {}
 
+    def check(self, row: Float[np.ndarray, " width"], where: str) -> None:
+        """Raises InputError for an embedding of another width than the first."""
+        width = next((len(first) for first in self._rows.values()), len(row))
+        if len(row) != width:
+            raise InputError(f"{where}: expected {width} numbers, as in the embeddings before, got {len(row)}")
+
     def add(self, phrase: str, row: Float[np.ndarray, " width"]) -> bool:
         """Adds a phrase's embedding; False where the phrase came before with another one (half precision apart)."""
         first = self._rows.setdefault(phrase, row)

@@ -2,7 +2,7 @@
 
     python -m instdiff_jax.data.shapes --output shapes --split train --count 20000 --seed 0 --size 128
     python -m instdiff_jax.data.shapes --output shapes --split val --count 1000 --seed 1 --size 128
-    python -m instdiff_jax.data.coco --coco_dir shapes --data_dir data/shapes \
+    python -m instdiff_jax.data.coco --coco_dir shapes --data_dir datasets/shapes \
         --instance_captions shapes/annotations/instance_captions.json
 
 A folder holds
@@ -18,7 +18,6 @@ A split is written beside its place and moved there when complete. Captions say 
 should not flip the images (`flip=0`).
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -43,7 +42,7 @@ from instdiff_jax.data.shape_scenes import (
     check_scene,
     render_scene,
 )
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.geometry import encode_mask
 
 __all__ = [
@@ -221,7 +220,7 @@ def _write_json(path: Path, data: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m instdiff_jax.data.shapes", description="Scenes of shapes as COCO")
+    parser = ArgumentParser(prog="python -m instdiff_jax.data.shapes", description="Scenes of shapes as COCO")
     parser.add_argument("--output", type=Path, required=True, help="the COCO folder")
     parser.add_argument("--split", default="train", help="name of the split")
     parser.add_argument("--count", type=int, required=True, help="number of scenes")

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from instdiff_jax.data.dataset import InstanceDataset, read_meta
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # What ends a word, as CLIP writes it.
@@ -115,7 +115,7 @@ def dataset_texts(data_dir: str | Path, records: int = 5000) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see the top of this file."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m instdiff_jax.data.tokenizer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -140,12 +140,12 @@ def inspect(
     if detector is not None:
         kinds = sorted({kind for picture in pictures for target in picture.scene.asked for kind in target.attributes})
         everything = [found for picture in pictures for found in picture.found]
-        if kinds and everything and not any(found.attributes for found in everything):
-            if clip is not None:
-                pictures = _name_attributes(pictures, clip, kinds, folder)
-            else:
-                kinds = []
-                notes.append("The detector names no attributes; --clip would.")
+        unknown = _unnamed(pictures, kinds) if everything else []
+        if unknown and clip is not None:
+            pictures = _name_attributes(pictures, clip, unknown, folder)
+        elif unknown:
+            kinds = [kind for kind in kinds if kind not in unknown]
+            notes.append(f"The detector names no {' and no '.join(unknown)} that the split asks for; --clip would.")
         names = sorted({found.category for found in everything})
         if names and not set(names) & set(split.categories.values()):
             notes.append(
@@ -227,6 +227,18 @@ def _clip_scores(clip: TextImageModel, scene: Scene, image: np.ndarray) -> tuple
     return float(cosines[0]), tuple(float(value) for value in cosines[1:])
 
 
+def _unnamed(pictures: Sequence[Picture], kinds: Sequence[str]) -> list[str]:
+    """The kinds that the detector does not name, or in other words than the split's: several, and none that it asks."""
+    asked: dict[str, set[str]] = {kind: set() for kind in kinds}
+    named: dict[str, set[str]] = {kind: set() for kind in kinds}
+    for picture in pictures:
+        for sets, items in ((asked, picture.scene.asked), (named, picture.found)):
+            for kind, value in (pair for item in items for pair in item.attributes.items()):
+                if kind in sets:
+                    sets[kind].add(value)
+    return [kind for kind in kinds if len(named[kind]) != 1 and not asked[kind] & named[kind]]
+
+
 def _name_attributes(
     pictures: Sequence[Picture], clip: TextImageModel, kinds: Sequence[str], folder: Path
 ) -> list[Picture]:
@@ -247,7 +259,7 @@ def _name_attributes(
                 x, y, w, h = item.match.box
                 vector = clip.embed_images([crop_box(image, (x, y, x + w, y + h))])[0]
                 seen = {k: values[k][int(np.argmax(texts[k, item.match.category] @ vector))] for k in kinds}
-                item = item._replace(match=item.match._replace(attributes=seen))
+                item = item._replace(match=item.match._replace(attributes={**item.match.attributes, **seen}))
             measures.append(item)
         named.append(dataclasses.replace(picture, measures=measures))
     return named

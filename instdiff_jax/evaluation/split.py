@@ -270,7 +270,7 @@ def _filled(corners: Float[np.ndarray, "4"], size: int) -> Bool[np.ndarray, "siz
 
 def _box(box: Any, where: str) -> list[float]:
     is_box = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)
-    if not is_box:
+    if not is_box or min(box[2:]) < 0:
         raise InputError(f"{where}: expected [x, y, width, height] in pixels, got {short(box)}")
     return box
 

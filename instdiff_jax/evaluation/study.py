@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.evaluation.study_rows import COST, FEWER, NAMES, SECTIONS, Sizes, Task, make_tasks, row_keys
 
 # Of a row that is done, in the terminal.
@@ -24,7 +24,7 @@ _PRINTED = ("box_AP50", "mask_IoU", "colour_accuracy", "FID")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m instdiff_jax.evaluation.study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,6 +14,7 @@ import numpy as np
 from instdiff_jax.chips import processor_name
 from instdiff_jax.data.shape_scenes import render_scene
 from instdiff_jax.data.shapes import write_coco
+from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.fid import Gaussian, fit_gaussian
 from instdiff_jax.evaluation.files import claim_folder, write_file
 from instdiff_jax.evaluation.generate import copy_real, generate, read_settings, sampling_settings
@@ -75,13 +76,15 @@ class Study:
         """The pipeline, with or without ScaleU."""
         if True not in self._pipelines:
             self._pipelines[True] = Pipeline.from_checkpoint(self.checkpoint, self.dtype, max_rows=self.max_rows)
+            if checkpoint_fingerprint(self.checkpoint) != self.fingerprint:
+                raise InputError(f"--checkpoint: {self.checkpoint}: has changed since the study began")
             self._pipelines[False] = self._pipelines[True].without_scaleu()
         return self._pipelines[scaleu]
 
     def split(self, scenes: str, count: int) -> Split:
         """The first scenes of a set, rendered if they are not there yet."""
         if (scenes, count) not in self._splits:
-            folder, kind = self.workdir / "scenes" / f"{scenes}_{count}", SCENES[scenes]
+            folder, kind = self.workdir / "scenes" / f"{scenes}_{count}_{self.size}", SCENES[scenes]
             write_coco(folder, "held_out", count, kind.seed, self.size, kind.settings)
             self._splits[scenes, count] = read_split(folder, "held_out")
         return self._splits[scenes, count]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from instdiff_jax.data.shape_drawing import COLOURS, TEXTURES
 from instdiff_jax.data.shape_scenes import SHAPES, WORLDS, Scene, SceneSettings, render_scene
-from instdiff_jax.errors import InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.evaluation.segmenter import PixelMaps, SegmentationNetwork, Segmenter, SegmenterConfig, init_params
 
 TRAIN_SEED = 9
@@ -141,7 +141,7 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see the top of this file."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m instdiff_jax.evaluation.train_segmenter",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

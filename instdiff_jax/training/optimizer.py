@@ -71,7 +71,7 @@ def apply_gradients(
     """
     count = (state.updates + 1).astype(jnp.float32)
     # 1 − βᵗ by expm1: the plain difference loses half of float32's digits at the first steps.
-    bias1, bias2 = (-jnp.expm1(count * math.log(beta)) for beta in (settings.beta1, settings.beta2))
+    bias1, bias2 = (-jnp.expm1(count * math.log(beta)) if beta else 1.0 for beta in (settings.beta1, settings.beta2))
     scale = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6)) if settings.clip_norm else 1.0
 
     def update(p, g, mu, nu, ema):

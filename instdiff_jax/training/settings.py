@@ -1,6 +1,7 @@
 """The settings of a training run, read strictly from a config's groups `train` and `data`."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -64,7 +65,8 @@ class TrainSettings(Settings):
             noise its share and lets a small model learn layouts much sooner.
         kl_weight: weight of the KL term in the autoencoder's loss.
         max_skips: updates in a row skipped for a loss or gradient that is not finite, before the run stops.
-        *_every: in steps; 0 switches it off. `keep_every` keeps the checkpoints of steps divisible by it for ever.
+        *_every: in steps; 0 switches it off, but for `log_every` and `save_every`. `keep_every` keeps the checkpoints
+            of steps divisible by it for ever.
         validation_batches: batches of fixed noise and timesteps in one validation.
         sample_layouts: folder of layouts for the sample grids; their pictures are of the averaged parameters.
         sample_count: layouts in a sample grid.
@@ -117,6 +119,8 @@ class TrainSettings(Settings):
         for name in ("steps", "batch_size", "accumulate", "max_skips", "save_every", "keep_newest", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{where}.{name}: expected a whole number of at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"{where}.seed: expected a whole number from 0 to 2^32 - 1, got {self.seed}")
         if self.validate_every and self.validation_batches < 1:
             raise InputError(f"{where}.validation_batches: expected at least 1, got {self.validation_batches}")
         for name in ("keep_every", "validate_every", "sample_every"):
@@ -131,6 +135,12 @@ class TrainSettings(Settings):
         if self.loss_weight_limit < 0:
             raise InputError(f"{where}.loss_weight_limit: expected 0 or a positive number")
         optimizer = self.optimizer
+        for name in ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(optimizer, name) < math.inf:
+                raise InputError(f"{where}.optimizer.{name}: expected 0 or a positive number")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(optimizer, name) < 1:
+                raise InputError(f"{where}.optimizer.{name}: expected a number from 0 to below 1")
         if not 0 <= optimizer.ema_decay < 1:
             raise InputError(f"{where}.optimizer.ema_decay: expected a number from 0 to below 1")
         if optimizer.schedule == "cosine" and self.steps <= optimizer.warmup_steps:
