@@ -106,7 +106,8 @@ def find_layouts(args: argparse.Namespace) -> Layouts:
         files = []
         for path in args.layout:
             if path.is_dir():
-                found = sorted(set(path.glob("*.json")) - set(find_records(path)))
+                records = [file for file in find_records(path) if b'"fingerprint"' in file.read_bytes()]
+                found = sorted(set(path.glob("*.json")) - set(records))
                 if not found:
                     raise InputError(f"--layout: {path}: no .json file in this folder")
                 files += found
