@@ -9,7 +9,7 @@ from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.segmenter import PixelMaps, Segmenter, SegmenterConfig, find_instances, init_params
 from instdiff_jax.evaluation.train_segmenter import augment, main, render, scene_targets, train
 
-SMALL = SegmenterConfig(channels=(8, 8, 16))
+SMALL = SegmenterConfig(channels=(8, 8, 8, 16))
 
 
 def perfect(scene):
@@ -81,7 +81,7 @@ def test_bad_folders_are_one_line(tmp_path):
     (folder / "params.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="params.npz"):
         Segmenter.from_folder(folder)
-    other = SegmenterConfig(channels=(8, 16, 16))
+    other = SegmenterConfig(channels=(8, 8, 16, 16))
     Segmenter(other, init_params(SMALL, jax.random.key(0))).save(folder, {})
     with pytest.raises(InputError, match="expected shape"):
         Segmenter.from_folder(folder)
