@@ -74,7 +74,7 @@ def run_lengths(area: np.ndarray) -> list[int]:
 
 def make_tiny_segmenter(directory: Path) -> Path:
     """Writes the folder of a segmentation network that was never trained, with deterministic weights."""
-    config = SegmenterConfig(channels=(8, 8, 16))
+    config = SegmenterConfig(channels=(8, 8, 8, 16))
     rng = np.random.default_rng(0)
     shapes = flatten(init_shapes(config))
     leaves = {key: rng.standard_normal(leaf.shape) / max(leaf.size, 1) ** 0.25 for key, leaf in shapes.items()}
