@@ -165,7 +165,7 @@ def open_output(folder: Path, names: Iterable[str]) -> Iterator[None]:
                 raise InputError(f"--output: {path}: expected a folder to write to, found a file")
         yield
     except OSError as error:
-        raise InputError(f"--output: {folder}: cannot be written: {error}") from error
+        raise InputError(f"--output: {error.filename or folder}: {error.strerror or error}") from error
     finally:
         if not there:
             with contextlib.suppress(OSError):  # pictures are there

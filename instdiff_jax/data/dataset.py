@@ -275,6 +275,7 @@ class InstanceDataset:
         try:
             there = len(self._open())
             self._open()[0]  # files are opened when they are read
+            self._source = None  # each process that reads opens its own
         except Exception as error:  # of tfds, of array_record, or the system's
             reason = (str(error).strip().splitlines() or [""])[-1]
             raise InputError(f"{self.data_dir / InstancesBuilder.name}: damaged or incomplete: {reason}") from error
