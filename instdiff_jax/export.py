@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             step = export(args.workdir, args.output, args.step, args.overwrite, args.dtype)
         except OSError as error:
-            raise InputError(f"{args.output}: cannot be written: {error}") from error
+            raise InputError(f"{error.filename or args.output}: {error.strerror or error}") from error
         print(f"wrote {args.output}: the averaged parameters of step {step}")
 
 

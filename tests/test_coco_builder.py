@@ -212,6 +212,16 @@ def test_a_damaged_dataset_is_named(data_dir, tmp_path, change, message):
         InstanceDataset(damaged, "train")
 
 
+def test_a_users_folder_beside_it_stays(tmp_path):
+    make_coco(tmp_path / "a", train=3, val=2, broken=False)
+    (tmp_path / "data.old").mkdir()
+    (tmp_path / "data.old" / "kept.txt").write_text("a user's")
+    build(tmp_path / "a", tmp_path / "data")
+    build(tmp_path / "a", tmp_path / "data", "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "data", "data.old"]
+    assert (tmp_path / "data.old" / "kept.txt").exists()
+
+
 def test_overwrite(tmp_path):
     make_coco(tmp_path / "a", train=3, val=2, broken=False)
     make_coco(tmp_path / "b", train=5, val=2, broken=False)

@@ -175,7 +175,8 @@ def write_dataset(
     """
     data_dir = Path(data_dir)
     check_output(data_dir, overwrite)
-    partial, old = (data_dir.absolute().with_name(f"{data_dir.absolute().name}.{kind}") for kind in ("partial", "old"))
+    partial = data_dir.absolute().with_name(data_dir.absolute().name + ".partial")
+    old = partial.with_name(f".{partial.stem}.{os.getpid()}.old")  # of a name that no user's folder has
     phrases: dict[str, int] = {}
     facts: dict[str, dict] = {}
     try:
@@ -206,7 +207,6 @@ def write_dataset(
             finish(partial, list(phrases))
         (partial / "dataset.json").write_text(json.dumps(meta, indent=1))
         if data_dir.exists():
-            shutil.rmtree(old, ignore_errors=True)
             data_dir.rename(old)
         partial.rename(data_dir)
     except OSError as error:
