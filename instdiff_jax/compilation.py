@@ -12,8 +12,8 @@ import jax
 import jaxlib
 
 _EMITTERS_FLAG = "xla_cpu_use_fusion_emitters"
-# XLA ends the process at a flag it does not know: this one was seen in 0.10.2, 0.11.2 and 0.12.0.
-_FIRST_UNTRIED = (0, 13)
+# XLA ends the process at a flag it does not know: jaxlib 0.10.2 knows this one, 0.11.2 does not.
+_FIRST_WITHOUT = (0, 11)
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
@@ -42,7 +42,7 @@ def spare_compiler_memory() -> None:
     if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
         _set_heaps(max(1, (os.cpu_count() or 1) // 2))
     flags = os.environ.get("XLA_FLAGS", "")
-    if _EMITTERS_FLAG not in flags and jaxlib.version.__version_info__ < _FIRST_UNTRIED:
+    if _EMITTERS_FLAG not in flags and jaxlib.version.__version_info__ < _FIRST_WITHOUT:
         os.environ["XLA_FLAGS"] = f"{flags} --{_EMITTERS_FLAG}=false".strip()
 
 

@@ -62,6 +62,7 @@ def test_another_c_library_is_no_error(monkeypatch):
 )
 def test_flags_of_the_user_stay(monkeypatch, before):
     monkeypatch.setenv("XLA_FLAGS", before)
+    monkeypatch.setattr(compilation, "_FIRST_WITHOUT", (1000,))
     compilation.spare_compiler_memory()
     compilation.spare_compiler_memory()
     added = [] if "emitters" in before else ["--xla_cpu_use_fusion_emitters=false"]
@@ -112,7 +113,7 @@ libc.malloc_info(0, out); libc.fflush(out)
 
 def test_no_flag_for_an_unknown_xla(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(compilation, "_FIRST_UNTRIED", (0, 1))
+    monkeypatch.setattr(compilation, "_FIRST_WITHOUT", (0, 1))
     compilation.spare_compiler_memory()
     assert os.environ["XLA_FLAGS"] == ""
 
