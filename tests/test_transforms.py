@@ -251,6 +251,31 @@ def test_points_on_masks(flip):
         DataConfig.from_dict({"point": "middle"}, "data")
 
 
+def test_formats_that_nothing_sees_are_not_made():
+    mask = np.zeros((60, 90), bool)
+    mask[5:55, 20:70] = True
+    instances = (Instance((20, 5, 50, 50), "box", encode_mask(mask)["counts"].encode()),)
+    record = Record(ellipse_record(90, 60, []).image, 90, 60, 0, "box", (), instances)
+    crop = Crop(90, 60, 64)
+    chosen = select_instances(record, crop, DataConfig())
+    whole = locate(chosen, record, crop, 64, np.random.default_rng(0))
+    for hidden, array in (("scribble", "scribbles"), ("mask_points", "mask_points")):
+        kept = dict.fromkeys(FORMATS, True) | {hidden: False}
+        arrays = locate(chosen, record, crop, 64, np.random.default_rng(0), kept=kept)
+        assert whole[array].any() and not arrays[array].any()
+        for other in {"boxes", "points", "scribbles", "maps", "valid"} - {array}:
+            assert arrays[other].any(), (hidden, other)
+        assert not apply_formats(arrays, kept)[f"has_{hidden.removesuffix('_points')}"].any()
+
+
+def test_scribbles_alone():
+    config, rng = DataConfig(only_scribble=0.25), np.random.default_rng(0)
+    draws = [draw_formats(config, rng) for _ in range(4000)]
+    alone = np.mean([draw["scribble"] and not any(draw[f] for f in FORMATS if f != "scribble") for draw in draws])
+    assert 0.23 < alone < 0.27  # by the other rates one in a hundred and less
+    assert config.without_chance().only_scribble == 0
+
+
 def test_settings_out_of_range():
     with pytest.raises(InputError, match="data.flip: expected a number from 0 to 1, got 1.5"):
         DataConfig(flip=1.5).validate()

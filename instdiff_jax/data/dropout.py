@@ -15,12 +15,13 @@ def draw_formats(config: DataConfig, rng: np.random.Generator) -> dict[str, bool
 
     Box, point, scribble and mask (its points and its map) are dropped independently. Then a kept mask keeps box and
     point, and a kept box keeps the point. With probability `only_point` only the point stays; then, if the map
-    survived, with probability `only_mask` all but the scribble stay. Were nothing left, the box is kept.
+    survived, with probability `only_mask` all but the scribble stay. Were nothing left, the box is kept. At the end,
+    with probability `only_scribble` (the released code has none), the scribble alone stays.
 
     Returns:
         For each of FORMATS whether it is kept.
     """
-    draws = rng.random(6)
+    draws = rng.random(7)
     box = draws[0] >= config.drop_box
     point = draws[1] >= config.drop_point
     scribble = draws[2] >= config.drop_scribble
@@ -35,6 +36,8 @@ def draw_formats(config: DataConfig, rng: np.random.Generator) -> dict[str, bool
         box, point, scribble = True, True, False
     if not (box or point or scribble or mask):
         box = True
+    if draws[6] < config.only_scribble:
+        box, point, scribble, mask = False, False, True, False
     return dict(zip(FORMATS, map(bool, (box, point, scribble, mask, mask)), strict=True))
 
 

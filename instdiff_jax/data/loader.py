@@ -112,7 +112,7 @@ class BatchReader:
         if null:
             # No instance: zeros everywhere, and every feature is its null vector.
             chosen, phrases = [], np.full_like(phrases, -1)
-        arrays = apply_formats(locate(chosen, record, crop, config.map_size, rng, config.point), kept)
+        arrays = apply_formats(locate(chosen, record, crop, config.map_size, rng, config.point, kept), kept)
         arrays["phrase_embeddings"] = self.phrases.lookup(phrases)
         result = {"caption_ids": np.asarray(self.tokenize([caption])[0], np.int32)}
         if self.masked is not None:

@@ -7,7 +7,7 @@ mask points and maps (paper section 3, "training details"). Where that code resc
 import dataclasses
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -23,6 +23,8 @@ from instdiff_jax.geometry import box_from_mask, decode_mask, mask_points, sampl
 NUM_SLOTS = 30
 # Of each format: how many numbers a slot holds.
 COORDINATES = {"boxes": 4, "points": 2, "scribbles": 40, "mask_points": 512}
+# What is sampled from a mask: the array, the format that shows it, and how.
+_MASK_SAMPLES = (("scribbles", "scribble", sample_scribble), ("mask_points", "mask_points", mask_points))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class DataConfig(Settings):
     drop_mask: float = 0.1
     only_point: float = 0.1
     only_mask: float = 0.1
+    only_scribble: float = 0.0
     null_grounding: float = 0.1
     dropout_per: Literal["sample", "batch"] = "sample"
     point: Literal["center", "mask"] = "center"
@@ -70,7 +73,7 @@ class DataConfig(Settings):
     def without_chance(self) -> "DataConfig":
         """The same data for validation: nothing is dropped or flipped; captions and scribbles are still drawn."""
         never = dict(flip=0.0, keep_caption=1.0, instance_caption=0.0, null_grounding=0.0)
-        formats = ("drop_box", "drop_point", "drop_scribble", "drop_mask", "only_point", "only_mask")
+        formats = ("drop_box", "drop_point", "drop_scribble", "drop_mask", "only_point", "only_mask", "only_scribble")
         return dataclasses.replace(self, **never, **dict.fromkeys(formats, 0.0))
 
 
@@ -207,6 +210,7 @@ def locate(
     map_size: int,
     rng: np.random.Generator,
     point: Literal["center", "mask"] = "center",
+    kept: Mapping[str, bool] | None = None,
 ) -> dict[str, np.ndarray]:
     """Every format of up to 30 instances, in fractions of the canvas.
 
@@ -217,6 +221,8 @@ def locate(
         map_size: side of the maps in pixels.
         rng: draws the scribbles, mask points of masks under 128 pixels, and points on masks.
         point: where an instance's point lies, see DataConfig; without a mask on the canvas it is the box's center.
+        kept: see `dropout.draw_formats`: scribbles and mask points that nothing will see are left out, zeros. All of
+            them by default.
 
     Returns:
         boxes [30, 4], points [30, 2] (see DataConfig), scribbles [30, 40], mask_points [30, 512] and valid [30],
@@ -238,8 +244,10 @@ def locate(
         where = f"{record.file_name}: annotation {instance.annotation_id}"
         rle = {"size": [record.height, record.width], "counts": instance.mask}
         mask = decode_mask(rle, record.height, record.width, where)
-        for name, points in (("scribbles", sample_scribble(mask, rng)), ("mask_points", mask_points(mask, rng))):
-            arrays[name][slot] = np.float32(crop.points(points)).reshape(-1) / np.float32(crop.size)
+        for name, format_name, sample in _MASK_SAMPLES:
+            if kept is None or kept[format_name]:
+                points = sample(mask, rng)
+                arrays[name][slot] = np.float32(crop.points(points)).reshape(-1) / np.float32(crop.size)
         _paint(arrays["maps"], mask, rows, columns, slot)
         if point == "mask":
             pixels = np.argwhere(arrays["maps"] >> np.uint32(slot) & 1)
