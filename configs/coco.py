@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
                 drop_mask=0.1,
                 only_point=0.1,
                 only_mask=0.1,
+                only_scribble=0.0,
                 null_grounding=0.1,
                 dropout_per="sample",
                 point="center",

@@ -157,6 +157,7 @@ def get_config(stage: str = "adapters") -> ConfigDict:
             drop_mask=0.6,
             only_point=0.1,
             only_mask=0.2,
+            only_scribble=0.0,
             null_grounding=0.1,
             dropout_per="sample",
             # A user's point lies on the thing; the center of a ring's box, as released, does not.
