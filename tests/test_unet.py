@@ -181,10 +181,15 @@ def test_convolutions_on_cpus_are_the_same_sum(shape):
 def test_the_flash_kernel_is_for_gpus_that_have_it(monkeypatch, capability, kernel):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
-    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.bfloat16)) == kernel
-    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.float32)) == "chunked"
-    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 160), jnp.bfloat16)) == "chunked"
-    assert attention_module._pick_kernel(jnp.zeros((1, 5, 2, 64), jnp.bfloat16)) == "chunked"
+    q = jnp.zeros((1, 4, 2, 64), jnp.bfloat16)
+    # 64 keys more than a multiple of 128 have no finite gradient on Hopper; 63 and 191 would get one more.
+    for keys, wanted in {77: kernel, 128: kernel, 440: kernel, 4280: kernel}.items():
+        assert attention_module._pick_kernel(q, keys) == wanted
+    for keys in (63, 64, 191, 192, 1088):
+        assert attention_module._pick_kernel(q, keys) == "chunked"
+    assert attention_module._pick_kernel(q.astype(jnp.float32), 77) == "chunked"
+    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 160), jnp.bfloat16), 77) == "chunked"
+    assert attention_module._pick_kernel(jnp.zeros((1, 5, 2, 64), jnp.bfloat16), 77) == "chunked"
 
 
 @pytest.mark.parametrize("keys, masked", [(77, False), (78, False), (77, True)])

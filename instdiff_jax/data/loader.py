@@ -217,7 +217,7 @@ class DevicePrefetch:
         """Starts a thread that takes batches and calls `put` on each, `depth` of them ahead."""
         self.wait_seconds = 0.0
         self._queue: queue.Queue = queue.Queue(depth)
-        self._stop = threading.Event()
+        self._batches, self._stop = batches, threading.Event()
         self._thread = threading.Thread(target=self._run, args=(batches, put), daemon=True)
         self._thread.start()
 
@@ -252,6 +252,9 @@ class DevicePrefetch:
         return value
 
     def close(self) -> None:
-        """Stops the thread; to be called before the program ends."""
+        """Stops the thread and the loader's worker processes; to be called before the program ends."""
         self._stop.set()
         self._thread.join(timeout=10)
+        # Else what its workers have made ahead stays in shared memory until the system finds it.
+        if not self._thread.is_alive() and hasattr(self._batches, "close"):
+            self._batches.close()
