@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="a checkpoint folder, or a training workdir")
-    add("--layout", type=Path, nargs="+", default=[DEFAULT_LAYOUTS], help="layout files, or folders of them")
+    add("--layout", type=Path, nargs="+", help="layout files, or folders of them; default: examples/shapes")
     add("--coco", type=Path, help="a COCO annotation file, instead of --layout; with --image_id")
     add("--image_id", type=int, nargs="+", help="which images of --coco")
     add("--captions", type=Path, help="COCO captions for --coco")
@@ -95,6 +95,8 @@ def find_layouts(args: argparse.Namespace) -> Layouts:
 
     too_many = "largest" if args.keep_largest else "error"
     if args.coco is not None:
+        if args.layout is not None:
+            raise InputError("--layout: expected none beside --coco")
         if not args.image_id:
             raise InputError("--image_id: expected the ids of images of --coco")
         found = [Layout.from_coco(args.coco, number, args.captions, too_many) for number in args.image_id]
@@ -104,7 +106,7 @@ def find_layouts(args: argparse.Namespace) -> Layouts:
             if getattr(args, name) is not None:
                 raise InputError(f"--{name}: only means something with --coco")
         files = []
-        for path in args.layout:
+        for path in args.layout or [DEFAULT_LAYOUTS]:
             if path.is_dir():
                 records = [file for file in find_records(path) if b'"fingerprint"' in file.read_bytes()]
                 found = sorted(set(path.glob("*.json")) - set(records))

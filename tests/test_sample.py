@@ -212,8 +212,7 @@ WRONG = [
     (("--layout", "broken.json"), "broken.json: not valid JSON"),
     (("--layout", "empty"), "no .json file in this folder"),
     (("--layout", "scenes", "others"), "two layouts would write to"),
-    (("--layout", "scenes", "--coco", "coco.json"), "--image_id: expected"),
-    (("--coco", "coco.json", "--image_id", "5"), "5"),
+    (("--layout", "scenes", "--coco", "coco.json"), "--layout: expected none beside --coco"),
     (("--num_images", "0"), "--num_images: expected a whole number"),
     (("--shard", "2/2"), "--shard: expected i/n with i from 0 to n - 1"),
     (("--shard", "one"), "--shard: expected i/n"),
@@ -256,6 +255,13 @@ def test_wrong_input_ends_in_one_line(folder, monkeypatch, flags, message):
     with pytest.raises(sample.InputError) as error:
         sample.main(sample.parse_args([*GOOD, *flags]))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("flags", "message"), [((), "--image_id: expected"), (("--image_id", "5"), "5")])
+def test_wrong_images_of_coco(folder, monkeypatch, flags, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(sample.InputError, match=message):
+        sample.main(sample.parse_args(["--checkpoint", "checkpoint", "--output", "out", "--coco", "coco.json", *flags]))
 
 
 def test_an_error_leaves_no_empty_folder_behind(folder, monkeypatch):

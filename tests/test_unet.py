@@ -70,6 +70,24 @@ def test_chunked_attention_equals_plain(monkeypatch, masked, d):
     assert common.relative_error(jax.grad(loss("chunked"))(q), jax.grad(loss("plain"))(q)) < 1e-4
 
 
+@pytest.mark.parametrize("keys", [64, 77, 192, 440])
+def test_gradients_are_finite_where_nothing_suits_a_query(keys):
+    """The kernel that this machine picks, with logits near -100, as a trained model's caption tokens have them."""
+    rng, width = np.random.default_rng(0), 32
+    q, k, v, weights = (
+        jnp.asarray(rng.standard_normal((2, n, 2, width)) / 10, jnp.bfloat16) for n in (64, keys, keys, 64)
+    )
+    q, k = q.at[..., 0].set(1), k.at[..., 0].set(-100 * width**0.5)
+
+    def total(kernel):
+        return lambda q, k, v: (attention(q, k, v, kernel=kernel) * weights).astype(jnp.float32).sum()
+
+    ours, plain = (jax.grad(total(kernel), argnums=(0, 1, 2))(q, k, v) for kernel in ("auto", "plain"))
+    for a, b in zip(ours, plain, strict=True):
+        assert np.isfinite(np.asarray(a, np.float32)).all()
+        assert common.relative_error(a.astype(jnp.float32), b.astype(jnp.float32)) < 0.05
+
+
 def test_bfloat16_stays_close_to_float32():
     data = common.parity("unet_small")
     config = common.model_config("small").unet
