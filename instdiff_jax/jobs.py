@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.diffusion.multi_instance import ImageRows, Mark, Piece, count_evaluations, plan_pieces
 from instdiff_jax.diffusion.solvers import SolverTable
+from instdiff_jax.entries import alone
 from instdiff_jax.grounding import Format
 from instdiff_jax.layout import Layout
 from instdiff_jax.starts import Start
@@ -63,9 +64,18 @@ class Job:
         """The runs of the denoising loop."""
         return plan(self.settings, self.table)
 
+    @property
+    def masked(self) -> bool:
+        """Whether instances are kept apart inside the fusers."""
+        return self.settings.masked_attention != "none"
+
+    def alone(self, layout: Layout) -> list[int]:
+        """Which instances are denoised alone in the first steps."""
+        return alone(layout, self.format, self.drop, self.settings.merge) if self.mis_steps else []
+
     def evaluations(self, pictures: Sequence[Picture]) -> int:
         """UNet evaluations of single latents that pictures take."""
-        images = [ImageRows(0, 0, (0,) * len(picture.layout.instances)) for picture in pictures]
+        images = [ImageRows(0, 0, (0,) * len(self.alone(picture.layout))) for picture in pictures]
         return count_evaluations(self.pieces, images, self.settings.guidance_scale != 1)
 
 

@@ -27,6 +27,7 @@ from instdiff_jax.config import ModelConfig, SamplingConfig, with_preset
 from instdiff_jax.diffusion.multi_instance import ImageRows, Inpaint, Mark, sample_rows
 from instdiff_jax.diffusion.schedule import q_sample
 from instdiff_jax.diffusion.solvers import solver_table
+from instdiff_jax.diffusion.spread import device_of
 from instdiff_jax.entries import list_entries
 from instdiff_jax.errors import InputError
 from instdiff_jax.grounding import Format
@@ -49,6 +50,7 @@ _FULL_LATENTS, _MOST_ROWS = 64 * 64, 16
 # Bytes that a row of the full model takes in a 16-bit type at 512×512, and what lies beside rows and parameters: the
 # row and 7.22 GB less about 2.7 GB of parameters of docs/performance.md, "Memory", an upper bound. Not seen on a GPU.
 _ROW, _BESIDE = 0.36e9, 4.5e9
+_GROUNDING_TOKENS = 4 * 30 + 64
 # Pictures decoded at a time, a device, at 512×512 with the full model; their number follows the size as that of rows.
 _DECODED = {"cpu": 1, "gpu": 8, "tpu": 2}
 _FULL_PICTURE = 512 * 512 * 128
@@ -125,9 +127,9 @@ class Pipeline:
         self._devices, self._given_rows, self._default_rows = devices, max_rows, _MAX_ROWS.get(platform, 1)
         self._default_decoded = _DECODED.get(platform, 1)
         self._sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-        if mesh is not None:
-            params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        self._params = params
+        # Bound to its device in any case: see `spread.beside`.
+        place = device_of(params) or jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._params = jax.device_put(params, place)
         settings = dict(dtype=DTYPES[dtype])
         self._predict_noise = NoisePredictor(UNet(config.unet, **settings))
         self._unifusion = UniFusion(config.unifusion, config.unet.context_dim, **settings)
@@ -256,18 +258,23 @@ class Pipeline:
         width, height = (side // self.config.latent_stride for side in canvas)
         return height, width, self.config.autoencoder.z_channels
 
-    def _max_rows(self, canvas: tuple[int, int]) -> int:
+    def _max_rows(self, canvas: tuple[int, int], masked: bool = False) -> int:
         """Rows of one program on a canvas of this width and height in pixels, over all devices."""
         if self._given_rows is not None:
             return self._given_rows * self._devices
         latents = canvas[0] * canvas[1] // self.config.latent_stride**2
-        return min(_fitting(self._default_rows, _FULL_LATENTS / latents), self._fitting_rows(latents)) * self._devices
+        return (
+            min(_fitting(self._default_rows, _FULL_LATENTS / latents), self._fitting_rows(latents, masked))
+            * self._devices
+        )
 
-    def _fitting_rows(self, latents: int) -> int:
+    def _fitting_rows(self, latents: int, masked: bool) -> int:
         """Rows of so many latents that a GPU's memory holds beside parameters, at least one; elsewhere any number."""
-        size = latents / _FULL_LATENTS
-        width = self.config.unet.model_channels / 320 * jnp.dtype(DTYPES[self.dtype]).itemsize / 2
-        return self._in_memory(_BESIDE * size, _ROW * size * width)
+        size, itemsize = latents / _FULL_LATENTS, jnp.dtype(DTYPES[self.dtype]).itemsize
+        width = self.config.unet.model_channels / 320 * itemsize / 2
+        # cuDNN takes a mask as a bias of all pairs of tokens, here for the condition and the negative one.
+        bias = 2 * 2 * latents * (latents + _GROUNDING_TOKENS) * (masked and itemsize == 2)
+        return self._in_memory(_BESIDE * size, _ROW * size * width + bias)
 
     def _in_memory(self, beside: float, each: float) -> int:
         """How many things of `each` bytes a GPU holds beside parameters and `beside` bytes, at least one."""
@@ -306,8 +313,9 @@ class Pipeline:
         batch, rows, failure = [], 0, None
         try:
             for picture in self._pictures(job, layouts):
-                size = 1 + len(picture.layout.instances) * (job.mis_steps > 0)
-                if batch and (rows + size > self._max_rows(picture.canvas) or picture.canvas != batch[0].canvas):
+                size = 1 + len(job.alone(picture.layout))
+                most = self._max_rows(picture.canvas, job.masked)
+                if batch and (rows + size > most or picture.canvas != batch[0].canvas):
                     yield batch
                     batch, rows = [], 0
                 batch.append(picture)
@@ -352,7 +360,7 @@ class Pipeline:
                 reuse=job.settings.reuse,
                 merge=job.settings.merge,
                 inpaint=inpaint,
-                max_rows=self._max_rows(batch[0].canvas),
+                max_rows=self._max_rows(batch[0].canvas, job.masked),
                 sharding=self._sharding,
                 marks=marks,
             )
@@ -384,8 +392,8 @@ class Pipeline:
     ) -> tuple[dict, dict[int, ImageRows]]:
         """The unique conditions of some layouts, and each layout's rows."""
         settings, sharding, encoder = job.settings, self._sharding, self._text_encoder
-        options = dict(format=job.format, drop=job.drop, instances=job.mis_steps > 0)
-        listed = list_entries(layouts, settings.negative_prompt, self.config, **options)
+        options = dict(format=job.format, drop=job.drop)
+        listed = list_entries(layouts, settings.negative_prompt, self.config, **options, slots_alone=job.alone)
         ids = self._tokenizer.encode_prompts(listed.texts), self._tokenizer.encode_phrases(listed.phrases)
         (hidden, _), (_, pooled) = (
             programs.encode_text(encoder, self._params["text_encoder"], column, sharding) for column in ids

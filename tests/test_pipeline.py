@@ -162,6 +162,48 @@ def test_nothing_compiles_again(pipeline, monkeypatch):
     ):
         pipeline([other], seeds=[7], **settings)
     assert COMPILATIONS == []
+    # Nor does the UNet where a run is cut for a progress bar, or begins without MIS: with the same rows.
+    for settings in (dict(mis=0.0, alpha=0.8), dict(mis=0.6, alpha=0.8), dict(mis=0.5, alpha=0.8)):
+        list(pipeline.stream([other], seeds=[7], steps=14, **settings, progress=lambda done, total: None))
+    assert multi_instance.denoise._cache_size() == before + 3
+
+
+def test_only_what_is_pasted_is_denoised_alone(pipeline, recorded):
+    """With the crop merge, instances without a box change nothing: they are not denoised, and not counted."""
+    layout = make_layout(3, mask=True)
+    first, second, third = layout.instances
+    point = dataclasses.replace(second, box=None, mask=None, point=(10.0, 12.0))
+    mixed = dataclasses.replace(layout, instances=(first, point, third))
+    settings = dict(seeds=[0], steps=8, alpha=1.0, mis=0.5, sampler="ddim")
+
+    def draw(layout, **more):
+        calls = []
+        recorded.clear()
+        [result] = pipeline.stream([layout], **settings, **more, progress=lambda *counts: calls.append(counts))
+        assert calls[-1][0] == calls[-1][1]
+        return result.latents, calls[-1][1]
+
+    _, count = draw(mixed, merge="crop")
+    _, most = draw(mixed, merge="mean")
+    assert most == 2 * (4 * 4 + 4) and count == most - 2 * 4
+    assert draw(mixed, merge="crop", format="point")[1] == 2 * 8
+    # Without any format there is no instance; rows and their negative entries are still where they belong.
+    drop = ("box", "point", "scribble", "mask")
+    for masked in ("none", "correct"):
+        with_mis, count = draw(mixed, drop=drop, masked_attention=masked)
+        without = pipeline([mixed], **(settings | dict(mis=0.0)), drop=drop, masked_attention=masked)[0]
+        assert count == 2 * 8
+        np.testing.assert_array_equal(with_mis, without.latents)
+
+
+def test_memory_of_masked_attention_counts_on_a_gpu(pipeline, monkeypatch):
+    """cuDNN takes a mask as a bias of all pairs of tokens, in 16 bits alone."""
+    config = ModelConfig.from_dict(get_config().model.to_dict())
+    monkeypatch.setattr(Pipeline, "_in_memory", lambda self, beside, each: max(1, int((80e9 - beside) / each)))
+    half, whole = (Pipeline(config, pipeline.sampling, {}, None, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    latents = 128 * 128
+    assert half._fitting_rows(latents, masked=True) < half._fitting_rows(latents, masked=False)
+    assert whole._fitting_rows(latents, masked=True) == whole._fitting_rows(latents, masked=False)
 
 
 def test_fusers_leave_the_program_after_alpha(pipeline, recorded):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from instdiff_jax.diffusion.loop import FUSER_GROUP, DenoiseState, EpsFn, Inpaint, denoise, start_state
 from instdiff_jax.diffusion.solvers import SolverTable
-from instdiff_jax.diffusion.spread import count_devices, replicated, settled, spread, take
+from instdiff_jax.diffusion.spread import beside, count_devices, replicated, settled, spread, take
 
 EXACT_ROWS = 8  # a device: up to here a batch is never padded
 WASTE = 1.2  # above, a batch grows to at most this many times its rows
@@ -140,7 +140,7 @@ def crop_weights(rows: Rows, height: int, width: int) -> Float[np.ndarray, "rows
     """Weights that paste each instance, cropped to its box, onto its image's global latents.
 
     Instances are pasted in order, so a later one lies on top. Boxes are rounded (half to even) on the latent
-    grid; one that is empty there, as that of an instance that has no box, is not pasted. (Paper, section 3.4;
+    grid; one that is empty there is not pasted. (Paper, section 3.4;
     the official code has it switched off, with x and y exchanged.)
     """
     x0, y0, x1, y1 = np.rint(rows.boxes * [width, height, width, height]).astype(int).T[:, :, None, None]
@@ -269,7 +269,8 @@ def sample_rows(
     stride = max(stride // reuse, 1) * reuse
     coefficients, scale = table.coefficients, np.float32(guidance_scale)
     coefficients, scale = jax.device_put((coefficients, scale), None if sharding is None else replicated(sharding))
-    state, conditions, inpaint = spread((start_state(noise), conditions, inpaint), sharding)
+    state = start_state(noise) if sharding is not None else beside(params, start_state(noise))
+    state, conditions, inpaint = spread((state, conditions, inpaint), sharding)
     devices = count_devices(sharding)
 
     finished: list[tuple[Rows, list[DenoiseState]]] = []  # before the merge

@@ -51,6 +51,24 @@ def settled(tree: Any, sharding: NamedSharding | None) -> Any:
     return tree
 
 
+def device_of(params: Any) -> jax.Device | None:
+    """The one device that parameters are bound to; None where they are not bound, or to several."""
+    leaf = next(iter(jax.tree.leaves(params)), None)
+    if not isinstance(leaf, jax.Array) or not leaf.committed or len(leaf.devices()) != 1:
+        return None
+    return next(iter(leaf.devices()))
+
+
+def beside(params: Any, tree: Any) -> Any:
+    """The arrays, bound to the one device that parameters are bound to.
+
+    What a program gives out is bound to its parameters' device. One that is given its own output next compiles once
+    more if what it was given first was not.
+    """
+    device = device_of(params)
+    return tree if device is None else jax.device_put(tree, device)
+
+
 def spread(tree: Any, sharding: NamedSharding | None) -> Any:
     """Splits arrays over the mesh, padded to a multiple of its devices with zeros that nothing reads."""
 
