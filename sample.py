@@ -25,6 +25,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 from instdiff_jax.config import SamplingConfig
@@ -107,8 +108,8 @@ def find_layouts(args: argparse.Namespace) -> Layouts:
                 raise InputError(f"--{name}: only means something with --coco")
         files = []
         for path in args.layout or [DEFAULT_LAYOUTS]:
-            if path.is_dir():
-                records = [file for file in find_records(path) if b'"fingerprint"' in file.read_bytes()]
+            if os.path.isdir(path):  # Path's own raises for what cannot be a name
+                records = [file for file in find_records(path) if is_record(file)]
                 found = sorted(set(path.glob("*.json")) - set(records))
                 if not found:
                     raise InputError(f"--layout: {path}: no .json file in this folder")
@@ -142,7 +143,7 @@ def read_arrays(args: argparse.Namespace) -> dict:
     if args.noise is not None:
         try:
             arrays["noise"] = np.load(args.noise, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, SyntaxError, MemoryError, zipfile.BadZipFile, TokenError) as error:
             raise InputError(f"--noise: {args.noise}: expected a float32 .npy file ({error})") from error
         if not isinstance(arrays["noise"], np.ndarray):
             raise InputError(f"--noise: {args.noise}: expected a float32 .npy file, got several arrays")
@@ -154,7 +155,7 @@ def read_arrays(args: argparse.Namespace) -> dict:
 @contextlib.contextmanager
 def open_output(folder: Path, names: Iterable[str]) -> Iterator[None]:
     """Raises where nothing can be written, before minutes of work are lost to it; leaves no new empty folder behind."""
-    there = folder.exists()
+    there = os.path.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A file of its own: shards on several machines look at once.
@@ -262,6 +263,23 @@ def earlier_layouts(args: argparse.Namespace, path: Path, record: dict[str, Any]
     return layouts
 
 
+def is_record(path: Path) -> bool:
+    """Whether a file named as one is a run's record, and no layout."""
+    try:
+        return b'"fingerprint"' in path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def seeds_of_latents(args: argparse.Namespace) -> dict[str, list[int]]:
+    """The seeds of each layout's latents.npy in the output folder: a file says how many, but not which."""
+    from instdiff_jax.layout import read_json
+
+    records = [read_json(path) for path in find_records(args.output)]
+    entries = [entry for record in records if isinstance(record, dict) for entry in record.get("layouts", [])]
+    return {entry["layout"]: entry.get("seeds") for entry in entries if isinstance(entry, dict) and "layout" in entry}
+
+
 def find_records(folder: Path) -> list[Path]:
     """The run.json of a run and the run-i-of-n.json of shards in an output folder."""
     return [path for path in sorted(folder.glob("run*.json")) if re.fullmatch(r"run(-\d+-of-\d+)?\.json", path.name)]
@@ -297,7 +315,10 @@ def main(args: argparse.Namespace) -> None:
     initialize_distributed(PATIENCE)
     shard = shard or Shard.of_process()
     mine = list(shard.of(list(layouts.read)))
-    finished = {name for name in mine if all(path.exists() for path in layout_files(args, name, seeds))}
+    finished = {name for name in mine if all(map(os.path.exists, layout_files(args, name, seeds)))}
+    if args.resume and args.save_latents:
+        latents = seeds_of_latents(args)
+        finished = {name for name in finished if latents.get(name) == seeds}
     waiting = layouts.only([name for name in mine if not (args.resume and name in finished)])
     for _ in waiting:  # what is wrong with a file is an error now
         pass
@@ -330,7 +351,10 @@ def draw(
     began = time.time()
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     mesh = make_mesh(ParallelSettings(), jax.local_devices()) if jax.local_device_count() > 1 else None
-    pipeline = Pipeline.from_checkpoint(args.checkpoint, dtype=dtype, mesh=mesh, max_rows=args.max_rows)
+    try:
+        pipeline = Pipeline.from_checkpoint(args.checkpoint, dtype=dtype, mesh=mesh, max_rows=args.max_rows)
+    except OSError as error:
+        raise InputError(f"--checkpoint: {args.checkpoint}: {error.strerror or error}") from error
     loaded = time.time()
     record = dict(
         checkpoint=str(args.checkpoint),

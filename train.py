@@ -182,8 +182,16 @@ def open_latents(run: RunSettings, layout: RunLayout, params: Params, dataset: I
 
 
 def check_data(run: RunSettings) -> None:
-    """Raises InputError where the examples do not fit the networks."""
-    examples, stride = run.data.examples, run.model.canvas_stride
+    """Raises InputError where the examples do not fit the networks, or these one another."""
+    examples, stride, model = run.data.examples, run.model.canvas_stride, run.model
+    fits = {
+        "unet.in_channels": (model.unet.in_channels, "autoencoder.z_channels", model.autoencoder.z_channels),
+        "unet.out_channels": (model.unet.out_channels, "unet.in_channels", model.unet.in_channels),
+        "unet.context_dim": (model.unet.context_dim, "text_encoder.hidden_size", model.text_encoder.hidden_size),
+    }
+    for name, (value, other, expected) in fits.items():
+        if value != expected:
+            raise InputError(f"config.model.{name}: expected {other}, which is {expected}, got {value}")
     if examples.image_size % stride:
         raise InputError(f"config.data.examples.image_size: expected a multiple of {stride}, got {examples.image_size}")
     if examples.map_size != run.model.unifusion.map_size:
@@ -288,6 +296,7 @@ def train(run: RunSettings, workdir: Path) -> str:
     # ---- parameters and state
     dataset = InstanceDataset(run.data.dir, run.data.train_split)
     check_held_out(run)
+    tokenizer = open_tokenizer(run)
     facts = run_facts(run.train, run.model, dataset.fingerprint)
     checkpoints = Checkpoints(workdir, facts, run.train.keep_newest, run.train.keep_every)
     state = checkpoints.restore(layout.state_shapes())
@@ -307,7 +316,6 @@ def train(run: RunSettings, workdir: Path) -> str:
         print(f"{workdir}: from step {start} to {run.train.steps} on {mesh.size} devices", file=sys.stderr)
 
     # ---- input
-    tokenizer = open_tokenizer(run)
     phrases = open_phrases(run, layout, frozen, tokenizer)
     latents = open_latents(run, layout, frozen, dataset)
     keys, rows = batch_keys(run.train), process_rows(run.train.batch_size, mesh)
@@ -332,9 +340,6 @@ def train(run: RunSettings, workdir: Path) -> str:
             **options,
         )
 
-    options = dict(start_step=start, latents=latents, workers=run.data.workers, prefetch=run.data.prefetch)
-    batches = DevicePrefetch(loader(dataset, run.data.examples, **options), put, run.data.prefetch)
-
     # ---- step, and what happens between steps
     step = compile_step(make_train_step(run.model, run.train, layout), layout)
     validate = make_validation(run, layout, loader, put)
@@ -342,6 +347,9 @@ def train(run: RunSettings, workdir: Path) -> str:
     writer = MetricsWriter(workdir, start, run.train.steps, first)
     profiler = ProfilerWindow(workdir, run.train.profile_start, run.train.profile_steps)
     stop, clock, previous = StopSignal(), None, None
+    # Last: from here on there are processes to end.
+    options = dict(start_step=start, latents=latents, workers=run.data.workers, prefetch=run.data.prefetch)
+    batches = DevicePrefetch(loader(dataset, run.data.examples, **options), put, run.data.prefetch)
 
     def report(number: int, metrics: Mapping[str, jax.Array]) -> bool:
         """Takes in the numbers of a step that is done; False where too many updates in a row were skipped."""
@@ -387,9 +395,9 @@ def train(run: RunSettings, workdir: Path) -> str:
             sound = sound and (previous is None or report(done, previous))
     finally:
         profiler.close()
-        batches.close()
         checkpoints.close()
         writer.close()
+        batches.close()  # workers finish what they are at
         stop.close()
     if not sound:
         raise InputError(

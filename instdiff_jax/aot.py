@@ -39,7 +39,7 @@ from instdiff_jax.parallel import BATCH, REPLICATED, ParallelSettings, check_bat
 from instdiff_jax.pipeline import NoisePredictor
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import make_layout, null_grounding
-from instdiff_jax.training.step import compile_step, make_train_step
+from instdiff_jax.training.step import batch_keys, compile_step, make_train_step
 
 
 class Program(NamedTuple):
@@ -99,13 +99,19 @@ def train_program(
     rows = settings.batch_size
 
     def batch() -> dict[str, Any]:
+        side = image_size // model.latent_stride
         return dict(
             image=jnp.zeros((rows, image_size, image_size, 3), jnp.uint8),
             caption_ids=jnp.zeros((rows, model.text_encoder.max_length), jnp.int32),
             grounding=null_grounding(model, rows),
+            # Read where attention is masked alone.
+            regions=dict(
+                visual=jnp.zeros((rows, side * side), jnp.uint32), tokens=jnp.zeros((rows, NUM_TOKENS), jnp.uint32)
+            ),
         )
 
-    args = (layout.state_shapes(), layout.frozen_shapes(), place(jax.eval_shape(batch), mesh, BATCH))
+    arrays = {name: shape for name, shape in jax.eval_shape(batch).items() if name in batch_keys(settings)}
+    args = (layout.state_shapes(), layout.frozen_shapes(), place(arrays, mesh, BATCH))
     step = make_train_step(model, settings, layout)
     # The step is one shard_map, and so is the sampler: what is counted inside is one chip's share.
     return Program("train", compile_step(step, layout), args, {}, mesh, rows, count_flops(step, *args))

@@ -6,6 +6,7 @@ config or a flag.
 """
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -17,6 +18,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from instdiff_jax.errors import InputError
+
+# Of every group normalisation.
+GROUPS = 32
+# UniFusion's, of a layout's instance maps.
+MAP_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise InputError(f"{where}: expected a list of {args[0].__name__}, got {value!r}")
         return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise InputError(f"{where}: expected a number, got one of {len(str(abs(value)))} digits") from error
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
@@ -170,11 +179,26 @@ class ModelConfig(Settings):
         ]:
             if width % heads:
                 raise InputError(f"{where}.{group}.num_heads: expected a divisor of its {width} channels, got {heads}")
+        for group, width in [("unet.model_channels", unet.model_channels), ("autoencoder.ch", self.autoencoder.ch)]:
+            if width % GROUPS:
+                raise InputError(f"{where}.{group}: expected a multiple of the norms' {GROUPS} groups, got {width}")
         if len(self.unifusion.trunk_depths) != len(self.unifusion.trunk_dims):
             raise InputError(f"{where}.unifusion.trunk_depths: expected as many numbers as in trunk_dims")
-        if self.schedule.timesteps < 2:
-            raise InputError(f"{where}.schedule.timesteps: expected at least 2, got {self.schedule.timesteps}")
-        if not self.autoencoder.scale_factor > 0:
+        features = self.unifusion.trunk_dims[-1] * (self.unifusion.map_size // 32) ** 2
+        if features % MAP_TOKENS or not features:
+            raise InputError(
+                f"{where}.unifusion.trunk_dims, map_size: expected the last number times (map_size // 32)² to be a "
+                f"multiple of {MAP_TOKENS}, got {features}"
+            )
+        schedule = self.schedule
+        if schedule.timesteps < 2:
+            raise InputError(f"{where}.schedule.timesteps: expected at least 2, got {schedule.timesteps}")
+        if not 0 < schedule.linear_start <= schedule.linear_end < 1:
+            raise InputError(
+                f"{where}.schedule.linear_start, linear_end: expected 0 < linear_start <= linear_end < 1, got "
+                f"{schedule.linear_start} and {schedule.linear_end}"
+            )
+        if not 0 < self.autoencoder.scale_factor < math.inf:
             raise InputError(
                 f"{where}.autoencoder.scale_factor: expected a number above 0, got {self.autoencoder.scale_factor}"
             )
@@ -299,10 +323,12 @@ def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, l
         config_flags.DEFINE_config_file("config", default=default, flag_values=values, sys_argv=config_args)
         values(config_args)
         config = values["config"].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+    except Exception as error:  # a config file is a program, and may raise anything
         _check_keys(config_args[1:], str(error))
         # absl quotes the whole traceback of what a config file raises: its last line is what happened.
-        raise InputError(f"--config: {str(error).strip().splitlines()[-1].strip()}") from error
+        last = (str(error).strip().splitlines() or [""])[-1].strip()
+        known = isinstance(error, (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError))
+        raise InputError(f"--config: {last if known and last else f'{type(error).__name__}: {last}'}") from error
     if not isinstance(config, ConfigDict):
         named = " ".join(config_args[1:2]) or "--config"
         raise InputError(f"{named}: expected a config file, for example configs/sd15.py")

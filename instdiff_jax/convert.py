@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from instdiff_jax.checkpoint import folder, pytorch
 from instdiff_jax.config import ModelConfig, SamplingConfig, read_config
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
@@ -81,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.to_pytorch is not None:
                 to_pytorch(args.input[0], args.to_pytorch)
             else:
+                for name in ("model", "sampling"):
+                    if not isinstance(config.get(name), ConfigDict):
+                        raise InputError(f"config.{name}: expected a group of settings, got {config.get(name)!r}")
                 model = ModelConfig.from_dict(config.model.to_dict(), "config.model")
                 sampling = SamplingConfig.from_dict(config.sampling.to_dict(), "config.sampling")
                 to_folder(args, model, sampling)

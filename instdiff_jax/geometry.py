@@ -214,7 +214,7 @@ def _decode_rle(rle: Mapping, height: int, width: int, where: str) -> Bool[np.nd
 
 def _unpack_counts(counts: str | bytes, where: str) -> Int[np.ndarray, " runs"]:
     """COCO's compressed run lengths: 5 bits a character, low ones first, each run from the third as a difference."""
-    raw = counts.encode("utf-8") if isinstance(counts, str) else counts
+    raw = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
     codes = np.frombuffer(raw, np.uint8).astype(np.int64) - 48
     last = (codes & 0x20) == 0
     if (codes < 0).any() or (codes > 63).any() or not len(codes) or not last[-1]:

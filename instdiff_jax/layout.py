@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import numbers
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -178,7 +179,7 @@ class Layout:
         if image is None:
             raise InputError(f"{where}: images: no image has the id {short(image_id)}")
         names = {short(category.get("id")): category.get("name") for category in _records(data, "categories", where)}
-        annos, labels = [], []
+        annos, labels, places = [], [], []
         for i, annotation in enumerate(_records(data, "annotations", where)):
             if annotation.get("image_id") != image_id or annotation.get("iscrowd"):
                 continue
@@ -190,6 +191,7 @@ class Layout:
             caption = annotation.get("caption") or category
             annos.append(anno | {"caption": caption, "category_name": category, "mask": annotation.get("segmentation")})
             labels.append(str(category))
+            places.append(i)
         caption = ", ".join(f"{count} {label}" for label, count in Counter(labels).items())
         if captions_file is not None:
             captions = _records(read_json(captions_file), "annotations", str(captions_file))
@@ -197,7 +199,12 @@ class Layout:
             if caption is None:
                 raise InputError(f"{captions_file}: annotations: no caption for image {short(image_id)}")
         values = {"caption": caption, "width": image.get("width"), "height": image.get("height"), "annos": annos}
-        return cls.from_dict(values, f"{where}: image {image_id}", str(image_id), max_instances)
+        try:
+            return cls.from_dict(values, f"{where}: image {image_id}", str(image_id), max_instances)
+        except InputError as error:
+            # The file has no list of this image alone.
+            named = re.sub(r"\bannos\[(\d+)\]", lambda found: f"annotations[{places[int(found[1])]}]", str(error))
+            raise InputError(named) from error
 
     def to_dict(self) -> dict[str, Any]:
         """The official JSON's object; `from_dict` gives an equal layout back."""

@@ -240,6 +240,36 @@ def test_missing_and_damaged_files(either, tmp_path):
         folder.restore_params(tmp_path)
 
 
+def test_changed_values_are_noticed(saved, tmp_path):
+    """Of the size they had: what a disk or a copy has got wrong. Small parts note a hash of their values."""
+    for part in ("unet", "text_encoder"):
+        copy = shutil.copytree(saved, tmp_path / part)
+        file = max(data_files(copy / "params" / part), key=lambda path: path.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=f"{part}: damaged"):
+            folder.restore_params(copy)
+
+
+def test_overwriting_deletes_nothing_else(saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes.txt: no part of the checkpoint there"):
+        folder.save_folder(copy, tiny_params(), TINY, SamplingConfig(), TOKENIZER, overwrite=True)
+    assert (copy / "notes.txt").read_text() == "mine"
+    (copy / "notes.txt").unlink()
+    folder.save_folder(copy, tiny_params(), TINY, SamplingConfig(), TOKENIZER, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_tokenizer_without_merges(saved, tmp_path):
+    cut = shutil.copytree(TOKENIZER, tmp_path / "cut")
+    (cut / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(InputError, match="merges.txt: no merges there"):
+        folder.find_tokenizer(str(cut))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from the reader's own event loop
 def test_damaged_metadata_ends_in_one_line_or_reads(either, tmp_path):
     copy = shutil.copytree(either, tmp_path / "copy")

@@ -1,7 +1,9 @@
 """Batch s is a function of the seed and s: however many processes and workers, from wherever it starts."""
 
 import dataclasses
+import os
 import pickle
+import signal
 import threading
 import time
 
@@ -10,6 +12,7 @@ import pytest
 from coco_fixture import make_coco
 
 from instdiff_jax.data import coco
+from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.latents import LatentCache, cache_latents
 from instdiff_jax.data.loader import BatchReader, DevicePrefetch, make_loader
@@ -292,3 +295,21 @@ def test_bad_settings(data_dir, settings):
         make_loader(dataset, CONFIG, rows=[4], **settings)
     with pytest.raises(InputError, match="seed"):
         make_loader(dataset, CONFIG, **(settings | {"seed": -1}))
+
+
+def test_an_array_has_its_room_on_the_disk(tmp_path):
+    """Else a disk that is full later ends the process by a signal, which nothing can report."""
+    array = new_array(tmp_path / "a.npy", np.float32, (300, 1000))
+    assert array.shape == (300, 1000) and not array.any()
+    if hasattr(os, "posix_fallocate"):
+        assert (tmp_path / "a.npy").stat().st_blocks * 512 >= array.nbytes
+        resource = pytest.importorskip("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+            with pytest.raises(OSError):
+                new_array(tmp_path / "b.npy", np.float32, (300, 1000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)

@@ -42,6 +42,9 @@ def folder(tmp_path_factory):
     np.save(folder / "small.npy", np.zeros((1, 2, 2, 4), np.float32))
     Image.new("RGB", (8, 8)).save(folder / "tiny.png")
     Image.effect_noise((400, 400), 90).save(folder / "damaged.png")  # its data are two chunks: the second has no name
+    (folder / "cut.npy").write_bytes(
+        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 8".ljust(118)
+    )
     picture = (folder / "damaged.png").read_bytes()
     (folder / "damaged.png").write_bytes(picture[:60] + picture[60:].replace(b"IDAT", b"\xff\xff\0\1"))
     (folder / "taken").mkdir()
@@ -161,6 +164,10 @@ def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
         (out / "scene3" / "0.png").unlink()
         many("--output", out, "--resume", "--guidance_scale", 2)
     assert many("--output", out, "--resume") == ["scene3"]
+    # A file of latents is one run's: of other seeds it is not finished.
+    assert many("--output", out, "--resume", "--save_latents", "--seed", 1) == [f"scene{i}" for i in range(5)]
+    assert many("--output", out, "--resume", "--save_latents", "--seed", 1) == []
+    assert len(many("--output", out, "--resume", "--save_latents", "--seed", 0)) == 5
     # Pictures of an earlier run with other settings are not what this one has finished.
     cut_off("--guidance_scale", 2)
     assert many("--output", out, "--resume", "--guidance_scale", 2) == ["scene2", "scene3", "scene4"]
@@ -245,6 +252,9 @@ WRONG = [
     (("--captions", "coco.json"), "--captions: only means something with --coco"),
     (("--init_image", "damaged.png"), "--init_image: damaged.png: expected a picture"),
     (("--output", "taken"), "taken/scene: expected a folder to write to, found a file"),
+    (("--layout", '{"caption": "' + 300 * "x" + '"}'), "File name too long"),
+    (("--output", 300 * "x"), "--output: "),
+    (("--noise", "cut.npy"), "--noise: cut.npy: expected a float32 .npy file"),
 ]
 
 

@@ -61,6 +61,12 @@ BAD = {
     "--config.train.seed=-1": "config.train.seed: expected a whole number from 0 to 2^32 - 1, got -1",
     "--config.train.optimizer.learning_rate=-1.0": "config.train.optimizer.learning_rate: expected 0 or a positive",
     "--config.model.unet.num_heads=3": "config.model.unet.num_heads: expected a divisor of its",
+    "--config.model.unet.model_channels=48": "config.model.unet.model_channels: expected a multiple of the norms' 32",
+    "--config.model.autoencoder.ch=16": "config.model.autoencoder.ch: expected a multiple of the norms' 32",
+    "--config.model.unifusion.trunk_dims=(8,8,16,24)": "trunk_dims, map_size: expected the last number times",
+    "--config.model.schedule.linear_end=2.0": "linear_end: expected 0 < linear_start <= linear_end < 1",
+    "--config.model.unet.in_channels=3": "config.model.unet.in_channels: expected autoencoder.z_channels",
+    "--config.model.unet.context_dim=32": "config.model.unet.context_dim: expected text_encoder.hidden_size",
     "--config.data.prefetch=0": "config.data.prefetch: expected at least 1, got 0",
     "--config.data.examples.flip=2.0": "config.data.examples.flip: expected a number from 0 to 1",
     "--config.data.examples.image_size=17": "config.data.examples.image_size: expected a multiple of 4, got 17",
@@ -102,6 +108,8 @@ def test_a_config_key_that_nothing_reads_ends_in_one_line(inputs, tmp_path, caps
         "config.train.lerning_rate = 1.0": "config.train.lerning_rate: nothing reads this key",
         "config.extra = 1": "config.extra: nothing reads this key",
         "del config.data": "config.data: missing",
+        "1 / 0": "--config: ",
+        "nobody": "--config: ",
     }.items():
         file = tmp_path / "odd.py"
         body = f"  config = tiny_config.get_config()\n  {line}\n  return config\n"

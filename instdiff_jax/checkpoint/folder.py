@@ -12,6 +12,7 @@ import logging
 import operator
 import os
 import shutil
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ def find_tokenizer(name: str, vocab_size: int | None = None) -> Path:
         largest = max(map(operator.index, vocabulary.values()))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids by token ({error})") from error
+    # Without merges every word would become its letters, and nothing would say so.
+    merges = [line for line in (folder / "merges.txt").read_bytes().splitlines() if not line.startswith(b"#version")]
+    if not any(merges) and len(vocabulary) > 2 * 256 + 2:
+        raise InputError(f"{where}: {folder / 'merges.txt'}: no merges there for {len(vocabulary)} tokens")
     if vocab_size is not None and largest >= vocab_size:
         raise InputError(f"{where}: {folder}: ids up to {largest}, but the text encoder has {vocab_size}")
     return folder
@@ -116,14 +121,17 @@ def check_output(directory: str | os.PathLike, overwrite: bool = False) -> None:
         raise InputError(f"{directory}: not empty and not a checkpoint folder; nothing is written there") from error
     if not overwrite:
         raise InputError(f"{directory}: a checkpoint is there already; --overwrite replaces it")
+    for path in sorted(directory.iterdir()):
+        if path.name not in ("config.json", "params", "tokenizer"):
+            raise InputError(f"{path}: no part of the checkpoint there, and --overwrite would delete it; move it away")
 
 
 @contextlib.contextmanager
 def _replaced_when_done(directory: Path) -> Iterator[Path]:
     """Gives a folder beside `directory` that takes its place at the end, and vanishes on an error."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = directory.with_name(f".{directory.name}.{os.getpid()}.part")
-    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    # Names of its own: in a container every process may have the same number.
+    beside, old = (directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.{end}") for end in ("part", "old"))
     beside.mkdir()
     try:
         yield beside
@@ -172,8 +180,11 @@ def save_folder(
         files = {}
         for part, tree in params.items():
             small = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) < SMALL_PART
-            with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=small)) as checkpointer:
-                checkpointer.save(beside / "params" / part, args=ocp.args.PyTreeSave(dict(tree)))
+            try:
+                with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=small)) as checkpointer:
+                    checkpointer.save(beside / "params" / part, args=ocp.args.PyTreeSave(dict(tree)))
+            except (ValueError, RuntimeError) as error:  # tensorstore's word for a full disk
+                raise InputError(f"{directory}: cannot be written ({_first_line(error)})") from error
             # orbax's mark that a part is whole names this machine's path; `files` marks it here.
             (beside / "params" / part / "commit_success.txt").unlink(missing_ok=True)
             files[part] = _file_count(beside / "params" / part)
@@ -285,19 +296,29 @@ def restore_params(
         expected = {key: noted.get(key) for key in found} if isinstance(noted, dict) else noted
         if found != expected:
             raise InputError(f"{folder}: incomplete or changed: expected {expected}, got {found}")
+        digest = noted.get("sha256") if isinstance(noted, dict) else None
         try:
-            params[part] = _restore_part(folder, part, shapes[part], dtype, sharding, as_numpy)
+            params[part] = _restore_part(folder, part, shapes[part], dtype, sharding, as_numpy, digest)
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{folder}: damaged ({str(error).splitlines()[0][:200]})") from error
+            raise InputError(f"{folder}: damaged ({_first_line(error)})") from error
     return params
 
 
-def _restore_part(folder: Path, part: str, shapes: dict[str, Any], dtype: Any, sharding: Any, as_numpy: bool) -> Any:
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _restore_part(
+    folder: Path, part: str, shapes: dict[str, Any], dtype: Any, sharding: Any, as_numpy: bool, digest: str | None
+) -> Any:
     expected = flatten({part: shapes})
-    with ocp.Checkpointer(_handler()) as checkpointer:
-        stored = flatten({part: checkpointer.metadata(folder).item_metadata.tree})
+    with _without_warnings(), ocp.Checkpointer(_handler()) as checkpointer:
+        metadata = checkpointer.metadata(folder).item_metadata
+        if metadata is None:
+            raise InputError(f"{folder}: damaged: what it holds cannot be read")
+        stored = flatten({part: metadata.tree})
         found = {"/".join(path): tuple(leaf.shape) for path, leaf in stored.items()}
         check_keys(found, {"/".join(path): shape for path, shape in expected.items()}, str(folder))
         odd = next((path for path, leaf in stored.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)), None)
@@ -307,13 +328,25 @@ def _restore_part(folder: Path, part: str, shapes: dict[str, Any], dtype: Any, s
         restore_args = {}
         for path, shape in expected.items():
             leaf_dtype = stored[path].dtype if dtype is None else (dtype if len(shape) >= 2 else np.float32)
-            if as_numpy:
+            if digest is not None:
+                # Small enough to be looked at as it was saved; only then to its type and place.
+                leaf_args = ocp.RestoreArgs(restore_type=np.ndarray, dtype=stored[path].dtype)
+            elif as_numpy:
                 leaf_args = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf_dtype)
             else:
                 leaf_args = ocp.ArrayRestoreArgs(sharding=places[path], dtype=leaf_dtype, global_shape=shape)
             restore_args[path] = leaf_args
         tree = unflatten(restore_args)[part]
-        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=tree))
+        values = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=tree))
+    if digest is None:
+        return values
+    if _digest(values) != digest:
+        raise InputError(f"{folder}: damaged: its values are not those that were saved")
+    placed = {}
+    for path, leaf in flatten({part: values}).items():
+        leaf = leaf.astype(leaf.dtype if dtype is None else (dtype if leaf.ndim >= 2 else np.float32), copy=False)
+        placed[path] = leaf if as_numpy else jax.make_array_from_callback(leaf.shape, places[path], leaf.__getitem__)
+    return unflatten(placed)[part]
 
 
 def _check_tree(

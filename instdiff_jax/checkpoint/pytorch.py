@@ -16,6 +16,7 @@ What a file is, its keys tell:
 A base and several adapter files make one model. Beside a base, the released checkpoint gives its adapters only.
 """
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -269,3 +270,5 @@ def check_export_path(path: Path) -> None:
         raise InputError(f"{path}: expected a name ending in .pth or .safetensors")
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist")
+    if path.suffix == ".pth" and importlib.util.find_spec("torch") is None:
+        raise InputError(f"{path}: writing .pth needs torch; write .safetensors, or install torch")

@@ -194,6 +194,8 @@ def _read_safetensors(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
         try:
             dtype, shape = np.dtype(_SAFETENSORS[entry["dtype"]]), entry["shape"]
             begin, end = entry["data_offsets"]
+            if not isinstance(shape, list):
+                raise ValueError(f"a shape of {shape!r}")
             if not all(type(n) is int and 0 <= n < 2**48 for n in (begin, end, *shape)) or len(shape) > 32:
                 raise ValueError("a negative or huge number")
             count = 1
@@ -201,9 +203,9 @@ def _read_safetensors(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
                 count *= n
             if not begin <= end <= body.size or end - begin != count * dtype.itemsize:
                 raise ValueError(f"bytes {begin} to {end} of {body.size} for a shape of {shape}")
-        except (KeyError, TypeError, ValueError) as error:
+            tensors[name] = body[begin:end].view(dtype).reshape(shape)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: {name}: damaged, cut off or of unknown type ({error})") from error
-        tensors[name] = body[begin:end].view(dtype).reshape(shape)
     return tensors
 
 
@@ -255,7 +257,10 @@ def write_torch(path: str | os.PathLike, content: dict[str, dict[str, Any]]) -> 
         for group in content.values():
             for key in group:
                 group[key] = tensor(group[key])
-        torch.save(content, beside)
+        try:
+            torch.save(content, beside)
+        except RuntimeError as error:  # its word for a full disk
+            raise InputError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]})") from error
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

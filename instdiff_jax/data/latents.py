@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset, Record
 from instdiff_jax.data.transforms import Crop, load_image
 from instdiff_jax.errors import InputError
@@ -146,7 +147,7 @@ def _encode_all(
             if not arrays:
                 shape = (1 + flips, len(dataset), *parts[0].shape[1:])
                 files = (partial / "mean.npy", partial / "logvar.npy")
-                arrays = [np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape) for file in files]
+                arrays = [new_array(file, dtype, shape) for file in files]
             for array, part in zip(arrays, parts, strict=True):
                 for k, (index, flip) in enumerate(block):
                     array[int(flip), index] = part[k]

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import read_meta
 from instdiff_jax.errors import InputError
 
@@ -119,7 +120,7 @@ def phrase_table(
     os.close(handle)
     try:
         first = next(iter(known.values())) if known else embed([phrases[missing[0]]])[0]
-        rows = np.lib.format.open_memmap(name, "w+", np.float32, (len(phrases), len(first)))
+        rows = new_array(name, np.float32, (len(phrases), len(first)))
         for i, row in known.items():
             rows[i] = row
         for start in tqdm(range(0, len(missing), batch_size), desc="phrases", unit="batch", disable=not missing):

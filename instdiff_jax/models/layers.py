@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-GROUPS = 32
+from instdiff_jax.config import GROUPS
 
 # On CPUs, a 3x3 convolution is a matrix product where that is faster than XLA's own. Two cores of a Zen 3, forward and
 # backward, 16 x 16² x 64 channels: 11.5 ms instead of 23.9; forward, 2 x 8² x 1280: 74 ms instead of 140. Over gathered

@@ -1,0 +1,29 @@
+"""Arrays on disk that are filled bit by bit."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def new_array(file: str | Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A new memory-mapped .npy file of zeros that has all its room on the disk.
+
+    Without, writing to it where the disk is full would end the process by a signal.
+
+    Raises:
+        OSError: where there is no room for it.
+    """
+    array = np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "r+b") as opened:
+            try:
+                os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
+            except OSError as error:
+                if error.errno in _FULL:  # anything else: a file system that cannot say
+                    raise
+    return array
