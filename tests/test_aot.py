@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from training_common import tiny_model
 
 from instdiff_jax import aot
 from instdiff_jax.chips import CHIPS, predict, scaling
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.hlo import Collective, ProgramCosts, analyze, ring_bytes
 from instdiff_jax.models import attention, layers
+from instdiff_jax.parallel import ParallelSettings, make_mesh
+from instdiff_jax.training.settings import TrainSettings
 
 # In the form that the TPU compiler prints; S(1) is memory on the chip, T(…) the tiles that pad an array.
 HLO = """\
@@ -252,6 +255,15 @@ def test_training_step_through_the_command(monkeypatch, tmp_path):
     assert report["memory"]["aliased"] > 0.9 * report["memory"]["outputs"]
     assert report["prediction"]["interconnect"] == 0
     assert [row["chips"] for row in report["scaling"]] == [1]
+
+
+@pytest.mark.parametrize("masked", ["none", "strict"])
+def test_training_step_with_masked_attention(masked):
+    """Traced alone: the words of regions are among its arguments only where they are read."""
+    settings = TrainSettings(steps=10, batch_size=2, masked_attention=masked)
+    mesh = make_mesh(ParallelSettings(), jax.devices()[:1])
+    program = aot.train_program(tiny_model(), settings, ParallelSettings(), mesh, 16)
+    assert program.flops > 0 and ("regions" in program.args[-1]) == (masked == "strict")
 
 
 @pytest.mark.parametrize(
