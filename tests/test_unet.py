@@ -199,15 +199,45 @@ def test_convolutions_on_cpus_are_the_same_sum(shape):
 def test_the_flash_kernel_is_for_gpus_that_have_it(monkeypatch, capability, kernel):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
-    q = jnp.zeros((1, 4, 2, 64), jnp.bfloat16)
-    # 64 keys more than a multiple of 128 have no finite gradient on Hopper; 63 and 191 would get one more.
-    for keys, wanted in {77: kernel, 128: kernel, 440: kernel, 4280: kernel}.items():
-        assert attention_module._pick_kernel(q, keys) == wanted
-    for keys in (63, 64, 191, 192, 1088):
-        assert attention_module._pick_kernel(q, keys) == "chunked"
-    assert attention_module._pick_kernel(q.astype(jnp.float32), 77) == "chunked"
-    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 160), jnp.bfloat16), 77) == "chunked"
-    assert attention_module._pick_kernel(jnp.zeros((1, 5, 2, 64), jnp.bfloat16), 77) == "chunked"
+    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.bfloat16)) == kernel
+    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.float32)) == "chunked"
+    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 160), jnp.bfloat16)) == "chunked"
+    assert attention_module._pick_kernel(jnp.zeros((1, 5, 2, 64), jnp.bfloat16)) == "chunked"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_of_the_flash_kernel_is_taken_only_where_it_is_finite(monkeypatch, masked):
+    """Not at 64 keys more than a multiple of 128, to which 63 and 191 are made; the rest is the kernel's own."""
+    asked = []
+
+    def stand_in(q, k, v, query_words, key_words):
+        @jax.custom_vjp
+        def run(q, k, v):
+            return attention_module.attention(q, k, v, query_words, key_words, kernel="plain")
+
+        run.defvjp(
+            lambda *given: (run(*given), given),
+            lambda given, g: (asked.append(1), jax.tree.map(jnp.zeros_like, given))[1],
+        )
+        return run(q, k, v)
+
+    monkeypatch.setattr(attention_module, "_flash", stand_in)
+    rng = np.random.default_rng(0)
+    for keys, own in {63: False, 64: False, 192: False, 77: True, 128: True, 440: True}.items():
+        q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, 8)), jnp.float32) for n in (32, keys, keys))
+        words = [jnp.asarray(rng.integers(0, 8, (2, n)), jnp.uint32) for n in (32, keys)] if masked else [None, None]
+
+        def run(kernel, argnums=(0, 1, 2)):
+            def total(q, k, v):
+                return jnp.square(attention_module.attention(q, k, v, *words, kernel=kernel)).sum()
+
+            return jax.jit(jax.value_and_grad(total, argnums))(q, k, v)
+
+        asked.clear()
+        (value, grads), (expected, plain) = run("cudnn"), run("plain")
+        assert value == expected and bool(asked) == own
+        for a, b in zip(grads, plain, strict=True):
+            assert not a.any() if own else common.relative_error(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("keys, masked", [(77, False), (78, False), (77, True)])

@@ -72,16 +72,19 @@ def attention(
             form that is chunked over queries, so that no [n, m] array of the whole exists.
     """
     if kernel == "auto":
-        kernel = _pick_kernel(q, k.shape[1])
+        kernel = _pick_kernel(q)
     if kernel == "cudnn":
-        return _flash(q, k, v, query_words, key_words)
+        # On Hopper cuDNN's gradient is not finite where keys are 64 more than a multiple of 128 and all of a query's
+        # logits are below -88 (github.com/NVIDIA/cudnn-frontend, pull 628), as in the model in the box, whose captions
+        # have 64 tokens. (`_flash` makes 63 into 64.)
+        even = k.shape[1] + k.shape[1] % 2
+        flash = _flash if even % 128 != 64 else _flash_forward
+        return flash(q, k, v, query_words, key_words)
+    if kernel == "chunked":
+        return _chunked_attention(q, k, v, query_words, key_words)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    if kernel == "plain":
-        mask = None if key_words is None else visible(query_words, key_words)
-        out = _attend(q, k, v, mask)
-    else:
-        out = _chunked(q, k, v, query_words, key_words)
-    return jnp.swapaxes(out, 1, 2)
+    mask = None if key_words is None else visible(query_words, key_words)
+    return jnp.swapaxes(_attend(q, k, v, mask), 1, 2)
 
 
 def _flash(q, k, v, query_words, key_words) -> Float[Array, "b n h d"]:
@@ -99,15 +102,31 @@ def _flash(q, k, v, query_words, key_words) -> Float[Array, "b n h d"]:
     return jax.nn.dot_product_attention(q, k, v, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn")
 
 
-def _pick_kernel(q: Float[Array, "b n h d"], keys: int) -> Kernel:
+@jax.custom_vjp
+def _flash_forward(q, k, v, query_words, key_words) -> Float[Array, "b n h d"]:
+    """cuDNN's kernel with the gradient of the chunked form."""
+    return _flash(q, k, v, query_words, key_words)
+
+
+def _flash_forward_fwd(q, k, v, query_words, key_words):
+    return _flash(q, k, v, query_words, key_words), (q, k, v, query_words, key_words)
+
+
+def _flash_forward_bwd(saved, gradient):
+    q, k, v, query_words, key_words = saved
+    _, pull = jax.vjp(lambda q, k, v: _chunked_attention(q, k, v, query_words, key_words), q, k, v)
+    return *pull(gradient), None, None
+
+
+_flash_forward.defvjp(_flash_forward_fwd, _flash_forward_bwd)
+
+
+def _pick_kernel(q: Float[Array, "b n h d"]) -> Kernel:
     # cuDNN's flash kernel wants 16-bit floats and heads of at most 128, a multiple of 8; SD 1.5's
     # innermost heads are 160 wide, over few tokens, where the chunked form is no slower.
     if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and _has_flash():
-        # Its gradient takes even numbers of queries alone. And on Hopper it is not finite where keys are 64 more than a
-        # multiple of 128 and all of a query's logits are below -88 (github.com/NVIDIA/cudnn-frontend, pull 628): the
-        # model in the box, whose captions have 64 tokens, could not be trained there. An odd key more is even.
-        even = keys + keys % 2
-        if q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0 and even % 128 != 64:
+        # Its gradient takes even numbers of queries alone.
+        if q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0:
             return "cudnn"
     return "chunked"
 
@@ -131,6 +150,11 @@ def _attend(q, k, v, mask) -> Float[Array, "b h n d"]:
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (out / total).astype(v.dtype)
+
+
+def _chunked_attention(q, k, v, query_words, key_words) -> Float[Array, "b n h d"]:
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    return jnp.swapaxes(_chunked(q, k, v, query_words, key_words), 1, 2)
 
 
 def _chunked(q, k, v, query_words, key_words) -> Float[Array, "b h n d"]:
