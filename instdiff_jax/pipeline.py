@@ -268,7 +268,7 @@ class Pipeline:
             * self._devices
         )
 
-    def _fitting_rows(self, latents: int, masked: bool) -> int:
+    def _fitting_rows(self, latents: int, masked: bool = False) -> int:
         """Rows of so many latents that a GPU's memory holds beside parameters, at least one; elsewhere any number."""
         size, itemsize = latents / _FULL_LATENTS, jnp.dtype(DTYPES[self.dtype]).itemsize
         width = self.config.unet.model_channels / 320 * itemsize / 2
