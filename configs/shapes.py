@@ -20,7 +20,7 @@ Its data, a tokenizer from its captions, and four stages, each from the one befo
 "autoencoder" learns pictures; "text" a text encoder that holds the words of a caption, in CLIP's place; "base" a UNet
 on captions alone; "adapters" the fusers, UniFusion and ScaleU, as in the paper. Without a stage's name it is the last
 one. The model in checkpoints/shapes took a longer way, which docs/shapes.md tells row by row; the numbers of steps here
-add up what it went through, six hours of two cores at 0.53 s a step, and were not run as one.
+add up what it went through, seven hours of two cores at 0.53 s a step, and were not run as one.
 """
 
 from ml_collections import ConfigDict
@@ -74,7 +74,7 @@ STAGES = {
         masked_attention="strict",
         loss_weight="velocity",
         loss_weight_limit=20.0,
-        steps=40000,
+        steps=48000,
         batch_size=16,
         learning_rate=8e-4,
         warmup_steps=100,
