@@ -125,7 +125,7 @@ def get_config(stage: str = "adapters") -> ConfigDict:
         # found by boxes 91.6, 92.3, 92.2, and FID 1.09, 1.76, 2.65.
         guidance_scale=4.0,
         alpha=1.0,
-        # MIS with the mean costs more than it gains: colours of 48 pictures 88.6 with 0.2, 89.6 without.
+        # MIS finds a hundredth more (docs/results.md) and costs as many evaluations again for every instance.
         mis=0.0,
         merge="mean",
         negative_prompt="",
