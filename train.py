@@ -190,7 +190,7 @@ def check_data(run: RunSettings) -> None:
         "unet.context_dim": (model.unet.context_dim, "text_encoder.hidden_size", model.text_encoder.hidden_size),
     }
     for name, (value, other, expected) in fits.items():
-        if value != expected:
+        if value != expected and run.train.task == "diffusion":
             raise InputError(f"config.model.{name}: expected {other}, which is {expected}, got {value}")
     if examples.image_size % stride:
         raise InputError(f"config.data.examples.image_size: expected a multiple of {stride}, got {examples.image_size}")
