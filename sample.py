@@ -272,12 +272,15 @@ def is_record(path: Path) -> bool:
 
 
 def seeds_of_latents(args: argparse.Namespace) -> dict[str, list[int]]:
-    """The seeds of each layout's latents.npy in the output folder: a file says how many, but not which."""
+    """The seeds of each layout's latents.npy in the output folder: a file says how many, but not which.
+
+    A run without --save_latents leaves an earlier run's file where it is, and is not what made it.
+    """
     from instdiff_jax.layout import read_json
 
     records = [read_json(path) for path in find_records(args.output)]
     entries = [entry for record in records if isinstance(record, dict) for entry in record.get("layouts", [])]
-    return {entry["layout"]: entry.get("seeds") for entry in entries if isinstance(entry, dict) and "layout" in entry}
+    return {entry["layout"]: entry["seeds"] for entry in entries if isinstance(entry, dict) and entry.get("latents")}
 
 
 def find_records(folder: Path) -> list[Path]:
@@ -394,7 +397,7 @@ def draw(
             for _ in range(len(layouts)):
                 name = write_results(args, itertools.islice(results, len(seeds)))
                 seconds = round(time.time() - began, 2)
-                record["layouts"].append(dict(layout=name, seeds=seeds, seconds=seconds))
+                record["layouts"].append(dict(layout=name, seeds=seeds, latents=args.save_latents, seconds=seconds))
             record["seconds"] = dict(loading=round(loaded - began, 2), sampling=round(time.time() - loaded, 2))
         finally:
             write_record(path, record)

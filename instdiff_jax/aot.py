@@ -104,7 +104,7 @@ def train_program(
             image=jnp.zeros((rows, image_size, image_size, 3), jnp.uint8),
             caption_ids=jnp.zeros((rows, model.text_encoder.max_length), jnp.int32),
             grounding=null_grounding(model, rows),
-            # Read where attention is masked alone.
+            # Only read where attention is masked.
             regions=dict(
                 visual=jnp.zeros((rows, side * side), jnp.uint32), tokens=jnp.zeros((rows, NUM_TOKENS), jnp.uint32)
             ),

@@ -22,7 +22,7 @@ from instdiff_jax.errors import InputError
 # Of every group normalisation.
 GROUPS = 32
 # UniFusion's, of a layout's instance maps.
-MAP_TOKENS = 64
+NUM_MAP_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +185,10 @@ class ModelConfig(Settings):
         if len(self.unifusion.trunk_depths) != len(self.unifusion.trunk_dims):
             raise InputError(f"{where}.unifusion.trunk_depths: expected as many numbers as in trunk_dims")
         features = self.unifusion.trunk_dims[-1] * (self.unifusion.map_size // 32) ** 2
-        if features % MAP_TOKENS or not features:
+        if features % NUM_MAP_TOKENS or not features:
             raise InputError(
                 f"{where}.unifusion.trunk_dims, map_size: expected the last number times (map_size // 32)² to be a "
-                f"multiple of {MAP_TOKENS}, got {features}"
+                f"multiple of {NUM_MAP_TOKENS}, got {features}"
             )
         schedule = self.schedule
         if schedule.timesteps < 2:
@@ -323,12 +323,12 @@ def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, l
         config_flags.DEFINE_config_file("config", default=default, flag_values=values, sys_argv=config_args)
         values(config_args)
         config = values["config"].value
-    except Exception as error:  # a config file is a program, and may raise anything
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         _check_keys(config_args[1:], str(error))
         # absl quotes the whole traceback of what a config file raises: its last line is what happened.
-        last = (str(error).strip().splitlines() or [""])[-1].strip()
-        known = isinstance(error, (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError))
-        raise InputError(f"--config: {last if known and last else f'{type(error).__name__}: {last}'}") from error
+        raise InputError(f"--config: {(str(error).strip().splitlines() or [repr(error)])[-1].strip()}") from error
+    except Exception as error:  # a config file is a program, and may raise anything
+        raise InputError(f"--config: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         named = " ".join(config_args[1:2]) or "--config"
         raise InputError(f"{named}: expected a config file, for example configs/sd15.py")

@@ -37,7 +37,7 @@ from instdiff_jax.loading import load_model
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
 from instdiff_jax.models.unet import UNet
-from instdiff_jax.models.unifusion import UniFusion
+from instdiff_jax.models.unifusion import NUM_TOKENS, UniFusion
 from instdiff_jax.starts import any_in_cell, check_canvas, check_seed, check_start, initial_noise
 from instdiff_jax.text import Tokenizer
 
@@ -50,7 +50,6 @@ _FULL_LATENTS, _MOST_ROWS = 64 * 64, 16
 # Bytes that a row of the full model takes in a 16-bit type at 512×512, and what lies beside rows and parameters: the
 # row and 7.22 GB less about 2.7 GB of parameters of docs/performance.md, "Memory", an upper bound. Not seen on a GPU.
 _ROW, _BESIDE = 0.36e9, 4.5e9
-_GROUNDING_TOKENS = 4 * 30 + 64
 # Pictures decoded at a time, a device, at 512×512 with the full model; their number follows the size as that of rows.
 _DECODED = {"cpu": 1, "gpu": 8, "tpu": 2}
 _FULL_PICTURE = 512 * 512 * 128
@@ -128,8 +127,8 @@ class Pipeline:
         self._default_decoded = _DECODED.get(platform, 1)
         self._sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         # Bound to its device in any case: see `spread.beside`.
-        place = device_of(params) or jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self._params = jax.device_put(params, place)
+        alone = device_of(params) or jax.local_devices()[0]
+        self._params = jax.device_put(params, alone if mesh is None else NamedSharding(mesh, PartitionSpec()))
         settings = dict(dtype=DTYPES[dtype])
         self._predict_noise = NoisePredictor(UNet(config.unet, **settings))
         self._unifusion = UniFusion(config.unifusion, config.unet.context_dim, **settings)
@@ -263,17 +262,15 @@ class Pipeline:
         if self._given_rows is not None:
             return self._given_rows * self._devices
         latents = canvas[0] * canvas[1] // self.config.latent_stride**2
-        return (
-            min(_fitting(self._default_rows, _FULL_LATENTS / latents), self._fitting_rows(latents, masked))
-            * self._devices
-        )
+        rows = min(_fitting(self._default_rows, _FULL_LATENTS / latents), self._fitting_rows(latents, masked))
+        return rows * self._devices
 
     def _fitting_rows(self, latents: int, masked: bool = False) -> int:
         """Rows of so many latents that a GPU's memory holds beside parameters, at least one; elsewhere any number."""
         size, itemsize = latents / _FULL_LATENTS, jnp.dtype(DTYPES[self.dtype]).itemsize
         width = self.config.unet.model_channels / 320 * itemsize / 2
         # cuDNN takes a mask as a bias of all pairs of tokens, here for the condition and the negative one.
-        bias = 2 * 2 * latents * (latents + _GROUNDING_TOKENS) * (masked and itemsize == 2)
+        bias = 2 * 2 * latents * (latents + NUM_TOKENS) * (masked and itemsize == 2)
         return self._in_memory(_BESIDE * size, _ROW * size * width + bias)
 
     def _in_memory(self, beside: float, each: float) -> int:

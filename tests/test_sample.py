@@ -168,6 +168,8 @@ def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
     assert many("--output", out, "--resume", "--save_latents", "--seed", 1) == [f"scene{i}" for i in range(5)]
     assert many("--output", out, "--resume", "--save_latents", "--seed", 1) == []
     assert len(many("--output", out, "--resume", "--save_latents", "--seed", 0)) == 5
+    assert len(many("--output", out, "--resume", "--seed", 2)) == 5
+    assert len(many("--output", out, "--resume", "--save_latents", "--seed", 2)) == 5, "those there are of seed 0"
     # Pictures of an earlier run with other settings are not what this one has finished.
     cut_off("--guidance_scale", 2)
     assert many("--output", out, "--resume", "--guidance_scale", 2) == ["scene2", "scene3", "scene4"]
@@ -267,7 +269,9 @@ def test_wrong_input_ends_in_one_line(folder, monkeypatch, flags, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("flags", "message"), [((), "--image_id: expected"), (("--image_id", "5"), "5")])
+@pytest.mark.parametrize(
+    ("flags", "message"), [((), "--image_id: expected"), (("--image_id", "5"), "no image has the id 5")]
+)
 def test_wrong_images_of_coco(folder, monkeypatch, flags, message):
     monkeypatch.chdir(folder)
     with pytest.raises(sample.InputError, match=message):

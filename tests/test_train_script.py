@@ -108,8 +108,8 @@ def test_a_config_key_that_nothing_reads_ends_in_one_line(inputs, tmp_path, caps
         "config.train.lerning_rate = 1.0": "config.train.lerning_rate: nothing reads this key",
         "config.extra = 1": "config.extra: nothing reads this key",
         "del config.data": "config.data: missing",
-        "1 / 0": "--config: ",
-        "nobody": "--config: ",
+        "1 / 0": "--config: ZeroDivisionError: division by zero",
+        "nobody": "--config: NameError: name 'nobody' is not defined",
     }.items():
         file = tmp_path / "odd.py"
         body = f"  config = tiny_config.get_config()\n  {line}\n  return config\n"

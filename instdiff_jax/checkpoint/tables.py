@@ -11,13 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from instdiff_jax.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
+from instdiff_jax.config import NUM_MAP_TOKENS, AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
 
 PARTS = ("model", "autoencoder", "text_encoder")  # the state dicts of the released checkpoint
 # What InstanceDiffusion adds to Stable Diffusion 1.5; "trunk" is the ConvNeXt inside UniFusion, "unifusion" the rest.
 ADAPTERS = ("fusers", "scaleu", "unifusion", "trunk")
 
-SLOTS, MAP_TOKENS = 30, 64
+SLOTS = 30
 FOURIER = 2 * 16  # sine and cosine of 16 frequencies, per coordinate
 COORDINATES = {"box": 4, "point": 2, "scribble": 2 * 20, "mask_points": 2 * 256}
 
@@ -205,14 +205,14 @@ def _unifusion(table: _Table, config: ModelConfig) -> None:
     fusion, text = config.unifusion, config.unet.context_dim
     key, path = "position_net", "unifusion"
     trunk_stride = 4 * 2 ** (len(fusion.trunk_dims) - 1)
-    map_features = fusion.trunk_dims[-1] * (fusion.map_size // trunk_stride) ** 2 // MAP_TOKENS
+    map_features = fusion.trunk_dims[-1] * (fusion.map_size // trunk_stride) ** 2 // NUM_MAP_TOKENS
     widths = {name: FOURIER * count for name, count in COORDINATES.items()}
     table.add(f"{key}.null_positive_feature", f"{path}/null_text", "copy", text)
     for torch_name, name in (("position", "box"), ("point", "point"), ("scribble", "scribble")):
         table.add(f"{key}.null_{torch_name}_feature", f"{path}/null_{name}", "copy", widths[name])
     table.add(f"{key}.null_polygon_feature", f"{path}/null_mask_points", "copy", widths["mask_points"])
     table.add(f"{key}.null_seg_feature", f"{path}/null_map", "copy", map_features)
-    table.add(f"{key}.pos_embedding", f"{path}/pos_embedding", "row", 1, MAP_TOKENS, map_features)
+    table.add(f"{key}.pos_embedding", f"{path}/pos_embedding", "row", 1, NUM_MAP_TOKENS, map_features)
     table.conv(f"{key}.in_conv", f"{path}/map_conv", SLOTS, 3)
     _trunk(table, f"{key}.convnext_tiny_backbone", f"{path}/trunk", fusion.trunk_depths, fusion.trunk_dims)
     inputs = [(name, text + width) for name, width in widths.items()] + [("map", map_features)]

@@ -140,8 +140,8 @@ def crop_weights(rows: Rows, height: int, width: int) -> Float[np.ndarray, "rows
     """Weights that paste each instance, cropped to its box, onto its image's global latents.
 
     Instances are pasted in order, so a later one lies on top. Boxes are rounded (half to even) on the latent
-    grid; one that is empty there is not pasted. (Paper, section 3.4;
-    the official code has it switched off, with x and y exchanged.)
+    grid; one that is empty there is not pasted. (Paper, section 3.4; the official code has it switched off, with
+    x and y exchanged.)
     """
     x0, y0, x1, y1 = np.rint(rows.boxes * [width, height, width, height]).astype(int).T[:, :, None, None]
     row, column = np.arange(height)[None, :, None], np.arange(width)[None, None, :]
@@ -269,7 +269,7 @@ def sample_rows(
     stride = max(stride // reuse, 1) * reuse
     coefficients, scale = table.coefficients, np.float32(guidance_scale)
     coefficients, scale = jax.device_put((coefficients, scale), None if sharding is None else replicated(sharding))
-    state = start_state(noise) if sharding is not None else beside(params, start_state(noise))
+    state = beside(params, start_state(noise))
     state, conditions, inpaint = spread((state, conditions, inpaint), sharding)
     devices = count_devices(sharding)
 

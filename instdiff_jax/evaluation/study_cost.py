@@ -204,7 +204,7 @@ def _piece(
 ) -> dict[str, Any]:
     """One run of the sampler's loop."""
     guided = job.settings.guidance_scale != 1
-    rows = pack_rows(images, piece.rows, max_rows=pipeline._max_rows(job.size))
+    rows = pack_rows(images, piece.rows, max_rows=pipeline._max_rows(job.size, job.masked))
     entries = rows.conditions[: rows.chunk, : 1 + (guided and piece.guided)]
     used = {name: tree for name, tree in conditions.items() if piece.use_fusers or name != FUSER_GROUP}
     given = jax.tree.map(lambda leaf: leaf[entries], used)

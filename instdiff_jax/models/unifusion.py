@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from instdiff_jax.config import MAP_TOKENS, UniFusionConfig
+from instdiff_jax.config import NUM_MAP_TOKENS, UniFusionConfig
 from instdiff_jax.models.convnext import ConvNeXt
 
 NUM_SLOTS = 30
-NUM_MAP_TOKENS = MAP_TOKENS
 NUM_TOKENS = 4 * NUM_SLOTS + NUM_MAP_TOKENS
 NUM_FREQUENCIES = 16
 COORDINATES = {"box": 4, "point": 2, "scribble": 40, "mask_points": 512}
