@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from instdiff_jax.chips import processor_name
+from instdiff_jax.analysis.chips import processor_name
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import ArgumentParser, InputError
 from instdiff_jax.layout import Layout
@@ -36,7 +36,7 @@ TOKENIZER = ROOT / "tests" / "parity" / "tokenizer"
 BOX = ROOT / "checkpoints" / "shapes"
 
 # The parity tests' weights and inputs, which the official code can hold too: modules `weights` and `common`.
-sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "parity")]
 
 from weights import make_array  # noqa: E402
 

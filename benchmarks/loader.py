@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instdiff_jax.data import coco
+from instdiff_jax.data import build_coco as coco
 from instdiff_jax.data.dataset import InstanceDataset
+from instdiff_jax.data.examples import DataConfig, load_image
 from instdiff_jax.data.loader import BatchReader, make_loader
 from instdiff_jax.data.phrases import phrase_table
-from instdiff_jax.data.transforms import DataConfig, load_image
 from instdiff_jax.errors import ArgumentParser
 
 WIDTH, HEIGHT = 640, 480

@@ -21,18 +21,18 @@ from benchmarks.common import (
 from benchmarks.parts import record_layers, time_layers
 from common import grounding_arrays
 from instdiff_jax import grounding as groundings
-from instdiff_jax.compilation import spare_compiler_memory
+from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.diffusion.multi_instance import ImageRows, count_evaluations, plan_pieces
 from instdiff_jax.diffusion.solvers import solver_table
-from instdiff_jax.flops import count_flops
 from instdiff_jax.models.clip_text import CLIPTextEncoder
+from instdiff_jax.models.tokenizer import Tokenizer
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion
-from instdiff_jax.parallel import ParallelSettings, make_mesh
-from instdiff_jax.pipeline import DTYPES, NoisePredictor, Pipeline
-from instdiff_jax.starts import initial_noise
-from instdiff_jax.text import Tokenizer
+from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
+from instdiff_jax.parallel.runtime import spare_compiler_memory
+from instdiff_jax.sampling.pipeline import DTYPES, NoisePredictor, Pipeline
+from instdiff_jax.sampling.start import initial_noise
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import init_state, split_params
 from instdiff_jax.training.state import make_layout as make_run_layout
@@ -57,7 +57,7 @@ class Ours:
             self._tokenizer = Tokenizer(TOKENIZER, text.vocab_size, text.max_length)
             self._pipeline = Pipeline(model.config, SamplingConfig(), self._params, self._tokenizer, dtype)
         else:
-            from instdiff_jax.loading import load_model
+            from instdiff_jax.sampling.loading import load_model
 
             loaded = load_model(model.folder, DTYPES[dtype])
             self._params, self._tokenizer = loaded.params, loaded.tokenizer

@@ -2,9 +2,9 @@
 
 Make the start and the dataset, then run this on every host:
 
-    python -m instdiff_jax.convert --input v1-5-pruned.safetensors --convnext convnext_tiny.pth \
+    python -m instdiff_jax convert --input v1-5-pruned.safetensors --convnext convnext_tiny.pth \
         --output checkpoints/sd15_base
-    python -m instdiff_jax.data.coco --coco_dir coco --data_dir datasets/coco
+    python -m instdiff_jax build-coco --coco_dir coco --data_dir datasets/coco
     python train.py --config=configs/coco.py --workdir=runs/coco
 
 The fusers, UniFusion and ScaleU learn; Stable Diffusion is frozen. 512 images a step, AdamW at 5e-5 after 5,000 steps

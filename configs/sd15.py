@@ -2,7 +2,7 @@
 
 Convert the PyTorch checkpoint, then draw a layout:
 
-    python -m instdiff_jax.convert --input instancediffusion_sd15.pth --output checkpoints/sd15
+    python -m instdiff_jax convert --input instancediffusion_sd15.pth --output checkpoints/sd15
     python sample.py --checkpoint checkpoints/sd15 --layout examples/demo_cat_dog_robin.json
 """
 

@@ -2,20 +2,20 @@
 
 Its data, a tokenizer from its captions, and four stages, each from the one before:
 
-    python -m instdiff_jax.data.shapes --output shapes --split train --count 40000 --seed 21 --size 64 --world calm
-    python -m instdiff_jax.data.shapes --output shapes --split val --count 500 --seed 13 --size 64 --world calm \
+    python -m projects.shapes.render --output shapes --split train --count 40000 --seed 21 --size 64 --world calm
+    python -m projects.shapes.render --output shapes --split val --count 500 --seed 13 --size 64 --world calm \
         --min_instances 2 --max_instances 6
-    python -m instdiff_jax.data.coco --coco_dir shapes --data_dir datasets/shapes \
+    python -m instdiff_jax build-coco --coco_dir shapes --data_dir datasets/shapes \
         --instance_captions shapes/annotations/instance_captions.json
-    python -m instdiff_jax.data.tokenizer --data_dir datasets/shapes --output datasets/shapes_tokenizer --max_length 64
+    python -m instdiff_jax build-tokenizer --data_dir datasets/shapes --output datasets/shapes_tokenizer --max_length 64
     python train.py --config=configs/shapes.py:autoencoder --workdir=runs/shapes_autoencoder
-    python -m instdiff_jax.export --workdir runs/shapes_autoencoder --output runs/shapes_1
+    python -m instdiff_jax export --workdir runs/shapes_autoencoder --output runs/shapes_1
     python train.py --config=configs/shapes.py:text --workdir=runs/shapes_text
-    python -m instdiff_jax.export --workdir runs/shapes_text --output runs/shapes_2
+    python -m instdiff_jax export --workdir runs/shapes_text --output runs/shapes_2
     python train.py --config=configs/shapes.py:base --workdir=runs/shapes_base
-    python -m instdiff_jax.export --workdir runs/shapes_base --output runs/shapes_3
+    python -m instdiff_jax export --workdir runs/shapes_base --output runs/shapes_3
     python train.py --config=configs/shapes.py:adapters --workdir=runs/shapes_adapters
-    python -m instdiff_jax.export --workdir runs/shapes_adapters --output runs/shapes_4 --dtype float16
+    python -m instdiff_jax export --workdir runs/shapes_adapters --output runs/shapes_4 --dtype float16
 
 "autoencoder" learns pictures; "text" a text encoder that holds the words of a caption, in CLIP's place; "base" a UNet
 on captions alone; "adapters" the fusers, UniFusion and ScaleU, as in the paper. Without a stage's name it is the last

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image  # noqa: E402
 
 from instdiff_jax import Layout, Pipeline  # noqa: E402
-from instdiff_jax.visualize import contact_sheet, draw_layout, enlarge  # noqa: E402
+from instdiff_jax.sampling.visualize import contact_sheet, draw_layout, enlarge  # noqa: E402
 
 FIGURES = ROOT / "docs" / "figures"
 CHECKPOINT = ROOT / "checkpoints" / "shapes"

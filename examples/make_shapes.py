@@ -2,7 +2,7 @@
 
     python examples/make_shapes.py
 
-Boxes are written by hand. Masks, scribbles and points are those of rendered scenes (`instdiff_jax.data.shapes`) that
+Boxes are written by hand. Masks, scribbles and points are those of rendered scenes (`projects.shapes.render`) that
 the model has not seen.
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 FOLDER = Path(__file__).parent / "shapes"
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from instdiff_jax.data.shapes import WORLDS, render_scene  # noqa: E402
-from instdiff_jax.geometry import encode_mask, sample_scribble  # noqa: E402
+from instdiff_jax.geometry.masks import encode_mask, sample_scribble  # noqa: E402
+from projects.shapes.render import WORLDS, render_scene  # noqa: E402
 
 SIDE = 64
 # Seed of the scenes; training, validation and evaluation have other ones.

@@ -6,7 +6,7 @@ from instdiff_jax.errors import InputError
 from instdiff_jax.layout import Instance, Layout
 
 if TYPE_CHECKING:
-    from instdiff_jax.pipeline import Pipeline
+    from instdiff_jax.sampling.pipeline import Pipeline
 
 __all__ = ["InputError", "Instance", "Layout", "Pipeline"]
 
@@ -14,7 +14,7 @@ __all__ = ["InputError", "Instance", "Layout", "Pipeline"]
 def __getattr__(name: str) -> Any:
     # jax takes seconds to import; who only reads layouts should not wait for it.
     if name == "Pipeline":
-        from instdiff_jax.pipeline import Pipeline
+        from instdiff_jax.sampling.pipeline import Pipeline
 
         return Pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from instdiff_jax.errors import InputError
-from instdiff_jax.geometry import decode_mask, encode_mask, short
+from instdiff_jax.geometry.masks import decode_mask, encode_mask, short
 
 _logger = logging.getLogger(__name__)
 

@@ -338,7 +338,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
         meta = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: expected a dataset made by python -m instdiff_jax.data.coco ({type(error).__name__})"
+            f"{path}: expected a dataset made by python -m instdiff_jax build-coco ({type(error).__name__})"
         ) from error
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:

@@ -5,7 +5,7 @@ The released code draws once for a batch; here each sample draws for itself unle
 
 import numpy as np
 
-from instdiff_jax.data.transforms import DataConfig
+from instdiff_jax.data.examples import DataConfig
 
 FORMATS = ("box", "point", "scribble", "mask_points", "map")
 

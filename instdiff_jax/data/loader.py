@@ -20,9 +20,7 @@ from jaxtyping import Int
 
 from instdiff_jax.data.dataset import InstanceDataset, Record
 from instdiff_jax.data.dropout import apply_formats, draw_formats
-from instdiff_jax.data.latents import LatentCache
-from instdiff_jax.data.phrases import PhraseTable
-from instdiff_jax.data.transforms import (
+from instdiff_jax.data.examples import (
     Crop,
     DataConfig,
     choose_phrases,
@@ -31,6 +29,8 @@ from instdiff_jax.data.transforms import (
     select_instances,
     write_caption,
 )
+from instdiff_jax.data.latents import LatentCache
+from instdiff_jax.data.phrases import PhraseTable
 from instdiff_jax.errors import InputError
 from instdiff_jax.grounding import Orientation, region_words
 

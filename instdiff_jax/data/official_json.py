@@ -1,6 +1,6 @@
 """The official training JSON as the same dataset that COCO becomes.
 
-    python -m instdiff_jax.data.official_json --input FOLDER_OR_FILES … --data_dir data/official
+    python -m instdiff_jax build-official-json --input FOLDER_OR_FILES … --data_dir data/official
 
 Each file holds one image: {"image": base64, "caption", "data_id", "is_det", "annos": [{"bbox": [x, y, w, h], "mask":
 RLE, "category_name", "caption", "text_embedding_before": base64 float32, "blip_clip_embeddings": base64 float32}]}.
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from instdiff_jax.data.coco import make_instance, read_json
+from instdiff_jax.data.build_coco import make_instance, read_json
 from instdiff_jax.data.dataset import Instance, Record, caption_phrase, check_output, write_dataset
+from instdiff_jax.data.examples import load_image
 from instdiff_jax.data.phrases import ImportedEmbeddings
 from instdiff_jax.data.report import Report
-from instdiff_jax.data.transforms import load_image
-from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
+from instdiff_jax.errors import ArgumentParser, InputError
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
@@ -153,7 +153,7 @@ def read_records(files: Sequence[Path], report: Report, split: str, embeddings: 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see the top of this file."""
     parser = ArgumentParser(
-        prog="python -m instdiff_jax.data.official_json", description="official training JSON to a training dataset"
+        prog="python -m instdiff_jax build-official-json", description="official training JSON to a training dataset"
     )
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="folders, .json files or .txt lists")
     parser.add_argument("--data_dir", type=Path, required=True, help="where the dataset goes")
@@ -170,8 +170,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.split}: {facts['images']} images, {facts['instances']} instances, {meta['phrases']} phrases")
     print(report.summary())
     print(f"written: {args.data_dir}")
-
-
-if __name__ == "__main__":
-    with exit_on_input_error():
-        main()

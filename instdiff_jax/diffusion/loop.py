@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.diffusion.solvers import HISTORY, Coefficients, update
-from instdiff_jax.diffusion.spread import on_each_device
+from instdiff_jax.parallel.rows import on_each_device
 
 FUSER_GROUP = "grounding"
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from instdiff_jax.diffusion.loop import FUSER_GROUP, DenoiseState, EpsFn, Inpaint, denoise, start_state
 from instdiff_jax.diffusion.solvers import SolverTable
-from instdiff_jax.diffusion.spread import beside, count_devices, replicated, settled, spread, take
+from instdiff_jax.parallel.rows import beside, count_devices, replicated, settled, spread, take
 
 EXACT_ROWS = 8  # a device: up to here a batch is never padded
 WASTE = 1.2  # above, a batch grows to at most this many times its rows

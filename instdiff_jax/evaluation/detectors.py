@@ -11,7 +11,7 @@ from jaxtyping import Bool, UInt8
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detect import Detection, Detector
 from instdiff_jax.evaluation.split import Split
-from instdiff_jax.geometry import decode_mask, short
+from instdiff_jax.geometry.masks import decode_mask, short
 from instdiff_jax.layout import read_json
 
 NAMES = "shapes:FOLDER, predictions:FILE.json or transformers:NAME"
@@ -89,7 +89,7 @@ def open_detector(name: str, split: Split) -> Detector | Predictions:
         return Predictions(rest, split)
     # Imported here: each brings in a library that the others do without.
     if kind == "shapes":
-        from instdiff_jax.evaluation.segmenter import Segmenter
+        from projects.shapes.segmenter import Segmenter
 
         return Segmenter.from_folder(rest)
     from instdiff_jax.evaluation.hub import HubDetector

@@ -14,7 +14,7 @@ from PIL import Image
 
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.split import Scene
-from instdiff_jax.geometry import short
+from instdiff_jax.geometry.masks import short
 from instdiff_jax.layout import read_json
 
 

@@ -12,7 +12,7 @@ from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.files import picture_path, write_picture
 from instdiff_jax.evaluation.split import Scene, Target
 from instdiff_jax.layout import Instance, Layout
-from instdiff_jax.pipeline import Pipeline
+from instdiff_jax.sampling.pipeline import Pipeline
 
 FORMATS = ("auto", "box", "point", "scribble", "mask", "mixed")
 _MIXED = ("box", "mask", "scribble", "point")
@@ -54,7 +54,7 @@ def sampling_settings(checkpoint: Path, overrides: Mapping[str, Any]) -> Samplin
 def read_settings(checkpoint: Path) -> tuple[ModelConfig, SamplingConfig]:
     """The sizes and the sampling settings of a checkpoint folder or a training run; reads no weights."""
     if (checkpoint / "checkpoints").is_dir():
-        from instdiff_jax.export import read_run
+        from instdiff_jax.training.export import read_run
 
         return read_run(checkpoint)[:2]
     return read_config(checkpoint)[:2]

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from instdiff_jax.evaluation.detect import Detection
 from instdiff_jax.evaluation.split import Scene, Target
-from instdiff_jax.geometry import encode_mask
+from instdiff_jax.geometry.masks import encode_mask
 
 MATCH_IOU = 0.5
 

@@ -15,7 +15,7 @@ from instdiff_jax.evaluation.generate import make_layout
 from instdiff_jax.evaluation.measure import Picture
 from instdiff_jax.evaluation.report import flat, show, tables
 from instdiff_jax.layout import MAX_INSTANCES, Instance, Layout
-from instdiff_jax.visualize import draw_layout
+from instdiff_jax.sampling.visualize import draw_layout
 
 # Layouts are drawn with at least so many pixels a side, or their captions could not be read.
 _DRAWN = 320

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from instdiff_jax.config import Settings
-from instdiff_jax.data.transforms import DataConfig
+from instdiff_jax.data.examples import DataConfig
 from instdiff_jax.errors import InputError
-from instdiff_jax.parallel import check_pattern
+from instdiff_jax.parallel.mesh import check_pattern
 
 Rules = tuple[tuple[str, ...], ...]
 
@@ -152,7 +152,7 @@ class DataSettings(Settings):
     """Which dataset, and how it is loaded.
 
     Attributes:
-        dir: the dataset's folder, as `python -m instdiff_jax.data.coco` makes it.
+        dir: the dataset's folder, as `python -m instdiff_jax build-coco` makes it.
         validation_split: empty for no validation.
         workers: processes that make batches; 0 makes them in a thread.
         prefetch: batches made ahead, by each worker and on the devices.

@@ -11,7 +11,7 @@ from instdiff_jax.checkpoint.folder import read_config, restore_params, stored_d
 from instdiff_jax.checkpoint.rename import flatten, parameter_shapes, unflatten
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
-from instdiff_jax.parallel import REPLICATED, shardings
+from instdiff_jax.parallel.mesh import REPLICATED, shardings
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import Params, RunLayout, fresh_params
 

@@ -20,7 +20,7 @@ from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import COORDINATES, NUM_SLOTS, UniFusion
-from instdiff_jax.parallel import REPLICATED, ParallelSettings, match_rule, parameter_specs, shardings
+from instdiff_jax.parallel.mesh import REPLICATED, ParallelSettings, match_rule, parameter_specs, shardings
 from instdiff_jax.training.optimizer import OptimizerState, init_optimizer
 from instdiff_jax.training.settings import TrainSettings
 

@@ -19,7 +19,7 @@ from instdiff_jax.config import ModelConfig
 from instdiff_jax.diffusion.schedule import q_sample, velocity_weights
 from instdiff_jax.models.attention import Regions
 from instdiff_jax.models.autoencoder import sample_posterior
-from instdiff_jax.parallel import BATCH, DATA, FSDP, REPLICATED, gather, sum_gradients
+from instdiff_jax.parallel.mesh import BATCH, DATA, FSDP, REPLICATED, gather, sum_gradients
 from instdiff_jax.training.optimizer import apply_gradients, global_norm, learning_rate
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import Networks, Params, RunLayout, TrainState, make_networks, merge_params

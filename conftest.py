@@ -1,0 +1,26 @@
+"""Settings for every test: full float32 matrix products, no hub, one place for imports."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "parity"), str(ROOT / "tests" / "jax"), str(ROOT)]
+
+import jax  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+# Several files compile the same networks; a second run of the tests compiles next to nothing.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run what is marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [item for item in items if "slow" in item.keywords]
+        items[:] = [item for item in items if "slow" not in item.keywords]
+        config.hook.pytest_deselected(items=slow)

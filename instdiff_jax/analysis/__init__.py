@@ -1,0 +1,1 @@
+"""FLOPs, compiled programs and chips: what a program costs, without running it."""

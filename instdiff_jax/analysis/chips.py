@@ -1,0 +1,143 @@
+"""What TPU chips can do, how long a compiled program takes on them by that, and what this machine's processor is.
+
+Facts are those of Google Cloud's pages on TPU v5e, v5p and v6e (docs.cloud.google.com/tpu/docs), per chip.
+"""
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from instdiff_jax.analysis.hlo import Collective, ProgramCosts, ring_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Attributes:
+        flops: peak dense bfloat16 FLOP/s.
+        memory_gib: main memory; the compiler keeps a quarter to three quarters of a GiB of it for itself.
+        memory_bandwidth: bytes/s.
+        interconnect: bytes/s to and from all neighbours together, both directions added.
+        ports: neighbours; 4 in a two-dimensional torus, 6 in a three-dimensional one.
+        clock: Hz, from peak FLOP/s = matrix units · side² · 2 · clock (v5e 4 of 128², v5p 8 of 128², v6e 4 of 256²).
+    """
+
+    flops: float
+    memory_gib: int
+    memory_bandwidth: float
+    interconnect: float
+    ports: int
+    clock: float
+
+    @property
+    def ring_bandwidth(self) -> float:
+        """Bytes/s that a chip sends in a ring along one mesh axis, both ways round: half of what two ports carry."""
+        return self.interconnect / self.ports
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16, 819e9, 400e9, 4, 1.5e9),
+    "v5p": Chip(459e12, 95, 2765e9, 1200e9, 6, 1.75e9),
+    "v6e": Chip(918e12, 32, 1640e9, 800e9, 4, 1.75e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Seconds of one step, by what could bound it, and in all.
+
+    Attributes:
+        compute: the arithmetic at the peak rate.
+        memory: the traffic at full bandwidth.
+        kernels: the compiler's own estimates of its kernels; arithmetic and memory, one kernel after the other.
+        interconnect: every collective as a ring, one after the other.
+        best: the largest of compute, memory and interconnect: all three hidden behind one another.
+        step: the largest of compute, memory and kernels, and then the interconnect: nothing hidden.
+    """
+
+    compute: float
+    memory: float
+    kernels: float
+    interconnect: float
+
+    @property
+    def best(self) -> float:
+        return max(self.compute, self.memory, self.interconnect)
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.memory, self.kernels) + self.interconnect
+
+    def to_dict(self) -> dict[str, float]:
+        return dataclasses.asdict(self) | dict(best=self.best, step=self.step)
+
+
+def predict(chip: Chip, flops: float, costs: ProgramCosts) -> Prediction:
+    """The time of a program of `flops` operations a chip."""
+    return Prediction(
+        compute=flops / chip.flops,
+        memory=costs.memory_bytes / chip.memory_bandwidth,
+        kernels=costs.cycles / chip.clock,
+        interconnect=sum(collective.sent for collective in costs.collectives) / chip.ring_bandwidth,
+    )
+
+
+def scaling(
+    chip: Chip, prediction: Prediction, collectives: tuple[Collective, ...], mesh: Mapping[str, int], batch: int
+) -> list[dict[str, Any]]:
+    """How efficiency falls from 1 chip to the whole mesh in steps of four, with as many images a chip.
+
+    A chip's arithmetic and memory traffic stay; the collectives change with the sizes of the axes. The axis `fsdp`
+    fills first. A sum over `data` alone is of what `fsdp` has split, so the fewer it is split over the larger it is.
+    Efficiency is the time of one chip over the time of the mesh, with nothing hidden.
+
+    Args:
+        collectives: of the program compiled for `mesh`.
+        mesh: sizes of the axes `data` and `fsdp`, the latter the inner one.
+        batch: images a step on the whole mesh.
+    """
+    total = mesh["data"] * mesh["fsdp"]
+    counts = [4**k for k in range(total.bit_length()) if 4**k < total] + [total]
+    local = prediction.step - prediction.interconnect
+    rows = []
+    for chips in counts:
+        fsdp = min(mesh["fsdp"], chips)
+        sizes = {"fsdp": fsdp, "data": max(chips // fsdp, 1), "both": chips}
+        seconds = 0.0
+        for collective in collectives:
+            axis = _axis(collective, mesh)
+            payload = collective.payload * (mesh["fsdp"] / fsdp if axis == "data" else 1)
+            seconds += ring_bytes(collective.kind, payload, sizes[axis]) / chip.ring_bandwidth
+        step = local + seconds
+        rows.append(
+            dict(
+                chips=chips,
+                interconnect=seconds,
+                step=step,
+                images_per_second=batch * chips / total / step,
+                efficiency=local / step,
+                efficiency_hidden=local / max(local, seconds),
+            )
+        )
+    return rows
+
+
+def _axis(collective: Collective, mesh: Mapping[str, int]) -> str:
+    if collective.group == 1:
+        return "data" if mesh["data"] == 1 else "fsdp"
+    if collective.group == mesh["data"] * mesh["fsdp"]:
+        return "both" if mesh["data"] > 1 else "fsdp"
+    return "data" if collective.stride > 1 or mesh["fsdp"] == 1 else "fsdp"
+
+
+def processor_name() -> str:
+    """This machine's processor as Linux names it; elsewhere its architecture at least."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

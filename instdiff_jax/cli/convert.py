@@ -1,0 +1,93 @@
+"""Converts PyTorch checkpoints to a checkpoint folder, and back.
+
+    python -m instdiff_jax convert --input instancediffusion_sd15.pth --output checkpoints/sd15
+    python -m instdiff_jax convert --input v1-5-pruned.safetensors --input fusers.ckpt --input position_net.ckpt \
+        --input scaleu.ckpt --output checkpoints/mine
+    python -m instdiff_jax convert --input checkpoints/sd15 --to_pytorch back.pth
+
+The model's sizes come from --config FILE (default configs/sd15.py) and overrides such as
+--config.model.unet.num_heads=4; a key of another shape is an error that names it. The tokenizer is
+--config.model.text_encoder.tokenizer=DIR, or a hub name that is in the hub's cache. Needs no torch, except to
+write .pth.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from instdiff_jax.checkpoint import folder, pytorch
+from instdiff_jax.config import ModelConfig, SamplingConfig, read_config
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="python -m instdiff_jax convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        type=Path,
+        help="a PyTorch file; several make one model (a base and adapters). With --to_pytorch: a checkpoint folder",
+    )
+    parser.add_argument("--output", type=Path, help="the checkpoint folder to write")
+    parser.add_argument("--convnext", type=Path, help="ImageNet ConvNeXt weights, to train adapters from a base")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint folder at --output")
+    parser.add_argument("--to_pytorch", type=Path, help="write the folder at --input to this .pth or .safetensors")
+    args = parser.parse_args(argv)
+    if (args.output is None) == (args.to_pytorch is None):
+        parser.error("give either --output or --to_pytorch")
+    if args.to_pytorch is not None and (len(args.input) > 1 or args.convnext):
+        parser.error("--to_pytorch takes one --input, a checkpoint folder, and no --convnext")
+    return args
+
+
+def to_folder(args: argparse.Namespace, model: ModelConfig, sampling: SamplingConfig) -> None:
+    """PyTorch files to a checkpoint folder. What can be refused is refused before any weight is read."""
+    folder.check_output(args.output, args.overwrite)
+    tokenizer = folder.find_tokenizer(model.text_encoder.tokenizer, model.text_encoder.vocab_size)
+    start = time.time()
+    params, absent = pytorch.load_pytorch(args.input, model, args.convnext)
+    print(f"writing {args.output} …", flush=True)
+    folder.save_folder(args.output, params, model, sampling, tokenizer, absent, args.overwrite)
+    note = f"; without {', '.join(absent)}: it can be trained, not sampled" if absent else ""
+    print(f"wrote {args.output} in {time.time() - start:.0f} s{note}")
+
+
+def to_pytorch(source: Path, target: Path) -> None:
+    """A checkpoint folder to a file in the released layout."""
+    pytorch.check_export_path(target)
+    model, _, absent = folder.read_config(source)
+    if absent:
+        raise InputError(f"{source}: lacks {', '.join(absent)}; the released layout needs every part")
+    start = time.time()
+    params = folder.restore_params(source, dtype=None, as_numpy=True)
+    print(f"writing {target} …", flush=True)
+    pytorch.save_pytorch(target, params, model)
+    print(f"wrote {target} in {time.time() - start:.0f} s")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_input_error():
+        config, rest = read_config(sys.argv[1:] if argv is None else argv, "configs/sd15.py")
+        args = parse_args(rest)
+        try:
+            if args.to_pytorch is not None:
+                to_pytorch(args.input[0], args.to_pytorch)
+            else:
+                for name in ("model", "sampling"):
+                    if not isinstance(config.get(name), ConfigDict):
+                        raise InputError(f"config.{name}: expected a group of settings, got {config.get(name)!r}")
+                model = ModelConfig.from_dict(config.model.to_dict(), "config.model")
+                sampling = SamplingConfig.from_dict(config.sampling.to_dict(), "config.sampling")
+                to_folder(args, model, sampling)
+        except OSError as error:  # a full disk, a folder without permission
+            raise InputError(f"{args.to_pytorch or args.output}: cannot be written ({error})") from error

@@ -1,0 +1,1 @@
+"""Masks, points and contours, in pixels."""

@@ -1,0 +1,1 @@
+"""Meshes, rows split over a mesh, and the runtime: several hosts, the cache of compiled programs."""

@@ -1,0 +1,1 @@
+"""From layouts and a checkpoint to images."""

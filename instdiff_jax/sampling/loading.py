@@ -1,0 +1,102 @@
+"""Opens what `--checkpoint` may name, a checkpoint folder or a training run, for sampling."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from instdiff_jax.checkpoint.folder import read_config, restore_params
+from instdiff_jax.config import ModelConfig, SamplingConfig
+from instdiff_jax.errors import InputError
+from instdiff_jax.models.tokenizer import Tokenizer
+
+
+class Model(NamedTuple):
+    """A model ready to sample: sizes, sampling defaults, trees of all four networks, tokenizer."""
+
+    config: ModelConfig
+    sampling: SamplingConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def load_model(directory: str | Path, dtype: Any, sharding: jax.sharding.Sharding | None = None) -> Model:
+    """Loads a checkpoint folder, or the averaged parameters of a training run's newest checkpoint.
+
+    Args:
+        directory: the folder.
+        dtype: of the leaves with two axes or more; vectors, scalars and the autoencoder are float32.
+        sharding: where the parameters go; the default device otherwise.
+
+    Raises:
+        InputError: for a folder that is neither, is damaged, or has no adapters to sample with.
+    """
+    directory = Path(directory)
+    if (directory / "checkpoints").is_dir():
+        return _load_run(directory, dtype, sharding)
+    config, sampling, absent = read_config(directory)
+    _check_complete(directory, absent)
+    tokenizer = _open_tokenizer(config, config.text_encoder.tokenizer)
+    params = restore_params(directory, ("unet", "unifusion", "text_encoder"), dtype, sharding)
+    params |= restore_params(directory, ("autoencoder",), jnp.float32, sharding)
+    return Model(config, sampling, params, tokenizer)
+
+
+def _load_run(workdir: Path, dtype: Any, sharding: jax.sharding.Sharding | None) -> Model:
+    # Imported here: whoever samples from a checkpoint folder needs nothing of training.
+    from instdiff_jax.training.export import absent_groups, load_run, run_tokenizer
+
+    name = run_tokenizer(workdir)
+    config, sampling, params, _ = load_run(workdir)
+    _check_complete(workdir, absent_groups(params))
+    for part, tree in params.items():
+        if part != "autoencoder":
+            params[part] = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= 2 else leaf, tree)
+    if sharding is not None:
+        params = jax.device_put(params, sharding)
+    return Model(config, sampling, params, _open_tokenizer(config, name))
+
+
+def _check_complete(directory: Path, absent: tuple[str, ...]) -> None:
+    if absent:
+        raise InputError(f"{directory}: cannot sample: {', '.join(absent)} absent; train or convert with them")
+
+
+def _open_tokenizer(config: ModelConfig, name: str | Path) -> Tokenizer:
+    return Tokenizer(name, config.text_encoder.vocab_size, config.text_encoder.max_length)
+
+
+def checkpoint_fingerprint(directory: Path) -> str:
+    """Tells a checkpoint, or a training run's newest step, from another at the same place: a hash of its contents.
+
+    Raises:
+        InputError: for a folder that is neither.
+    """
+    try:
+        digest = hashlib.sha256((directory / "config.json").read_bytes())
+        if (directory / "checkpoints").is_dir():
+            steps = [path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+            newest = max(steps, key=lambda path: int(path.name), default=None)
+            # Beside the step its facts, which hold a checksum of every array: a run made anew is another model.
+            files = [] if newest is None else sorted(path for path in (newest / "facts").rglob("*") if path.is_file())
+            names = [f"{path.parts[-3:]} {_ends(path)}" for path in files if not path.name.startswith("_")]
+            names += [] if newest is None else [newest.name]
+        else:
+            # What orbax writes holds a hash or the data itself: sizes alone would not tell a later export apart.
+            files = sorted(path for path in (directory / "params").rglob("*") if path.is_file())
+            names = [f"{path.relative_to(directory)} {_ends(path)}" for path in files if not path.name.startswith("_")]
+    except OSError as error:
+        raise InputError(f"{directory}: not a checkpoint folder: {error.strerror or error}") from error
+    digest.update("\n".join(names).encode())
+    return digest.hexdigest()[:32]
+
+
+def _ends(path: Path, sample: int = 2**16) -> str:
+    """Size, beginning and end of a file as a hash."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(sample)
+        file.seek(max(0, size - sample))
+        return hashlib.sha256(head + file.read(sample) + str(size).encode()).hexdigest()

@@ -1,0 +1,140 @@
+"""The paper's tables at small scale: draws, measures and writes docs/results.md, its plots and results.json.
+
+    python -m projects.shapes.study
+
+Scenes are rendered with seeds that no training has seen. Pictures and finished rows' numbers are kept in the workdir:
+a study that was cut off, or is run again with more pictures, seeds or sections, does only what is missing. The first
+seed of every table comes before the second seed of any, and tables in the order of their importance; `--minutes` stops
+drawing after so long and writes the page from what there is. `study_rows.py` lists the rows.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
+from projects.shapes.study_rows import COST, FEWER, NAMES, SECTIONS, Sizes, Task, make_tasks, row_keys
+
+# Of a row that is done, in the terminal.
+_PRINTED = ("box_AP50", "mask_IoU", "colour_accuracy", "FID")
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="python -m projects.shapes.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint", type=Path, default=Path("checkpoints/shapes"), help="a checkpoint folder, or a training workdir"
+    )
+    add("--segmenter", type=Path, default=Path("checkpoints/shapes_segmenter"), help="folder of the detector")
+    add("--workdir", type=Path, default=Path("runs/study"), help="folder for scenes, pictures and numbers")
+    add(
+        "--docs",
+        type=Path,
+        help="folder for results.md, results.json, figures/results_*.png (default: docs; WORKDIR/page with --sections)",
+    )
+    add("--sections", default=",".join(NAMES), help="which tables, with commas (default: all)")
+    add("--count", type=int, default=500, help="pictures of a row and seed in the main tables (default 500)")
+    add("--seeds", type=int, default=3, help="seeds there (default 3)")
+    add("--small_count", type=int, default=100, help="pictures of a row and seed in the other tables (default 100)")
+    add("--small_seeds", type=int, default=2, help="seeds there (default 2)")
+    add("--reference_count", type=int, default=500, help="real images that FID compares with (default 500)")
+    add("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
+    add("--steps", type=int, help="solver steps where a row does not say; default: the checkpoint's own")
+    add("--minutes", type=float, help="draw no longer than this")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
+    add("--max_rows", type=int, help="latents denoised at a time; less needs less memory")
+    args = parser.parse_args(argv)
+    if args.docs is None:
+        # A page of some sections would leave out what the whole one says.
+        args.docs = Path("docs") if args.sections == ",".join(NAMES) else args.workdir / "page"
+    return args
+
+
+def check_args(args: argparse.Namespace) -> list[str]:
+    """The sections that are asked for, in the order of importance; raises before anything is read."""
+    wanted = [name for name in args.sections.split(",") if name]
+    for name in wanted:
+        if name not in NAMES:
+            raise InputError(f"--sections: expected some of {', '.join(NAMES)}, got {name!r}")
+    if not wanted:
+        raise InputError(f"--sections: expected some of {', '.join(NAMES)}, got none")
+    least = {"count": 2, "small_count": 2, "seeds": 1, "small_seeds": 1, "reference_count": 2, "size": 32, "minutes": 0}
+    for name, low in (least | {"max_rows": 1, "steps": 1}).items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise InputError(f"--{name}: expected a number of at least {low}, got {value}")
+    return [name for name in NAMES if name in wanted]
+
+
+def run(args: argparse.Namespace, command: str) -> None:
+    """Does all that is missing and writes the page."""
+    sections, sizes = check_args(args), Sizes(args.count, args.seeds, args.small_count, args.small_seeds)
+
+    # Late, so that a wrong flag need not wait for jax.
+    import jax
+
+    from instdiff_jax.evaluation.report import metrics_line
+    from projects.shapes.study_cost import known_cost, measure_cost, option_costs
+    from projects.shapes.study_report import write_study
+    from projects.shapes.study_results import make_results
+    from projects.shapes.study_runs import Study, TimeUp
+
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    folders = args.checkpoint, args.segmenter, args.workdir
+    study = Study(*folders, args.size, args.reference_count, dtype, args.steps, args.max_rows)
+    tasks = make_tasks(sections, sizes, study.sampling)
+    numbers = {key: found for key, task in tasks.items() if (found := study.done(task)) is not None}
+    cost = known_cost(study) if COST in sections else None
+    start = time.monotonic()
+
+    def check_time() -> None:
+        if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
+            raise TimeUp
+
+    waiting = [key for key in tasks if key not in numbers]
+    try:
+        for number, (name, seed, count) in enumerate(waiting, 1):
+            check_time()
+            if COST in sections and cost is None and seed > 0:
+                cost = measure_cost(study)
+            begin = time.monotonic()
+            found = study.run(tasks[name, seed, count], check_time)
+            numbers[name, seed, count] = found
+            shown = metrics_line({metric: found["metrics"].get(metric) for metric in _PRINTED})
+            seconds = time.monotonic() - begin
+            what = f"{number}/{len(waiting)} {name}, seed {seed}, {count} pictures"
+            print(f"{what}: {shown} ({seconds:.0f} s)", flush=True)
+        if COST in sections and cost is None:
+            check_time()
+            cost = measure_cost(study)
+    except TimeUp:
+        print(f"--minutes {args.minutes:g} are over; the page says what was not measured", file=sys.stderr)
+    for row in SECTIONS[FEWER].rows if FEWER in sections else ():
+        for key in row_keys(row, SECTIONS[FEWER], sizes, study.sampling):
+            if key in numbers:
+                numbers[key]["metrics"] |= option_costs(study, Task(row, *key[1:]), numbers)
+    write_study(make_results(study, sections, sizes, numbers, cost, command), args.docs)
+    print(f"written: {args.docs / 'results.md'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: see the top of this file."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parse_args(argv)
+    with exit_on_input_error():
+        # How long a run may draw is no part of what makes the page: without it, one run does all.
+        flags = re.sub(r"--minutes[= ]\S+ ?", "", shlex.join(argv))
+        run(args, f"python -m projects.shapes.study {flags}".rstrip())
+
+
+if __name__ == "__main__":
+    main()

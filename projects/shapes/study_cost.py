@@ -1,0 +1,241 @@
+"""What sampling costs, part by part and by its options: time, UNet evaluations, operations, and memory.
+
+The programs are those that the pipeline runs, compiled for one full batch of pictures of four instances each.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instdiff_jax import grounding as groundings
+from instdiff_jax.analysis.flops import count_flops
+from instdiff_jax.config import ModelConfig
+from instdiff_jax.diffusion.multi_instance import (
+    FUSER_GROUP,
+    ImageRows,
+    Piece,
+    count_evaluations,
+    count_fresh,
+    denoise,
+    pack_rows,
+    start_state,
+)
+from instdiff_jax.diffusion.solvers import solver_table
+from instdiff_jax.evaluation.files import picture_path, read_picture, write_file
+from instdiff_jax.evaluation.generate import image_seed, make_layout
+from instdiff_jax.layout import Layout
+from instdiff_jax.models.unet import UNet
+from instdiff_jax.models.unifusion import NUM_TOKENS
+from instdiff_jax.sampling import programs
+from instdiff_jax.sampling.pipeline import Pipeline
+from instdiff_jax.sampling.request import Job, plan
+from projects.shapes.study_rows import FIFTY, MIS, Row, Task
+from projects.shapes.study_runs import Study, machine
+
+Numbers = Mapping[tuple[str, int, int], Any]
+INSTANCES = 4
+_SCENES = f"count_{INSTANCES}"
+
+
+def option_costs(study: Study, task: Task, numbers: Numbers) -> dict[str, float]:
+    """UNet evaluations of a picture, how many times fewer they are than with 50 steps, and the distance from the same
+    pictures in 50 steps where there are any.
+    """
+    found = {"UNets": _evaluations(study, task.row)}
+    found["speedup"] = _evaluations(study, FIFTY) / found["UNets"]
+    fifty = Task(FIFTY, task.seed, task.count)
+    if (FIFTY.slug(study.sampling), *fifty[1:]) in numbers:
+        scenes = study.split(task.row.scenes, task.count).scenes
+        paths = [[picture_path(study.folder(one), scene) for scene in scenes] for one in (task, fifty)]
+        # Numbers may be kept without the pictures that they are of.
+        if all(path.exists() for column in paths for path in column):
+            ours, theirs = (np.stack([read_picture(path, study.size) for path in column]) for column in paths)
+            found["distance"] = float(np.abs(ours.astype(float) - theirs).mean())
+    return found
+
+
+def _evaluations(study: Study, row: Row) -> float:
+    settings = row.settings(study.sampling)
+    table = solver_table(settings.sampler, settings.steps, study.config.schedule, settings.alpha)
+    pieces = plan(settings, table)
+    images, guided = [ImageRows(0, 0, (0,) * INSTANCES)], settings.guidance_scale != 1
+    every, fresh = count_evaluations(pieces, images, guided), count_fresh(pieces, images, settings.reuse, guided)
+    return fresh + (every - fresh) * finish_share(study.config, study.size)
+
+
+@functools.cache
+def finish_share(config: ModelConfig, size: int) -> float:
+    """Operations of an evaluation that reuses deep features, as a share of a whole one's."""
+    unet, width, side = UNet(config.unet), config.unet.context_dim, size // config.latent_stride
+    shapes = [(side, side, config.unet.in_channels), (), (config.text_encoder.max_length, width), (NUM_TOKENS, width)]
+    inputs = [jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in shapes]
+
+    def make(network: UNet, latents, timesteps, context, tokens):
+        conditions = network.condition(context, tokens)
+        return network(latents, timesteps, conditions), conditions
+
+    (_, conditions), params = jax.eval_shape(
+        functools.partial(unet.init_with_output, method=make), jax.random.key(0), *inputs
+    )
+    given = params, *inputs[:2], conditions, 1.0
+    deep = jax.eval_shape(functools.partial(unet.apply, method="deep_features"), *given)
+    return count_flops(functools.partial(unet.apply, method="finish"), *given, deep) / count_flops(unet.apply, *given)
+
+
+def cost_file(study: Study) -> tuple[Path, dict[str, Any]]:
+    """Where the numbers are kept, and what they are of."""
+    key = {"checkpoint": study.fingerprint, "sampling": study.sampling.to_dict(), "size": study.size}
+    # Seconds are those of a machine: a study that goes on elsewhere measures again.
+    key |= {"dtype": study.dtype, "device": machine()["device"], "devices": jax.device_count()}
+    key |= {"max_rows": study.max_rows, "version": 2}
+    return study.workdir / "numbers" / "cost.json", json.loads(json.dumps(key))
+
+
+def known_cost(study: Study) -> dict[str, Any] | None:
+    """The numbers of an earlier run; None where there are none."""
+    path, key = cost_file(study)
+    try:
+        cost = json.loads(path.read_text())
+        return cost if cost["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def measure_cost(study: Study) -> dict[str, Any]:
+    """Measures every part: each is compiled, run once to warm up, and timed once more.
+
+    Returns:
+        `pictures` of the batch, and `parts`: a list of {part, seconds, evaluations, gflop: of one picture;
+        temporary_mb: of the batch's program}. The last two are whole calls, with MIS and without.
+    """
+    pipeline = study.pipeline()
+    canvas = (study.size, study.size)
+    count = max(pipeline._max_rows(canvas) // (INSTANCES + 1), 1)
+    scenes = study.split(_SCENES, count).scenes
+    layouts = [make_layout(scene, "box") for scene in scenes]
+    seeds = [image_seed(0, scene.image_id) for scene in scenes]
+    # A checkpoint may leave the multi-instance sampler out: what it costs is shown all the same.
+    sampling = Row("", sampling=MIS).settings(study.sampling)
+    settings = sampling.to_dict()
+    job = Job(
+        seeds=seeds,
+        seed_per_layout=True,
+        size=canvas,
+        settings=sampling,
+        table=solver_table(settings["sampler"], settings["steps"], pipeline.config.schedule, settings["alpha"]),
+        format="auto",
+        drop=(),
+        noise=None,
+        start=None,
+        from_noise=True,
+    )
+    parts = _parts(pipeline, job, layouts)
+    for name, mis in (("whole call", sampling.mis), ("whole call, MIS off", 0.0)):
+
+        def call(mis: float = mis) -> None:
+            pipeline(layouts, layout_seeds=seeds, **settings | {"mis": mis})
+
+        parts.append(dict(part=name, seconds=_seconds(call) / count))
+    path, key = cost_file(study)
+    cost = {"key": key, "pictures": count, "instances": INSTANCES, "parts": parts}
+    write_file(path, json.dumps(cost).encode())
+    return cost
+
+
+def _parts(pipeline: Pipeline, job: Job, layouts: list[Layout]) -> list[dict[str, Any]]:
+    config, count = pipeline.config, len(layouts)
+    side, numbered = job.size[0] // config.latent_stride, dict(enumerate(layouts))
+    with jax.default_matmul_precision("highest" if pipeline.dtype == "float32" else "default"):
+        conditions, images = pipeline._conditions(job, numbered, (side, side))
+        parts = [_text_and_tokens(pipeline, job, numbered, (side, side))]
+        for piece in job.pieces:
+            parts.append(_piece(pipeline, job, piece, conditions, list(images.values()), side))
+        latents = jnp.zeros((count, side, side, config.autoencoder.z_channels))
+        one = latents[: pipeline._max_decoded(job.size)]
+        lowered = programs._decode.lower(pipeline._autoencoder, None, pipeline._params["autoencoder"], one)
+        parts.append(
+            dict(
+                part="decoding",
+                seconds=_seconds(lambda: pipeline.decode(latents)) / count,
+                gflop=count_flops(pipeline._decode, latents) / count / 1e9,
+                temporary_mb=lowered.compile().memory_analysis().temp_size_in_bytes / 1e6,
+            )
+        )
+    return parts
+
+
+def _text_and_tokens(pipeline: Pipeline, job: Job, layouts: dict[int, Layout], grid: tuple[int, int]) -> dict[str, Any]:
+    """Text encoder, UniFusion, and the keys and values of both in every block; what fills up a chunk is work, too."""
+
+    def make() -> Any:
+        return pipeline._conditions(job, layouts, grid)[0]
+
+    chunk, length, width = programs.CHUNK, pipeline.config.text_encoder.max_length, pipeline.config.unet.context_dim
+    texts = jnp.zeros((chunk, length), jnp.int32)
+    batch = groundings.stack([groundings.make_grounding(layouts[0], pipeline.config, "auto")] * chunk)
+    del batch["maps"], batch["phrase_embeddings"]
+    slots = groundings.MAX_INSTANCES
+    arrays = jnp.zeros((chunk, slots), jnp.int32), jnp.zeros((chunk, slots, width)), jnp.zeros((chunk, length, width))
+    params = pipeline._params
+    lowered = (
+        programs._encode_text.lower(pipeline._text_encoder, None, params["text_encoder"], texts),
+        programs._condition.lower(
+            pipeline._networks, None, False, (params["unifusion"], params["unet"]), batch, *arrays
+        ),
+    )
+    memory = max(program.compile().memory_analysis().temp_size_in_bytes for program in lowered)
+    return dict(
+        part="text, UniFusion, keys and values",
+        seconds=_seconds(lambda: jax.block_until_ready(make())) / len(layouts),
+        gflop=count_flops(make) / len(layouts) / 1e9,
+        temporary_mb=memory / 1e6,
+    )
+
+
+def _piece(
+    pipeline: Pipeline, job: Job, piece: Piece, conditions: dict[str, Any], images: list, side: int
+) -> dict[str, Any]:
+    """One run of the sampler's loop."""
+    guided = job.settings.guidance_scale != 1
+    rows = pack_rows(images, piece.rows, max_rows=pipeline._max_rows(job.size, job.masked))
+    entries = rows.conditions[: rows.chunk, : 1 + (guided and piece.guided)]
+    used = {name: tree for name, tree in conditions.items() if piece.use_fusers or name != FUSER_GROUP}
+    given = jax.tree.map(lambda leaf: leaf[entries], used)
+    noise = np.random.default_rng(0).standard_normal((rows.chunk, side, side, pipeline.config.unet.in_channels))
+    coefficients, scale = jax.device_put((job.table.coefficients, np.float32(job.settings.guidance_scale)))
+    bounds = jnp.int32(piece.start), jnp.int32(piece.stop)
+    predict, params = pipeline._predict_noise, pipeline._params["unet"]
+    args = (given, coefficients, *bounds, scale)
+    compiled = denoise.lower(predict, params, start_state(noise), *args, use_fusers=piece.use_fusers).compile()
+
+    def call() -> None:
+        jax.block_until_ready(compiled(params, start_state(noise), *args))
+
+    chunks = len(rows.image) // rows.chunk
+    run = functools.partial(denoise, predict, use_fusers=piece.use_fusers)
+    # Counted for the loop's body; the rows that fill up a chunk are work, too.
+    flops = count_flops(run, params, start_state(noise), *args) * (piece.stop - piece.start) * chunks
+    kinds = {"all": "MIS: all rows", "global": "MIS: global row", "instances": "MIS: instances", "image": "global row"}
+    unguided = ", no guidance" if guided and not piece.guided else ""
+    return dict(
+        part=f"{kinds[piece.rows]}, fusers {'on' if piece.use_fusers else 'off'}{unguided}",
+        seconds=_seconds(call) * chunks / len(images),
+        evaluations=count_evaluations([piece], images, guided) / len(images),
+        gflop=flops / len(images) / 1e9,
+        temporary_mb=compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    )
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Of one call after another that warms up."""
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,359 @@
+"""`sample.py` as users run it: outputs, errors in one line with exit code 2, what it imports, no network."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
+
+from instdiff_jax.cli import sample
+from instdiff_jax.sampling import loading
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Sockets that reach anything but this machine are an error.
+NO_NETWORK = """
+import socket
+def refuse(self, address, *rest):
+    raise AssertionError(f"network: {address}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = refuse
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, two layouts and wrong inputs."""
+    folder = tmp_path_factory.mktemp("sample")
+    make_tiny_checkpoint(folder / "checkpoint")
+    for place, count in (("scenes", 3), ("others", 3)):
+        (folder / place).mkdir()
+        (folder / place / "scene.json").write_text(make_layout(count).to_json())
+    (folder / "broken.json").write_text('{"caption": "half')
+    (folder / "empty").mkdir()
+    (folder / "text.npy").write_text("no array")
+    np.save(folder / "double.npy", np.zeros((1, 16, 16, 4)))
+    np.savez(folder / "several.npz", np.zeros(3, np.float32))
+    np.save(folder / "small.npy", np.zeros((1, 2, 2, 4), np.float32))
+    Image.new("RGB", (8, 8)).save(folder / "tiny.png")
+    Image.effect_noise((400, 400), 90).save(folder / "damaged.png")  # its data are two chunks: the second has no name
+    (folder / "cut.npy").write_bytes(
+        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 8".ljust(118)
+    )
+    picture = (folder / "damaged.png").read_bytes()
+    (folder / "damaged.png").write_bytes(picture[:60] + picture[60:].replace(b"IDAT", b"\xff\xff\0\1"))
+    (folder / "taken").mkdir()
+    (folder / "taken" / "scene").write_text("no folder")
+    coco = {"images": [{"id": 1, "width": 64, "height": 64}], "annotations": [], "categories": []}
+    (folder / "coco.json").write_text(json.dumps(coco))
+    return folder
+
+
+def run(folder: Path, *flags, prelude: str = "") -> subprocess.CompletedProcess:
+    """`sample.py` in a process of its own, in `folder`."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    script = f"{prelude}\nimport runpy, sys\nsys.argv[0] = {str(ROOT / 'sample.py')!r}\n"
+    script += "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", script, *map(str, flags)]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
+
+
+GOOD = ("--checkpoint", "checkpoint", "--layout", "scenes", "--output", "out")
+
+
+def test_outputs(folder):
+    flags = ("--num_images", 2, "--seed", 7, "--save_latents", "--steps", 3, "--alpha", "0.5,0.25,0.25")
+    done = run(folder, *GOOD, *flags, prelude=NO_NETWORK)
+    assert done.returncode == 0, done.stderr
+    assert "2 pictures in out" in done.stdout
+    out = folder / "out"
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    inside = [f"scene/{name}" for name in ("7.png", "8.png", "latents.npy", "layout.png")]
+    assert names == ["contact_sheet.png", "run.json", *inside]
+    for name in ("7.png", "8.png", "layout.png"):
+        with Image.open(out / "scene" / name) as image:
+            assert image.size == (SIDE, SIDE) and image.mode == "RGB"
+    latents = np.load(out / "scene" / "latents.npy")
+    assert latents.shape == (2, SIDE // 2, SIDE // 2, 4) and latents.dtype == np.float32
+    record = json.loads((out / "run.json").read_text())
+    assert record["sampling"]["steps"] == 3 and record["sampling"]["alpha"] == [0.5, 0.25, 0.25]
+    assert record["layouts"][0]["layout"] == "scene" and record["layouts"][0]["seeds"] == [7, 8]
+    assert record["dtype"] == "float32" and record["model"]["unet"]["model_channels"] == 32
+    assert set(record["seconds"]) == {"loading", "sampling"} and record["checkpoint"] == "checkpoint"
+
+
+@pytest.fixture
+def many(folder, monkeypatch):
+    """Five layouts and `draw(flags)`, which runs `sample.main` on them; returns the layouts that were drawn."""
+    place = folder / "many"
+    place.mkdir(exist_ok=True)
+    for i in range(5):
+        (place / f"scene{i}.json").write_text(make_layout(1, seed=i).to_json())
+    monkeypatch.chdir(folder)
+    drawn, write = [], sample.write_results
+
+    def write_and_note(args, results):
+        drawn.append(write(args, results))
+        return drawn[-1]
+
+    monkeypatch.setattr(sample, "write_results", write_and_note)
+
+    def draw(*flags) -> list[str]:
+        drawn.clear()
+        quick = ("--checkpoint", "checkpoint", "--layout", "many", "--steps", "1", "--mis", "0")
+        sample.run(sample.parse_args([*quick, *map(str, flags)]))
+        return list(drawn)
+
+    return draw
+
+
+def files(place: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path.relative_to(place)): (path.read_bytes(), path.stat().st_mtime_ns) for path in place.rglob("*.png")}
+
+
+def test_shards_make_up_the_whole_and_a_resumed_run_redoes_nothing(many, folder):
+    whole, parts = folder / "whole", folder / "parts"
+    assert many("--output", whole) == [f"scene{i}" for i in range(5)]
+    assert many("--output", parts, "--shard", "0/2") == ["scene0", "scene2", "scene4"]
+    assert not (parts / "contact_sheet.png").exists() and not (parts / "run.json").exists()
+    assert json.loads((parts / "run-0-of-2.json").read_text())["seconds"]
+    before = files(parts)
+    assert many("--output", parts, "--shard", "1/2", "--resume") == ["scene1", "scene3"]
+    assert {name: seen for name, seen in files(parts).items() if name in before} == before
+
+    finished = files(parts)
+    assert many("--output", parts, "--resume") == [], "the contact sheet alone is new"
+    assert {name: seen for name, seen in files(parts).items() if name != "contact_sheet.png"} == finished
+    assert finished.keys() | {"contact_sheet.png"} == files(whole).keys()
+    for name in files(whole):
+        ours, theirs = (np.asarray(Image.open(place / name)).astype(int) for place in (parts, whole))
+        assert np.abs(ours - theirs).max() <= 1
+
+
+def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
+    out, write = folder / "cut", sample.write_picture
+
+    def fail(path, pixels):
+        if path.parent.name == "scene2":
+            raise KeyboardInterrupt
+        write(path, pixels)
+
+    def cut_off(*flags):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(sample, "write_picture", fail)
+            many("--output", out, *flags)
+
+    cut_off()
+    record = json.loads((out / "run.json").read_text())
+    assert [entry["layout"] for entry in record["layouts"]] == ["scene0", "scene1"] and "seconds" not in record
+    (out / "scene0" / "layout.png").unlink()
+    assert many("--output", out, "--resume", "--save_latents", "--seed", 0)[:1] == ["scene0"]
+    record = json.loads((out / "run.json").read_text())
+    assert record["seconds"] and len(record["layouts"]) == 5, "without latents no layout was finished"
+    with pytest.raises(sample.InputError, match=r"run.json: sampling: the pictures there were made with .*--output"):
+        (out / "scene3" / "0.png").unlink()
+        many("--output", out, "--resume", "--guidance_scale", 2)
+    assert many("--output", out, "--resume") == ["scene3"]
+    # A file of latents is one run's: of other seeds it is not finished.
+    assert many("--output", out, "--resume", "--save_latents", "--seed", 1) == [f"scene{i}" for i in range(5)]
+    assert many("--output", out, "--resume", "--save_latents", "--seed", 1) == []
+    assert len(many("--output", out, "--resume", "--save_latents", "--seed", 0)) == 5
+    assert len(many("--output", out, "--resume", "--seed", 2)) == 5
+    assert len(many("--output", out, "--resume", "--save_latents", "--seed", 2)) == 5, "those there are of seed 0"
+    # Pictures of an earlier run with other settings are not what this one has finished.
+    cut_off("--guidance_scale", 2)
+    assert many("--output", out, "--resume", "--guidance_scale", 2) == ["scene2", "scene3", "scene4"]
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(sample.InputError, match="run.json: fingerprint: the pictures"),
+    ):
+        patched.setattr(loading, "checkpoint_fingerprint", lambda folder: "retrained")
+        many("--output", out, "--resume", "--guidance_scale", 2)
+
+
+def test_an_output_folder_is_no_layout(many, folder):
+    """Layouts and pictures may share a folder: what a run notes there is not drawn."""
+    assert len(many("--output", folder / "many", "--resume")) == 5
+    try:
+        assert many("--output", folder / "many", "--resume") == []
+    finally:
+        (folder / "many" / "run.json").unlink()
+
+
+def test_pictures_are_written_as_they_come(many, folder, monkeypatch):
+    out, write, made = folder / "streamed", sample.write_picture, []
+
+    def fail(path, pixels):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(path)
+        write(path, pixels)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sample, "write_picture", fail)
+        many("--output", out, "--num_images", 3, "--max_rows", 1)
+    assert [path.name for path in made] == ["0.png", "1.png"] and all(path.exists() for path in made)
+
+
+def test_a_broken_layout_stops_a_run_before_anything_is_written(many, folder):
+    bad = folder / "many" / "scene9.json"
+    bad.write_text('{"caption": "half')
+    try:
+        with pytest.raises(sample.InputError, match="scene9.json: not valid JSON"):
+            many("--output", folder / "none")
+        assert not (folder / "none").exists()
+    finally:
+        bad.unlink()
+
+
+WRONG = [
+    (("--layout", "nowhere.json"), "nowhere.json"),
+    (("--layout", "broken.json"), "broken.json: not valid JSON"),
+    (("--layout", "empty"), "no .json file in this folder"),
+    (("--layout", "scenes", "others"), "two layouts would write to"),
+    (("--layout", "scenes", "--coco", "coco.json"), "--layout: expected none beside --coco"),
+    (("--num_images", "0"), "--num_images: expected a whole number"),
+    (("--shard", "2/2"), "--shard: expected i/n with i from 0 to n - 1"),
+    (("--shard", "one"), "--shard: expected i/n"),
+    (("--max_rows", "0"), "--max_rows: expected a whole number"),
+    (("--output", "broken.json"), "--output: broken.json: expected a folder"),
+    (("--output", "broken.json/deeper"), "--output: broken.json/deeper: expected a folder"),
+    (("--noise", "text.npy"), "--noise: text.npy: expected a float32 .npy"),
+    (("--noise", "several.npz"), "--noise: several.npz: expected a float32 .npy file, got several arrays"),
+    (("--width", "0"), "width: expected a multiple of"),
+    (("--noise", "double.npy"), "--noise: double.npy: expected float32, got float64"),
+    (("--init_image", "text.npy"), "--init_image: text.npy: expected a picture"),
+    (("--inpaint_mask", "nowhere.png"), "--inpaint_mask: nowhere.png: expected a picture"),
+    (("--checkpoint", "nowhere"), "nowhere: not a checkpoint folder"),
+    (("--checkpoint", "empty"), "empty: not a checkpoint folder"),
+    (("--noise", "small.npy"), "noise: expected float32 of shape"),
+    (("--init_image", "tiny.png"), "init_image: expected 32×32 pixels"),
+    (("--strength", "0.5"), "strength: expected an init_image"),
+    (("--steps", "0"), "steps: expected a whole number from 1 to 1000"),
+    (("--sampler", "euler"), "sampler: expected one of"),
+    (("--alpha", "1.5"), "alpha: expected a fraction"),
+    (("--mis", "-1"), "mis: expected a fraction"),
+    (("--guidance_interval", "0.5,0.2"), "guidance_interval: expected two fractions"),
+    (("--guidance_interval", "0.5"), "guidance_interval: expected a list of float"),
+    (("--merge", "paste"), "merge: expected one of mean, crop"),
+    (("--masked_attention", "yes"), "masked_attention: expected one of"),
+    (("--width", "30"), "width: expected a multiple of 4 pixels, got 30; nearest: 32"),
+    (("--width", "65536"), "width: expected at most 8192 pixels, got 65536"),
+    (("--seed", "-1"), "seed: expected a whole number"),
+    (("--image_id", "5"), "--image_id: only means something with --coco"),
+    (("--captions", "coco.json"), "--captions: only means something with --coco"),
+    (("--init_image", "damaged.png"), "--init_image: damaged.png: expected a picture"),
+    (("--output", "taken"), "taken/scene: expected a folder to write to, found a file"),
+    (("--layout", '{"caption": "' + 300 * "x" + '"}'), "File name too long"),
+    (("--output", 300 * "x"), "--output: "),
+    (("--noise", "cut.npy"), "--noise: cut.npy: expected a float32 .npy file"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG, ids=[" ".join(flags) for flags, _ in WRONG])
+def test_wrong_input_ends_in_one_line(folder, monkeypatch, flags, message):
+    """In this process, for speed; `test_exit_code` runs the real thing."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(sample.InputError) as error:
+        sample.run(sample.parse_args([*GOOD, *flags]))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [((), "--image_id: expected"), (("--image_id", "5"), "no image has the id 5")]
+)
+def test_wrong_images_of_coco(folder, monkeypatch, flags, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(sample.InputError, match=message):
+        sample.run(sample.parse_args(["--checkpoint", "checkpoint", "--output", "out", "--coco", "coco.json", *flags]))
+
+
+def test_an_error_leaves_no_empty_folder_behind(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for flags in (("--checkpoint", "nowhere"), ("--width", "30"), ("--seed", "-1")):
+        with pytest.raises(sample.InputError):
+            sample.run(sample.parse_args([*GOOD, "--output", "new", *flags]))
+        assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--layout", "broken.json"),
+        ("--layout", "scenes", "others"),
+        ("--output", "broken.json"),
+        ("--mis", "2"),
+        ("--checkpoint", "nowhere"),
+    ],
+)
+def test_exit_code(folder, flags):
+    done = run(folder, *GOOD, *flags)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert not (folder / "out2").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--format", "boxes"), ("--preset", "slow"), ("--steps", "many"), ("--alpha", "x"), ("--unknown",)],
+)
+def test_flags_of_another_type(folder, flags):
+    done = run(folder, *GOOD, *flags)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and flags[0] in line
+
+
+def test_imports_are_light(folder):
+    """Sampling brings in nothing of training, data sets or plotting, and no other framework."""
+    heavy = ("torch", "tensorflow", "grain", "tensorflow_datasets", "matplotlib", "diffusers", "optax", "skimage")
+    tell = "import atexit, sys\n@atexit.register\ndef tell():\n    print('LOADED', *sys.modules)\n"
+    done = run(folder, *GOOD, "--output", "light", "--steps", "1", "--mis", "0", "--alpha", "0", prelude=tell)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split("LOADED", 1)[1].split())
+    assert "instdiff_jax.sampling.pipeline" in loaded
+    assert not loaded & set(heavy), loaded & set(heavy)
+
+
+def test_a_process_with_nothing_to_draw_waits_for_the_others(folder):
+    """Two processes, one layout: reading the checkpoint takes both, and both end well."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    flags = (*GOOD[:-1], "two", "--steps", "1", "--mis", "0")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "sample.py", *flags],
+            env=env | {"JAX_PROCESS_ID": str(index)},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "1 pictures in two" in said[0] and "0 pictures in two" in said[1]
+    assert (folder / "two" / "scene" / "0.png").exists()

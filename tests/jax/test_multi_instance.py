@@ -1,0 +1,413 @@
+"""Packed rows against the multi-instance sampler stated one image and one instance at a time."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import PYTHONPATH, relative_error
+from instdiff_jax.config import ScheduleConfig
+from instdiff_jax.diffusion import multi_instance as mi
+from instdiff_jax.diffusion import schedule as schedules
+from instdiff_jax.diffusion.solvers import solver_table
+
+SCHEDULE = ScheduleConfig(linear_start=0.00085, linear_end=0.012, timesteps=1000)
+H, W, C, UNIQUE = 5, 7, 4, 24
+TRACES = []
+
+
+def fake_eps(params, latents, timesteps, conditions, alpha):
+    """A cheap stand-in for the UNet; the order of `conditions` decides what it reads, as in the UNet."""
+    TRACES.append(latents.shape)
+    assert (alpha is None) == ("grounding" not in conditions)
+    t = (timesteps.astype(jnp.float32) / 1000)[:, None, None, None]
+    y = jnp.einsum("nhwc,cd->nhwd", latents, params) + t * conditions["text"]["key"][:, None, None]
+    if alpha is not None:
+        y = y + alpha * conditions["grounding"][:, None, None]
+    return jnp.tanh(y) + 0.2 * jnp.roll(latents, 1, axis=2)
+
+
+def make_inputs(num_images, seed=0):
+    rng = np.random.default_rng(seed)
+    params = rng.standard_normal((C, C)).astype(np.float32) * 0.4
+    noise = rng.standard_normal((num_images, H, W, C)).astype(np.float32)
+    conditions = {
+        "text": {"key": jnp.asarray(rng.standard_normal((UNIQUE, C)), jnp.float32)},
+        "grounding": jnp.asarray(rng.standard_normal((UNIQUE, C)), jnp.float32),
+    }
+    return jnp.asarray(params), jnp.asarray(noise), conditions
+
+
+def make_images(counts, seed=1):
+    """Images with these numbers of instances, each row with its own condition; entry 0 is the negative one."""
+    rng, entry, images = np.random.default_rng(seed), 1, []
+    for count in counts:
+        low = rng.uniform(0, 0.6, (count, 2))
+        boxes = np.concatenate([low, low + rng.uniform(0.2, 0.4, (count, 2))], axis=1)
+        images.append(mi.ImageRows(entry, 0, tuple(range(entry + 1, entry + 1 + count)), boxes.tolist()))
+        entry += 1 + count
+    return images
+
+
+def sequential(params, noise, conditions, image, steps, fractions, mis_steps, guidance, known=None):
+    """The released algorithm for one image: the global layout and each instance in turn, mean, the rest."""
+    params = np.asarray(params, np.float64)
+    text, grounding = np.asarray(conditions["text"]["key"]), np.asarray(conditions["grounding"])
+    cumprod = schedules.alphas_cumprod(SCHEDULE)
+    times = schedules.uniform_timesteps(steps, 1000)
+    scales = schedules.alpha_schedule(len(times), fractions)
+    evaluations = 0
+
+    def model(x, t, entry, scale):
+        nonlocal evaluations
+        evaluations += 1
+        y = x @ params + t / 1000 * text[entry] + scale * grounding[entry]
+        return np.tanh(y) + 0.2 * np.roll(x, 1, axis=1)
+
+    def guided(x, t, entry, scale):
+        eps = model(x, t, entry, scale)
+        if guidance == 1:
+            return eps
+        negative = model(x, t, image.negative, scale)
+        return negative + guidance * (eps - negative)
+
+    def run(x, entry, past, begin, end):
+        for i in range(begin, end):
+            t, now = times[i], cumprod[times[i]]
+            if known is not None:
+                clean, keep, fixed = (np.asarray(a, np.float64) for a in known)
+                x = keep * (np.sqrt(now) * clean + np.sqrt(1 - now) * fixed) + (1 - keep) * x
+            after = cumprod[times[i + 1]] if i + 1 < len(times) else cumprod[0]
+
+            def move(eps, x=x, now=now, after=after):
+                return np.sqrt(after) * (x - np.sqrt(1 - now) * eps) / np.sqrt(now) + np.sqrt(1 - after) * eps
+
+            eps = guided(x, t, entry, scales[i])
+            if not past:
+                used = (eps + guided(move(eps), times[min(i + 1, len(times) - 1)], entry, scales[i])) / 2
+            elif len(past) == 1:
+                used = (3 * eps - past[-1]) / 2
+            elif len(past) == 2:
+                used = (23 * eps - 16 * past[-1] + 5 * past[-2]) / 12
+            else:
+                used = (55 * eps - 59 * past[-1] + 37 * past[-2] - 9 * past[-3]) / 24
+            x = move(used)
+            past.append(eps)
+        return x
+
+    x, past = np.asarray(noise, np.float64), []
+    if mis_steps:
+        rows = [run(x, image.layout, past, 0, mis_steps)]
+        rows += [run(x, entry, [], 0, mis_steps) for entry in image.instances]
+        x = np.mean(rows, axis=0)
+    return run(x, image.layout, past, mis_steps, len(times)), evaluations
+
+
+CASES = [  # steps, α, M, guidance
+    (1, (1.0, 0.0, 0.0), 1, 3.0),
+    (2, (0.5, 0.0, 0.5), 1, 3.0),
+    (3, (1.0, 0.0, 0.0), 0, 7.5),
+    (7, (0.0, 0.0, 1.0), 3, 2.0),
+    (20, (0.8, 0.0, 0.2), 7, 7.5),
+    (30, (0.2, 0.0, 0.8), 12, 3.0),  # α ends before M
+    (37, (0.5, 0.25, 0.25), 5, 1.0),
+    (50, (0.8, 0.0, 0.2), 18, 3.0),
+    (20, (0.35, 0.0, 0.65), 7, 3.0),  # α ends with M
+    (10, (0.8, 0.0, 0.2), 10, 3.0),  # M is all steps
+]
+
+
+@pytest.mark.parametrize("steps, fractions, mis_steps, guidance", CASES)
+def test_packed_rows_equal_the_sequential_sampler(steps, fractions, mis_steps, guidance):
+    params, noise, conditions = make_inputs(4)
+    images = make_images((1, 4, 0, 6))
+    table = solver_table("plms", steps, SCHEDULE, fractions)
+    actual = mi.sample_rows(
+        fake_eps, params, noise, conditions, images, table, mis_steps=mis_steps, guidance_scale=guidance
+    )
+    evaluations = 0
+    for i, image in enumerate(images):
+        expected, count = sequential(params, noise[i], conditions, image, steps, fractions, mis_steps, guidance)
+        evaluations += count
+        assert relative_error(actual[i], expected) <= 1e-5
+        # The count of the paper's algorithm: 2[(n+1)(M+1) + (S−M)] for M ≥ 1, 2(S+1) without.
+        n = len(image.instances)
+        formula = (n + 1) * (mis_steps + 1) + table.steps - mis_steps if mis_steps else table.steps + 1
+        assert count == (1 + (guidance != 1)) * formula
+    assert mi.count_evaluations(mi.plan_pieces(table, mis_steps), images, guidance != 1) == evaluations
+
+
+def test_pieces():
+    table = solver_table("plms", 50, SCHEDULE, (0.8, 0.0, 0.2))
+    plan = functools.partial(mi.plan_pieces, table)
+    released = [(0, 19, "all", True, True), (19, 41, "image", True, True), (41, 51, "image", False, True)]
+    assert plan(18) == plan(18, guidance_interval=(0.0, 1.0), mis_guidance=True) == released
+    assert plan(0) == [(0, 41, "image", True, True), (41, 51, "image", False, True)]
+    assert plan(45) == [(0, 41, "all", True, True), (41, 46, "all", False, True), (46, 51, "image", False, True)]
+    full = solver_table("plms", 50, SCHEDULE)
+    assert mi.plan_pieces(full, 0) == [(0, 51, "image", True, True)]
+    for n, expected in ((4, 254), (6, 330), (30, 1242)):
+        assert mi.count_evaluations(plan(18), [mi.ImageRows(0, 0, (1,) * n)]) == expected
+
+
+def test_pieces_without_guidance():
+    """Guidance begins and ends between steps, and instances' rows may have none."""
+    table = solver_table("plms", 50, SCHEDULE, (0.8, 0.0, 0.2))
+    plan = functools.partial(mi.plan_pieces, table, 18)
+    unguided = [(0, 19, "all", True, False), (19, 41, "image", True, False), (41, 51, "image", False, False)]
+    for nothing in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
+        for mis_guidance in (True, False):
+            assert plan(guidance_interval=nothing, mis_guidance=mis_guidance) == unguided
+    assert plan(guidance_interval=(0.1, 0.6)) == [
+        (0, 6, "all", True, False),
+        (6, 19, "all", True, True),
+        (19, 31, "image", True, True),
+        (31, 41, "image", True, False),
+        (41, 51, "image", False, False),
+    ]
+    assert plan(guidance_interval=(0.1, 0.9), mis_guidance=False) == [
+        (0, 6, "global", True, False),
+        (6, 19, "global", True, True),
+        (0, 19, "instances", True, False),
+        (19, 41, "image", True, True),
+        (41, 46, "image", False, True),
+        (46, 51, "image", False, False),
+    ]
+    image = mi.ImageRows(0, 0, (1,) * 4)
+    for options, expected in (
+        (dict(), 254),
+        (dict(mis_guidance=False), 4 * 19 + 2 * 51),
+        (dict(guidance_interval=(0.0, 0.8)), 254 - 10),
+        (dict(guidance_interval=(0.36, 1.0)), 5 * 19 + 2 * 32),
+        (dict(guidance_interval=(1.0, 1.0)), 5 * 19 + 32),
+    ):
+        assert mi.count_evaluations(plan(**options), [image]) == expected
+
+
+def test_nothing_compiles_again():
+    params, noise, conditions = make_inputs(3)
+    images = make_images((2, 3, 1))
+    first = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
+    mi.sample_rows(fake_eps, params, noise, conditions, images, first, mis_steps=7)
+    traces, compiled = len(TRACES), mi.denoise._cache_size()
+    for sampler, steps, alpha, mis_steps, guidance in (
+        ("plms", 50, (0.5, 0.25, 0.25), 18, 5.0),
+        ("ddim", 1000, (0.3, 0.0, 0.7), 20, 2.0),
+        ("dpm++", 12, (0.5, 0.0, 0.5), 3, 7.5),
+    ):
+        table = solver_table(sampler, steps, SCHEDULE, alpha)
+        mi.sample_rows(
+            fake_eps,
+            params,
+            noise,
+            make_inputs(3, seed=5)[2],
+            make_images((2, 3, 1), seed=3),
+            table,
+            mis_steps=mis_steps,
+            guidance_scale=guidance,
+            marks=[],
+        )
+    assert (len(TRACES), mi.denoise._cache_size()) == (traces, compiled)
+
+
+def test_an_image_is_the_same_in_any_batch():
+    params, noise, conditions = make_inputs(3)
+    images = make_images((1, 4, 13))
+    table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
+    together = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7)
+    for i in range(3):
+        alone = mi.sample_rows(fake_eps, params, noise[i : i + 1], conditions, images[i : i + 1], table, mis_steps=7)
+        assert relative_error(together[i], alone[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("merge", ["mean", "crop"])
+@pytest.mark.parametrize("max_rows", [1, 3, 10, 16])
+def test_chunks_equal_one_batch(merge, max_rows):
+    params, noise, conditions = make_inputs(4)
+    images = make_images((1, 4, 0, 6))
+    table = solver_table("plms", 10, SCHEDULE, (0.3, 0.0, 0.7))
+    settings = dict(mis_steps=5, merge=merge)
+    whole = mi.sample_rows(fake_eps, params, noise, conditions, images, table, **settings)
+    chunked = mi.sample_rows(fake_eps, params, noise, conditions, images, table, max_rows=max_rows, **settings)
+    assert relative_error(chunked, whole) <= 1e-5
+
+
+def test_marks_count_every_evaluation():
+    params, noise, conditions = make_inputs(4)
+    images = make_images((1, 4, 0, 6))
+    table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
+    marks = []
+    quiet = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7, max_rows=10)
+    shown = mi.sample_rows(
+        fake_eps,
+        params,
+        noise,
+        conditions,
+        images,
+        table,
+        mis_steps=7,
+        max_rows=10,
+        marks=marks,
+    )
+    assert relative_error(shown, quiet) <= 1e-6
+    assert all(np.isfinite(mark.ready).all() and mark.evaluations > 0 for mark in marks)
+    total = mi.count_evaluations(mi.plan_pieces(table, 7), images)
+    assert sum(mark.evaluations for mark in marks) == total and len(marks) > total / (2 * 10 * 6)
+
+
+@pytest.mark.parametrize("devices", [1, 4, 8])
+def test_buckets_waste_little(devices):
+    for rows in range(1, 400):
+        size = mi.bucket_size(rows, devices)
+        each = -(-rows // devices)
+        assert size >= rows and size % devices == 0
+        assert size == each * devices if each <= 8 else size <= 1.2 * each * devices
+    assert mi.bucket_size(21) == 25
+
+
+def test_rows_of_a_batch():
+    rows = mi.pack_rows(make_images((1, 0, 7)), devices=4)
+    assert (rows.count, rows.chunk, len(rows.image)) == (11, 12, 12)
+    np.testing.assert_array_equal(rows.segment, [0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3])
+    np.testing.assert_array_equal(rows.slot, [0, 1, 0, 0, 1, 2, 3, 4, 5, 6, 7, -1])
+    np.testing.assert_array_equal(rows.conditions[:4], [[1, 0], [2, 0], [3, 0], [4, 0]])
+    for which in ("global", "image"):
+        alone = mi.pack_rows(make_images((1, 0, 7)), which)
+        np.testing.assert_array_equal(alone.conditions, [[1, 0], [3, 0], [4, 0]])
+    instances = mi.pack_rows(make_images((1, 0, 7)), "instances", devices=3)
+    assert (instances.count, instances.chunk, len(instances.image)) == (8, 9, 9)
+    np.testing.assert_array_equal(instances.segment, [0, *(2,) * 7, 3])
+    np.testing.assert_array_equal(instances.slot, [1, *range(1, 8), -1])
+    for max_rows in range(1, 80):
+        rows = mi.pack_rows(make_images((3,) * 18), max_rows=max_rows)
+        assert rows.chunk <= max_rows and len(rows.image) % rows.chunk == 0
+        assert 0 <= len(rows.image) - rows.count < rows.chunk
+
+
+def test_padding_takes_no_part_in_a_merge():
+    rows = mi.pack_rows(make_images((1, 2)), devices=8)
+    latents = np.random.default_rng(0).standard_normal((8, H, W, C)).astype(np.float32)
+    latents[rows.count :] = np.nan
+    for weights in (mi.mean_weights(rows), mi.crop_weights(rows, H, W)):
+        assert np.isfinite(
+            mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, jnp.asarray(weights))
+        ).all()
+    merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, jnp.asarray(mi.mean_weights(rows)))
+    np.testing.assert_allclose(merged, [latents[:2].mean(0), latents[2:5].mean(0)], atol=1e-6)
+
+
+def test_crop_merge_pastes_boxes_on_the_right_axes():
+    height, width = 8, 12
+    boxes = [(0.0, 0.5, 0.25, 1.0), (0.1, 0.4, 0.5, 0.8), (0.0, 0.0, 0.0, 0.0), (0.3, 0.3, 0.31, 0.31)]
+    images = [mi.ImageRows(0, 0), mi.ImageRows(0, 0, (1, 2, 3, 4), boxes)]
+    rows = mi.pack_rows(images, devices=8)
+    latents = np.random.default_rng(0).standard_normal((len(rows.image), height, width, C)).astype(np.float32)
+    weights = mi.crop_weights(rows, height, width)
+    merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, jnp.asarray(weights))
+    expected = latents[1].copy()
+    expected[4:8, 0:3] = latents[2, 4:8, 0:3]
+    expected[3:6, 1:6] = latents[3, 3:6, 1:6]  # 0.4·8 = 3.2 and 0.8·8 = 6.4; 0.1·12 = 1.2
+    np.testing.assert_array_equal(merged, [latents[0], expected])
+
+
+def test_inpainting_follows_the_released_blend():
+    params, noise, conditions = make_inputs(2)
+    images = make_images((2, 0))
+    rng = np.random.default_rng(7)
+    keep = (rng.uniform(size=(2, H, W, 1)) < 0.5).astype(np.float32)
+    clean, fixed = (rng.standard_normal((2, H, W, C)).astype(np.float32) for _ in range(2))
+    table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
+    actual = mi.sample_rows(
+        fake_eps,
+        params,
+        noise,
+        conditions,
+        images,
+        table,
+        mis_steps=7,
+        guidance_scale=3.0,
+        inpaint=mi.Inpaint(*map(jnp.asarray, (clean, keep, fixed))),
+    )
+    for i, image in enumerate(images):
+        known = clean[i], keep[i], fixed[i]
+        expected, _ = sequential(params, noise[i], conditions, image, 20, (0.8, 0.0, 0.2), 7, 3.0, known)
+        assert relative_error(actual[i], expected) <= 1e-5
+
+
+def test_low_precision_networks_keep_a_float32_solver():
+    params, noise, conditions = make_inputs(1)
+    rows = mi.pack_rows(make_images((0,)), "image")
+    seen = []
+
+    def bfloat16_eps(params, latents, timesteps, conditions, alpha):
+        seen.append(latents.dtype)
+        return fake_eps(params, latents, timesteps, conditions, alpha).astype(jnp.bfloat16)
+
+    given = jax.tree.map(lambda a: a[rows.conditions], conditions)
+    state = mi.denoise(
+        bfloat16_eps,
+        params,
+        mi.start_state(noise),
+        given,
+        solver_table("plms", 5, SCHEDULE).coefficients,
+        0,
+        6,
+        7.5,
+        use_fusers=True,
+    )
+    assert {*seen, *(leaf.dtype for leaf in state)} == {jnp.dtype(jnp.float32)}
+
+
+def looping_eps(params, latents, timesteps, conditions, alpha):
+    """`fake_eps` one row at a time, as a chunked attention kernel loops: a compiler left to itself gathers for it."""
+
+    def one(row):
+        latents, timesteps, conditions = jax.tree.map(lambda a: a[None], row)
+        return fake_eps(params, latents, timesteps, conditions, alpha)[0]
+
+    return jax.lax.map(one, (latents, timesteps, conditions))
+
+
+MESH_SCRIPT = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import test_multi_instance as t
+from instdiff_jax.diffusion import multi_instance as mi
+from common import relative_error
+assert jax.device_count() == 8
+sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp")), P(("data", "fsdp")))
+replicated = NamedSharding(sharding.mesh, P())
+table = t.solver_table("plms", 10, t.SCHEDULE)
+for counts, max_rows in (((1, 4, 0, 6), 8), ((2,), None)):
+    params, noise, conditions = t.make_inputs(len(counts))
+    images = t.make_images(counts)
+    plain = mi.sample_rows(t.fake_eps, params, noise, conditions, images, table, mis_steps=4)
+    split = mi.sample_rows(t.fake_eps, jax.device_put(params, replicated), noise, conditions, images, table,
+                           mis_steps=4, sharding=sharding, max_rows=max_rows)
+    assert relative_error(split, plain) <= 1e-5
+state = jax.device_put(mi.start_state(np.zeros((16, t.H, t.W, t.C), np.float32)), sharding)
+given = jax.device_put(jax.tree.map(lambda a: a[np.zeros((16, 2), int)], conditions), sharding)
+args = jax.device_put((params, table.coefficients, 0, 3, 7.5), replicated)
+for eps_fn in (t.fake_eps, t.looping_eps):
+    lowered = mi.denoise.lower(eps_fn, args[0], state, given, *args[1:], use_fusers=True, sharding=sharding)
+    text = lowered.compile().as_text()
+    assert "all-" not in text and "collective" not in text, "rows must not talk to each other"
+    assert f"f32[32,{t.H},{t.W},{t.C}]" not in text, "the work must be split"
+    assert eps_fn is t.looping_eps or f"f32[4,{t.H},{t.W},{t.C}]" in text
+print("same")
+"""
+
+
+def test_eight_devices_give_the_same_and_split_the_work():
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": PYTHONPATH,
+    }
+    done = subprocess.run([sys.executable, "-c", MESH_SCRIPT], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "same" in done.stdout, done.stderr

@@ -1,0 +1,417 @@
+"""The pipeline on a tiny model: batches, seeds, programs, starts from a picture, dtypes, meshes and errors."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
+
+from common import PYTHONPATH, relative_error
+from configs.sd15 import get_config
+from instdiff_jax import Layout, Pipeline
+from instdiff_jax.analysis.flops import count_flops
+from instdiff_jax.config import PRESETS, ModelConfig
+from instdiff_jax.diffusion import multi_instance
+from instdiff_jax.errors import InputError
+from instdiff_jax.sampling.pipeline import NoisePredictor
+
+LATENT = (SIDE // 2, SIDE // 2, 4)
+COMPILATIONS = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, _, **__: COMPILATIONS.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """The programs here run for milliseconds and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint):
+    return Pipeline.from_checkpoint(checkpoint)
+
+
+def latents(results) -> np.ndarray:
+    return np.stack([result.latents for result in results])
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What `denoise` is called with: (FLOPs of one evaluation, evaluations, with fusers)."""
+    calls, original = [], multi_instance.denoise
+
+    def record(eps_fn, params, state, conditions, coefficients, start, stop, scale, **settings):
+        args = params, state, conditions, coefficients, start, stop, scale
+        flops = count_flops(lambda *args: original.__wrapped__(eps_fn, *args, **settings), *args)
+        calls.append((flops, int(stop) - int(start), settings["use_fusers"]))
+        return original(eps_fn, *args, **settings)
+
+    monkeypatch.setattr(multi_instance, "denoise", record)
+    return calls
+
+
+# ---------------------------------------------------------------- batches and seeds
+
+
+def test_a_batch_equals_each_layout_alone(checkpoint, recorded):
+    """1, 4 and 13 instances together, in one program; FLOPs are those of the rows there are."""
+    layouts = [make_layout(count, f"scene{count}", mask=count == 4) for count in (1, 4, 13)]
+    pipeline = Pipeline.from_checkpoint(checkpoint, max_rows=64)
+    together = pipeline(layouts, seeds=[3], alpha=1.0)
+    phase = [call for call in recorded if call[1] == 3]  # mis 0.5 of 4 steps: two, and PLMS's extra evaluation
+    assert len(phase) == 1
+    recorded.clear()
+    alone = [pipeline([layout], seeds=[3], alpha=1.0)[0] for layout in layouts]
+    assert [result.layout.name for result in together] == ["scene1", "scene4", "scene13"]
+    for ours, one in zip(together, alone, strict=True):
+        assert relative_error(ours.latents, one.latents) <= 1e-4
+        assert np.abs(ours.image.astype(int) - one.image).max() <= 1
+    two_rows = recorded[0][0]
+    rows = sum(count + 1 for count in (1, 4, 13))
+    assert phase[0][0] / (two_rows / 2 * rows) <= 1.2
+    assert rows < 3 * 14 / 1.2, "the bound tells rows from a padded maximum"
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pipeline, monkeypatch):
+    """Its initial noise is the same bits in any batch, its latents are equal to rounding."""
+    starts, original = [], multi_instance.start_state
+
+    def record(noise):
+        starts.append(np.asarray(noise))
+        return original(noise)
+
+    monkeypatch.setattr(multi_instance, "start_state", record)
+    one, two = make_layout(3, "one"), make_layout(3, "two", seed=1)
+    alone = pipeline([one], seeds=[5])[0]
+    batch = pipeline([two, one], seeds=[4, 5])
+    assert [(result.layout.name, result.seed) for result in batch] == [("two", 4), ("two", 5), ("one", 4), ("one", 5)]
+    assert relative_error(batch[3].latents, alone.latents) <= 1e-4
+    assert relative_error(batch[2].latents, alone.latents) > 1e-2
+    first, *rest = starts
+    assert first.dtype == np.float32
+    assert all(np.array_equal(noise, first[0]) for noise in np.concatenate(rest)[[1, 3]])
+
+
+def test_given_noise_takes_the_place_of_the_seed(pipeline):
+    noise = np.random.default_rng(8).standard_normal((1, *LATENT), dtype=np.float32)
+    given = pipeline([make_layout(3)], seeds=[0], noise=noise)[0]
+    assert relative_error(given.latents, pipeline([make_layout(3)], seeds=[8])[0].latents) <= 1e-6
+
+
+def test_chunks_of_max_rows_and_canvases_that_differ(checkpoint, pipeline):
+    layouts = [make_layout(3, "a"), make_layout(3, "b", side=48), make_layout(3, "c", seed=2)]
+    results = Pipeline.from_checkpoint(checkpoint, max_rows=2)(layouts, alpha=1.0)
+    assert [result.image.shape for result in results] == [(32, 32, 3), (48, 48, 3), (32, 32, 3)]
+    whole = pipeline([layouts[2]], alpha=1.0)[0]
+    assert relative_error(results[2].latents, whole.latents) <= 1e-4
+
+
+def test_rows_of_a_program_follow_the_canvas(checkpoint, pipeline):
+    config = get_config().model.to_dict()
+    rows = [
+        Pipeline(ModelConfig.from_dict(config), pipeline.sampling, {}, None)._max_rows(canvas)
+        for canvas in ((512, 512), (1024, 1024), (256, 256))
+    ]
+    assert rows[1] == max(rows[0] // 4, 1) and rows[2] == 4 * rows[0]
+    assert pipeline._max_rows((32, 32)) == 16 * rows[0]
+    assert Pipeline.from_checkpoint(checkpoint, max_rows=3)._max_rows((1024, 1024)) == 3
+
+
+def test_progress_counts_to_its_end(pipeline):
+    calls = []
+    layouts = [make_layout(3), make_layout(3, "two")]
+    list(pipeline.stream(layouts, seeds=[0, 1], progress=lambda done, total: calls.append((done, total))))
+    done, total = zip(*calls, strict=True)
+    assert done[-1] == total[-1] == total[0] and list(done) == sorted(done)
+
+
+# ---------------------------------------------------------------- programs
+
+
+def test_nothing_compiles_again(pipeline, monkeypatch):
+    """A new prompt, layout, step count, α, mis and solver run the programs there are: three of the UNet at most."""
+    before = multi_instance.denoise._cache_size()
+    fresh = dataclasses.replace(pipeline._predict_noise.unet, kernel="plain")  # no other test's programs
+    monkeypatch.setattr(pipeline, "_predict_noise", NoisePredictor(fresh))
+    pipeline([make_layout(3, mask=True)], seeds=[0], steps=6, alpha=0.8, mis=0.4)
+    assert multi_instance.denoise._cache_size() == before + 3
+    COMPILATIONS.clear()
+    other = Layout.from_dict(make_layout(3, seed=9, mask=True).to_dict() | {"caption": "quite another prompt"})
+    for settings in (
+        dict(steps=9, alpha=(0.5, 0.25, 0.25), mis=0.4, negative_prompt="ugly", guidance_scale=3.0),
+        dict(steps=12, alpha=0.6, mis=0.25, sampler="ddim"),
+        dict(steps=7, alpha=0.5, mis=0.3, sampler="dpm++"),
+    ):
+        pipeline([other], seeds=[7], **settings)
+    assert COMPILATIONS == []
+    # Nor does the UNet where a run is cut for a progress bar, or begins without MIS: with the same rows.
+    for settings in (dict(mis=0.0, alpha=0.8), dict(mis=0.6, alpha=0.8), dict(mis=0.5, alpha=0.8)):
+        list(pipeline.stream([other], seeds=[7], steps=14, **settings, progress=lambda done, total: None))
+    assert multi_instance.denoise._cache_size() == before + 3
+
+
+def test_only_what_is_pasted_is_denoised_alone(pipeline, recorded):
+    """With the crop merge, instances without a box change nothing: they are not denoised, and not counted."""
+    layout = make_layout(3, mask=True)
+    first, second, third = layout.instances
+    point = dataclasses.replace(second, box=None, mask=None, point=(10.0, 12.0))
+    mixed = dataclasses.replace(layout, instances=(first, point, third))
+    settings = dict(seeds=[0], steps=8, alpha=1.0, mis=0.5, sampler="ddim")
+
+    def draw(layout, **more):
+        calls = []
+        recorded.clear()
+        [result] = pipeline.stream([layout], **settings, **more, progress=lambda *counts: calls.append(counts))
+        assert calls[-1][0] == calls[-1][1]
+        return result.latents, calls[-1][1]
+
+    _, count = draw(mixed, merge="crop")
+    _, most = draw(mixed, merge="mean")
+    assert most == 2 * (4 * 4 + 4) and count == most - 2 * 4
+    assert draw(mixed, merge="crop", format="point")[1] == 2 * 8
+    # Without any format there is no instance; rows and their negative entries are still where they belong.
+    drop = ("box", "point", "scribble", "mask")
+    for masked in ("none", "correct"):
+        with_mis, count = draw(mixed, drop=drop, masked_attention=masked)
+        without = pipeline([mixed], **(settings | dict(mis=0.0)), drop=drop, masked_attention=masked)[0]
+        assert count == 2 * 8
+        np.testing.assert_array_equal(with_mis, without.latents)
+
+
+def test_memory_of_masked_attention_counts_on_a_gpu(pipeline, monkeypatch):
+    """cuDNN takes a mask as a bias of all pairs of tokens, in 16 bits alone."""
+    config = ModelConfig.from_dict(get_config().model.to_dict())
+    monkeypatch.setattr(Pipeline, "_in_memory", lambda self, beside, each: max(1, int((80e9 - beside) / each)))
+    half, whole = (Pipeline(config, pipeline.sampling, {}, None, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    latents = 128 * 128
+    assert half._fitting_rows(latents, masked=True) < half._fitting_rows(latents, masked=False)
+    assert whole._fitting_rows(latents, masked=True) == whole._fitting_rows(latents, masked=False)
+
+
+def test_fusers_leave_the_program_after_alpha(pipeline, recorded):
+    pipeline([make_layout(3)], seeds=[0], steps=8, alpha=0.5, mis=0.25)
+    fused = [flops for flops, _, use_fusers in recorded if use_fusers]
+    unfused = [flops for flops, _, use_fusers in recorded if not use_fusers]
+    assert len(recorded) == 3 and len(fused) == 2 and len(unfused) == 1
+    assert unfused[0] < 0.85 * fused[1]
+    assert [count for _, count, _ in recorded] == [3, 2, 4]
+
+
+def test_without_guidance_an_evaluation_costs_half(pipeline, recorded):
+    """And instances without it take one latent each instead of two."""
+    pipeline([make_layout(3)], seeds=[0], steps=8, alpha=1.0, mis=0.25, guidance_interval=(0.0, 0.5))
+    (whole, *_), guided, unguided = recorded
+    assert [count for _, count, _ in recorded] == [3, 2, 4]
+    assert unguided[0] == pytest.approx(guided[0] / 2, rel=1e-3)
+    recorded.clear()
+    pipeline([make_layout(3)], seeds=[0], steps=8, alpha=1.0, mis=0.25, mis_guidance=False)
+    rows = [flops for flops, _, _ in recorded]
+    assert [count for _, count, _ in recorded] == [3, 3, 6]
+    assert rows[0] == rows[2] == guided[0] and rows[0] + rows[1] == pytest.approx(whole * 5 / 8, rel=1e-3)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_a_preset_is_its_settings(pipeline):
+    assert pipeline.settings("quality") == pipeline.settings() == pipeline.sampling
+    assert pipeline.settings("fast", steps=3) == pipeline.settings(**PRESETS["fast"] | {"steps": 3})
+    by_name = pipeline([make_layout(3)], preset="fast", steps=3)[0]
+    by_hand = pipeline([make_layout(3)], **PRESETS["fast"] | {"steps": 3})[0]
+    assert np.array_equal(by_name.latents, by_hand.latents)
+
+
+def test_masked_attention(pipeline):
+    images = {
+        kind: pipeline([make_layout(3)], mis=0.0, alpha=1.0, masked_attention=kind)[0].latents
+        for kind in ("none", "correct", "official")
+    }
+    assert relative_error(images["correct"], images["none"]) > 1e-3
+    assert relative_error(images["official"], images["none"]) > 1e-3
+    assert relative_error(images["official"], images["correct"]) > 1e-3
+
+
+def test_masked_attention_spares_instances_without_a_region(pipeline):
+    """Points alone have no region: nothing is masked."""
+    annos = [{"caption": f"thing {i}", "point": [4 + 8 * i, 9]} for i in range(3)]
+    layout = Layout.from_dict({"caption": "points", "width": SIDE, "height": SIDE, "annos": annos})
+    settings = dict(mis=0.0, alpha=1.0)
+    plain, masked = (pipeline([layout], masked_attention=kind, **settings)[0].latents for kind in ("none", "correct"))
+    assert relative_error(masked, plain) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(merge="crop"),
+        dict(mis=0.0),
+        dict(guidance_scale=3.0),
+        dict(guidance_interval=(0.0, 0.5)),
+        dict(mis_guidance=False),
+        dict(reuse=2),
+        dict(format="point"),
+    ],
+)
+def test_settings_matter(pipeline, changes):
+    plain = pipeline([make_layout(3)], seeds=[0])[0]
+    assert relative_error(pipeline([make_layout(3)], seeds=[0], **changes)[0].latents, plain.latents) > 1e-3
+
+
+def test_bfloat16_stays_close_to_float32(checkpoint, pipeline):
+    """With guidance 7.5. docs/parity.md has the small model's numbers."""
+    layouts, settings = [make_layout(3, mask=True)], dict(mis=0.0, alpha=1.0)
+    exact, rough = pipeline(layouts, **settings), Pipeline.from_checkpoint(checkpoint, "bfloat16")(layouts, **settings)
+    assert rough[0].latents.dtype == np.float32
+    error = relative_error(rough[0].latents, exact[0].latents)
+    print(f"bfloat16: {error:.3f}, pixels {np.abs(rough[0].image.astype(int) - exact[0].image).mean():.2f}")
+    assert error <= 0.06
+
+
+# ---------------------------------------------------------------- starts from a picture
+
+
+def picture(side: int = SIDE) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (side, side, 3)).astype(np.uint8)
+
+
+def test_inpainting_keeps_the_known_region(pipeline):
+    mask, settings = np.zeros((SIDE, SIDE), bool), dict(mis=0.0, alpha=1.0)
+    mask[5:20, 9:30] = True
+    result = pipeline([make_layout(3)], init_image=picture(), inpaint_mask=mask, **settings)[0]
+    assert np.array_equal(result.image[~mask], picture()[~mask])
+    assert np.abs(result.image[mask].astype(int) - picture()[mask]).mean() > 5
+    free = pipeline([make_layout(3)], **settings)[0]
+    assert relative_error(result.latents, free.latents) > 1e-2, "the painted part knows of the rest"
+
+
+def test_strength_orders_how_far_a_picture_moves(pipeline):
+    start = np.asarray(pipeline._encode(picture()))[0]
+    moved, quiet = [], dict(guidance_scale=1.5)
+    for strength in (0.2, 0.6, 1.0):
+        result = pipeline([make_layout(3)], init_image=picture(), strength=strength, steps=10, **quiet)[0]
+        moved.append(np.abs(result.latents - start).mean())
+    assert moved == sorted(moved)
+    whole = pipeline([make_layout(3)], steps=10, **quiet)[0].latents
+    assert relative_error(result.latents, whole) <= 1e-6, "strength 1 starts from noise alone"
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(width=30), "width: expected a multiple of 4 pixels, got 30; nearest: 32"),
+        (dict(height=-4), "height: expected a multiple of 4"),
+        (dict(stepz=4), "sampling.stepz: nothing reads this key"),
+        (dict(steps=0), "sampling.steps: expected a whole number from 1 to 1000, got 0"),
+        (dict(mis=1.5), "sampling.mis: expected a fraction"),
+        (dict(guidance_interval=(0.5, 1.5)), "sampling.guidance_interval: expected two fractions"),
+        (dict(preset="slow"), "preset: expected one of quality, fast"),
+        (dict(alpha=(0.5, 0.5)), "sampling.alpha: expected a fraction"),
+        (dict(sampler="euler"), "sampling.sampler: expected one of plms, ddim, dpm"),
+        (dict(masked_attention="yes"), "sampling.masked_attention: expected one of none"),
+        (dict(guidance_scale=float("nan")), "sampling.guidance_scale: expected"),
+        (dict(seeds=[-1]), "seed: expected a whole number"),
+        (dict(format="boxes"), "format: expected one of auto"),
+        (dict(noise=np.zeros((1, 3, 3, 4), np.float32)), "noise: expected float32 of shape"),
+        (dict(noise=np.full((1, *LATENT), np.nan, np.float32)), "not finite"),
+        (dict(init_image=picture(16)), "init_image: expected 32×32 pixels as the canvas, got 16×16"),
+        (dict(init_image=picture().astype(float)), "init_image: expected uint8"),
+        (dict(strength=0.5), "strength: expected an init_image"),
+        (dict(init_image=picture(), strength=0.0), "strength: expected a number above 0"),
+        (dict(init_image=picture(), inpaint_mask=np.zeros((3, 3), bool)), "inpaint_mask: expected bool of shape"),
+    ],
+)
+def test_errors_name_what_is_wrong(pipeline, options, message):
+    with pytest.raises(InputError, match=message.replace("(", r"\(")) as error:
+        pipeline([make_layout(1)], **options)
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoints_that_cannot_sample(checkpoint, tmp_path):
+    with pytest.raises(InputError, match="not a checkpoint folder"):
+        Pipeline.from_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="dtype: expected one of float32"):
+        Pipeline.from_checkpoint(checkpoint, "float8")
+    shutil.copytree(checkpoint, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["absent"] = ["fusers", "scaleu", "unifusion", "trunk"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="cannot sample: fusers, scaleu, unifusion, trunk absent"):
+        Pipeline.from_checkpoint(tmp_path / "base")
+    shutil.copytree(checkpoint, tmp_path / "torn")
+    largest = max((tmp_path / "torn" / "params" / "unet").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-10])
+    with pytest.raises(InputError, match="incomplete or changed"):
+        Pipeline.from_checkpoint(tmp_path / "torn")
+
+
+# ---------------------------------------------------------------- a mesh
+
+MESH_SCRIPT = """
+import sys
+import jax, numpy as np
+import conftest
+from instdiff_jax import Pipeline
+from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
+from tiny_checkpoint import make_layout
+assert jax.device_count() == 8
+mesh = make_mesh(ParallelSettings(fsdp=2), jax.devices())
+layouts = [make_layout(3), make_layout(3, seed=1)]
+results = Pipeline.from_checkpoint(sys.argv[1], mesh=mesh)(layouts, seeds=[0, 1], alpha=1.0)
+np.save(sys.argv[2], [result.latents for result in results])
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_draw_the_same(checkpoint, pipeline, tmp_path):
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": PYTHONPATH,
+    }
+    command = [sys.executable, "-c", MESH_SCRIPT, str(checkpoint), str(tmp_path / "latents.npy")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = latents(pipeline([make_layout(3), make_layout(3, seed=1)], seeds=[0, 1], alpha=1.0))
+    assert relative_error(np.load(tmp_path / "latents.npy"), expected) <= 1e-4
+
+
+def test_a_gpus_memory_bounds_rows_and_decoding(pipeline, monkeypatch):
+    """Rows and pictures are as many as fit beside the parameters, at least one; a CPU's are not bounded."""
+    assert pipeline._fitting_rows(64 * 64) == sys.maxsize
+    device = types.SimpleNamespace()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+
+    def rows(limit, latents=64 * 64):
+        device.memory_stats = lambda: {"bytes_limit": limit}
+        return pipeline._fitting_rows(latents)
+
+    def decoded(limit):
+        device.memory_stats = lambda: {"bytes_limit": limit}
+        return pipeline._max_decoded((64, 64))
+
+    assert decoded(10**6) == 1 < decoded(10**10)
+    assert rows(10**6) == 1 < rows(6 * 10**9) < rows(12 * 10**9) < rows(12 * 10**9, 32 * 32)
+    device.memory_stats = lambda: None
+    assert pipeline._fitting_rows(64 * 64) == sys.maxsize

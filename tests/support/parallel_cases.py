@@ -1,0 +1,69 @@
+"""Runs the train step of the tiny model on meshes, in a process of its own; prints one JSON object.
+
+    python parallel_cases.py DATAxFSDP[:sharded|:interleaved] …
+
+"interleaved" takes a device of each process in turn. Devices come from XLA_FLAGS, other processes from
+JAX_COORDINATOR_ADDRESS; both are read before jax starts. A mesh of one device is on this process alone.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+from training_common import make_run, tiny_batch, tiny_model, tiny_settings
+
+from instdiff_jax.checkpoint.rename import flatten
+from instdiff_jax.parallel.mesh import initialize_distributed, process_rows, put_batch
+from instdiff_jax.training.state import fresh_params
+from instdiff_jax.training.step import batch_keys, compile_step, make_train_step
+
+STEPS, ROWS = 5, 8
+
+
+def local_bytes(tree) -> int:
+    """What one device holds of a tree."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def run_case(name: str) -> dict:
+    """Losses of some steps, and what the first device computes and holds."""
+    sizes, _, how = name.partition(":")
+    frozen_how = how if how == "sharded" else ""
+    data, fsdp = map(int, sizes.split("x"))
+    model, settings = tiny_model(), tiny_settings(batch_size=ROWS)
+    settings = dataclasses.replace(settings, steps=STEPS)
+    devices = jax.devices()[: data * fsdp]
+    if how == "interleaved":
+        each = jax.local_device_count()
+        devices = [device for i in range(each) for device in devices[i::each]]
+    run = make_run(model, settings, devices, data=data, fsdp=fsdp, frozen=frozen_how or "replicated")
+    mesh = run.layout.mesh
+    state, frozen = run.start()
+    step = compile_step(make_train_step(model, settings, run.layout), run.layout)
+    rows, losses, compiled = process_rows(ROWS, mesh), [], None
+    for i in range(STEPS):
+        batch = {key: value for key, value in tiny_batch(i, ROWS).items() if key in batch_keys(settings)}
+        batch = put_batch(jax.tree.map(lambda leaf: leaf[list(rows)], batch), mesh)
+        if compiled is None:
+            compiled = step.lower(state, frozen, batch).compile()
+        state, metrics = compiled(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    case = {
+        "losses": losses,
+        "grad_norm": float(metrics["grad_norm"]),
+        "flops": compiled.cost_analysis()["flops"],
+        "trainable_bytes": local_bytes(state.params),
+        "optimizer_bytes": local_bytes(state.optimizer),
+        "frozen_bytes": local_bytes(frozen),
+        "rows": list(rows),
+    }
+    if frozen_how:
+        case["fresh_bytes"] = local_bytes(fresh_params(run.layout, 0, set(flatten(run.layout.params))))
+    return case
+
+
+if __name__ == "__main__":
+    initialize_distributed()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    print("RESULT " + json.dumps({name: run_case(name) for name in sys.argv[1:]}))

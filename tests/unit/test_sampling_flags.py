@@ -1,0 +1,67 @@
+"""Every sampling setting has a flag, in both programs that sample; what presets are, and that flags go before them."""
+
+import dataclasses
+
+import pytest
+
+from instdiff_jax.cli import evaluate, sample
+from instdiff_jax.cli.sampling_flags import read_overrides
+from instdiff_jax.config import PRESETS, SamplingConfig, with_preset
+from instdiff_jax.errors import InputError
+
+VALUES = dict(
+    steps=7,
+    sampler="ddim",
+    guidance_scale=3.5,
+    guidance_interval=(0.1, 0.8),
+    alpha=(0.5, 0.25, 0.25),
+    mis=0.2,
+    mis_guidance=False,
+    merge="crop",
+    negative_prompt="ugly",
+    masked_attention="correct",
+    reuse=3,
+)
+PROGRAMS = {
+    "sample": sample.parse_args,
+    "evaluate": lambda argv: evaluate.parse_args(["--coco_dir", "x", "--split", "y", "--output", "z", *argv]),
+}
+
+
+def flags(values: dict) -> list[str]:
+    """Values as they are written on a command line."""
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            argv += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return argv
+
+
+@pytest.mark.parametrize("parse", PROGRAMS.values(), ids=PROGRAMS)
+def test_every_setting_has_a_flag(parse):
+    assert set(VALUES) == {field.name for field in dataclasses.fields(SamplingConfig)}
+    overrides = read_overrides(parse(flags(VALUES)))
+    assert overrides == VALUES
+    assert SamplingConfig.from_dict(overrides) == SamplingConfig(**VALUES) != SamplingConfig()
+    assert read_overrides(parse([])) == {}
+    assert read_overrides(parse(["--mis_guidance"])) == {"mis_guidance": True}
+
+
+@pytest.mark.parametrize("parse", PROGRAMS.values(), ids=PROGRAMS)
+def test_flags_go_before_a_preset(parse):
+    assert read_overrides(parse(["--preset", "quality"])) == {}
+    assert read_overrides(parse(["--preset", "fast"])) == PRESETS["fast"]
+    given = read_overrides(parse(["--preset", "fast", "--steps", "12", "--mis_guidance", "--mis", "0.1"]))
+    assert given == PRESETS["fast"] | {"steps": 12, "mis_guidance": True, "mis": 0.1}
+    assert PRESETS["fast"]["steps"] != 12, "the table is not changed"
+
+
+def test_presets_are_valid_settings():
+    for name, values in PRESETS.items():
+        SamplingConfig.from_dict(values, name)
+        assert with_preset(name, {}) == values
+    assert with_preset(None, {"steps": 3}) == {"steps": 3}
+    with pytest.raises(InputError, match="preset: expected one of quality, fast, got 'slow'"):
+        with_preset("slow", {})
