@@ -100,8 +100,8 @@ def make_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
     """
     import jax.numpy as jnp
 
-    from instdiff_jax.checkpoint.rename import unflatten
     from instdiff_jax.checkpoint.tables import PARTS, rename_table
+    from instdiff_jax.tree import unflatten
 
     leaves = {}
     for part in PARTS:

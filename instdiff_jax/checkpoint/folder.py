@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from instdiff_jax.checkpoint.rename import check_keys, flatten, parameter_shapes, unflatten
+from instdiff_jax.checkpoint.rename import check_keys, parameter_shapes
 from instdiff_jax.checkpoint.tables import ADAPTERS
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
+from instdiff_jax.tree import flatten, unflatten
 
 FORMAT, VERSION = "instdiff_jax checkpoint", 1
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")

@@ -14,6 +14,7 @@ import numpy as np
 from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
+from instdiff_jax.tree import flatten, unflatten
 
 # What other writers of the same networks store beside the weights; nothing here is a parameter.
 IGNORED = {
@@ -95,23 +96,3 @@ def check_keys(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tupl
 
 def _first_few(keys: list[str], count: int = 5) -> str:
     return ", ".join(keys[:count]) + (", …" if len(keys) > count else "")
-
-
-def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """The leaves of a nested dict by path."""
-    leaves = {}
-    for name, value in tree.items():
-        path = (*prefix, name)
-        leaves.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
-    return leaves
-
-
-def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree

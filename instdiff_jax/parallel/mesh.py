@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from instdiff_jax.checkpoint.rename import flatten, unflatten
 from instdiff_jax.config import Settings
 from instdiff_jax.errors import InputError
+from instdiff_jax.tree import flatten, unflatten
 
 DATA, FSDP = "data", "fsdp"
 BATCH = PartitionSpec((DATA, FSDP))

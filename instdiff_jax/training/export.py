@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from instdiff_jax.checkpoint.folder import check_output, find_tokenizer, read_config, save_folder
-from instdiff_jax.checkpoint.rename import flatten
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
@@ -24,6 +23,7 @@ from instdiff_jax.training.checkpoints import FOLDER, Checkpoints
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.start import base_fingerprint, start_params
 from instdiff_jax.training.state import make_layout, merge_params
+from instdiff_jax.tree import flatten
 
 
 def read_run(workdir: Path) -> tuple[ModelConfig, SamplingConfig, TrainSettings]:

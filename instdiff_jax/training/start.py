@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 
 from instdiff_jax.checkpoint.folder import read_config, restore_params, stored_digests
-from instdiff_jax.checkpoint.rename import flatten, parameter_shapes, unflatten
+from instdiff_jax.checkpoint.rename import parameter_shapes
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel.mesh import REPLICATED, shardings
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import Params, RunLayout, fresh_params
+from instdiff_jax.tree import flatten, unflatten
 
 # Of each file this much at the beginning and at the end goes into a fingerprint.
 _SAMPLE = 1 << 16

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from instdiff_jax.checkpoint.rename import flatten, unflatten
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.autoencoder import Autoencoder
@@ -23,6 +22,7 @@ from instdiff_jax.models.unifusion import COORDINATES, NUM_SLOTS, UniFusion
 from instdiff_jax.parallel.mesh import REPLICATED, ParallelSettings, match_rule, parameter_specs, shardings
 from instdiff_jax.training.optimizer import OptimizerState, init_optimizer
 from instdiff_jax.training.settings import TrainSettings
+from instdiff_jax.tree import flatten, unflatten
 
 Params = dict[str, Any]
 

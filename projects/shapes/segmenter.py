@@ -25,10 +25,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from scipy.ndimage import maximum_filter
 
-from instdiff_jax.checkpoint.rename import flatten, unflatten
 from instdiff_jax.config import Settings
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detect import Detection
+from instdiff_jax.tree import flatten, unflatten
 from projects.shapes.drawing import COLOURS, TEXTURES
 from projects.shapes.scenes import SHAPES
 

@@ -14,13 +14,14 @@ from training_common import make_run, numpy_params, tiny_settings
 
 from common import state_dict
 from instdiff_jax.checkpoint import folder, pytorch, torch_file
-from instdiff_jax.checkpoint.rename import flatten, from_state_dict, parameter_shapes, unflatten
+from instdiff_jax.checkpoint.rename import from_state_dict, parameter_shapes
 from instdiff_jax.checkpoint.tables import ADAPTERS, PARTS, rename_table
 from instdiff_jax.cli import convert
 from instdiff_jax.config import SamplingConfig, ScheduleConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.training.start import start_params
 from instdiff_jax.training.state import fresh_params
+from instdiff_jax.tree import flatten, unflatten
 
 torch = pytest.importorskip("torch")
 from make_checkpoint import diffusion_buffers, make_checkpoint  # noqa: E402  (needs torch)

@@ -13,11 +13,11 @@ from training_common import save_dataset, save_start, tiny_batch, tiny_model
 from common import PARITY, SUPPORT
 from instdiff_jax import config as config_module
 from instdiff_jax.checkpoint.folder import read_config, restore_params
-from instdiff_jax.checkpoint.rename import flatten
 from instdiff_jax.cli import train
 from instdiff_jax.errors import InputError
 from instdiff_jax.training import export, metrics
 from instdiff_jax.training.metrics import Clock, MetricsWriter, ProfilerWindow, peak_flops
+from instdiff_jax.tree import flatten
 
 CONFIG = f"--config={SUPPORT / 'tiny_config.py'}"
 

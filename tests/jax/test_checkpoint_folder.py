@@ -10,7 +10,7 @@ import pytest
 
 from common import PARITY
 from instdiff_jax.checkpoint import folder
-from instdiff_jax.checkpoint.rename import flatten, parameter_shapes, unflatten
+from instdiff_jax.checkpoint.rename import parameter_shapes
 from instdiff_jax.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -23,6 +23,7 @@ from instdiff_jax.config import (
 from instdiff_jax.errors import InputError
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.start import base_fingerprint
+from instdiff_jax.tree import flatten, unflatten
 
 TOKENIZER = PARITY / "tokenizer"
 TINY = ModelConfig(

@@ -18,7 +18,7 @@ import pytest
 
 import common
 from common import channels_first, channels_last, parity, relative_error
-from instdiff_jax.checkpoint.rename import from_state_dict, unflatten
+from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.diffusion.multi_instance import ImageRows, sample_rows
 from instdiff_jax.diffusion.solvers import solver_table
@@ -31,6 +31,7 @@ from instdiff_jax.models.scaleu import scale_low_frequencies
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion, fourier_features
 from instdiff_jax.sampling.pipeline import NoisePredictor, Pipeline
+from instdiff_jax.tree import unflatten
 
 MODULE, UNET, SAMPLER = 2e-5, 5e-5, 2e-4  # tolerances
 

@@ -7,7 +7,7 @@ from parity_checks import add
 
 import common
 from common import parity, relative_error
-from instdiff_jax.checkpoint.rename import flatten, from_state_dict
+from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.config import ScheduleConfig
 from instdiff_jax.data.examples import Crop, DataConfig, load_image, locate, select_instances
@@ -17,6 +17,7 @@ from instdiff_jax.grounding import null_grounding, region_words
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import init_state, split_params
 from instdiff_jax.training.step import compile_step, make_train_step
+from instdiff_jax.tree import flatten
 
 SCHEDULE = ScheduleConfig(linear_start=0.00085, linear_end=0.012, timesteps=1000)
 EXACT = 0.0

@@ -10,9 +10,9 @@ import torch
 from transformers import ConvNextConfig, ConvNextModel
 
 from common import make_array, model_config, relative_error
-from instdiff_jax.checkpoint.rename import unflatten
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.models.convnext import ConvNeXt
+from instdiff_jax.tree import unflatten
 
 TRUNK = "position_net.convnext_tiny_backbone."
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from common import channels_first, channels_last, make_array, model_config, relative_error
-from instdiff_jax.checkpoint.rename import unflatten
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.config import ModelConfig, UNetConfig
 from instdiff_jax.models.unet import UNet
+from instdiff_jax.tree import unflatten
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -10,7 +10,7 @@ import torch
 from training_common import make_run, numpy_params, resized, small_model, tiny_batch, tiny_model, tiny_settings
 
 from common import parity, relative_error, state_dict
-from instdiff_jax.checkpoint.rename import flatten, from_state_dict
+from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.diffusion.schedule import alphas_cumprod, velocity_weights
 from instdiff_jax.errors import InputError
@@ -24,6 +24,7 @@ from instdiff_jax.training.step import (
     make_train_step,
     make_validation_step,
 )
+from instdiff_jax.tree import flatten
 
 
 def official_batch(data):

@@ -59,8 +59,8 @@ def model_config(size: str = "full"):
 @functools.cache
 def model_params(size: str, root: str = "unet", seed: int = 0) -> dict:
     """The deterministic parameters of "unet" or "unifusion" of a size, as our tree."""
-    from instdiff_jax.checkpoint.rename import unflatten
     from instdiff_jax.checkpoint.tables import rename_table
+    from instdiff_jax.tree import unflatten
 
     table = rename_table("model", model_config(size)).items()
     leaves = {

@@ -13,10 +13,10 @@ import sys
 import jax
 from training_common import make_run, tiny_batch, tiny_model, tiny_settings
 
-from instdiff_jax.checkpoint.rename import flatten
 from instdiff_jax.parallel.mesh import initialize_distributed, process_rows, put_batch
 from instdiff_jax.training.state import fresh_params
 from instdiff_jax.training.step import batch_keys, compile_step, make_train_step
+from instdiff_jax.tree import flatten
 
 STEPS, ROWS = 5, 8
 

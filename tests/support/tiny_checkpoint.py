@@ -8,9 +8,10 @@ import common
 from configs.sd15 import get_config
 from instdiff_jax import Layout
 from instdiff_jax.checkpoint.folder import save_folder
-from instdiff_jax.checkpoint.rename import flatten, from_state_dict, unflatten
+from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.config import ModelConfig, SamplingConfig
+from instdiff_jax.tree import flatten, unflatten
 from projects.shapes.segmenter import Segmenter, SegmenterConfig, init_shapes
 
 SIDE = 32  # pixels; latents are half of it

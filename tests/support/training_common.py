@@ -11,12 +11,13 @@ from PIL import Image
 from common import PARITY, make_array
 from configs import sd15
 from instdiff_jax.checkpoint.folder import save_folder
-from instdiff_jax.checkpoint.rename import flatten, parameter_shapes, unflatten
+from instdiff_jax.checkpoint.rename import parameter_shapes
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.data.dataset import Instance, Record, Report, write_dataset
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import RunLayout, init_state, make_layout
+from instdiff_jax.tree import flatten, unflatten
 
 
 def resized(**groups) -> ModelConfig:

@@ -18,6 +18,7 @@ from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion
+from instdiff_jax.tree import flatten
 
 SPECS = {
     ("small", "model"): "unet_small",
@@ -78,7 +79,7 @@ def test_round_trip_is_exact_and_makes_no_copies(part):
         assert back[key].dtype == value.dtype and np.array_equal(back[key], value), key
         assert value.ndim == 0 or np.shares_memory(back[key], value), key
     table = rename_table(part, config)
-    shapes = {path: leaf.shape for path, leaf in rename.flatten(params).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
     assert shapes == {entry.path: entry.shape for entry in table.values()}
 
 
@@ -195,5 +196,5 @@ def test_tables_agree_with_the_modules(size, positions):
     for part, (module, inputs, method) in calls.items():
         init = functools.partial(module.init, method=method)
         params = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
-        found = {path: leaf.shape for path, leaf in rename.flatten(params).items()}
-        assert found == rename.flatten(rename.parameter_shapes(config)[part]), part
+        found = {path: leaf.shape for path, leaf in flatten(params).items()}
+        assert found == flatten(rename.parameter_shapes(config)[part]), part

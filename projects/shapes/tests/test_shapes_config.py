@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from configs import shapes
-from instdiff_jax.checkpoint.rename import flatten
 from instdiff_jax.cli import train
 from instdiff_jax.config import read_config
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel.mesh import make_mesh
 from instdiff_jax.training.state import make_layout
+from instdiff_jax.tree import flatten
 
 
 def stage(name):
