@@ -17,7 +17,8 @@ import numpy as np
 FOLDER = Path(__file__).parent / "shapes"
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from instdiff_jax.geometry.masks import encode_mask, sample_scribble  # noqa: E402
+from instdiff_jax.geometry.masks import encode_mask  # noqa: E402
+from instdiff_jax.geometry.points import sample_scribble  # noqa: E402
 from projects.shapes.render import WORLDS, render_scene  # noqa: E402
 
 SIDE = 64

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class InputError(ValueError):
@@ -12,6 +12,15 @@ class InputError(ValueError):
 
     The message is one line that names the file, the field and what was expected.
     """
+
+
+def short(value: Any) -> str:
+    """A value for an error message: one line of at most 60 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, UInt32
 
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
-from instdiff_jax.geometry.masks import box_from_mask, mask_points, normalize_points, resample_scribble, resize_map
+from instdiff_jax.geometry.masks import box_from_mask, resize_map
+from instdiff_jax.geometry.points import mask_points, normalize_points, resample_scribble
 from instdiff_jax.layout import MAX_INSTANCES, Instance, Layout
 
 Format = Literal["auto", "box", "point", "scribble", "mask"]

@@ -13,8 +13,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from jaxtyping import Bool, Float
 
-from instdiff_jax.errors import InputError
-from instdiff_jax.geometry.masks import decode_mask, encode_mask, short
+from instdiff_jax.errors import InputError, short
+from instdiff_jax.geometry.masks import decode_mask, encode_mask
 
 _logger = logging.getLogger(__name__)
 

@@ -245,7 +245,7 @@ def earlier_layouts(args: argparse.Namespace, path: Path, record: dict[str, Any]
     Raises:
         InputError: where the pictures there were made with other settings.
     """
-    from instdiff_jax.geometry.masks import short
+    from instdiff_jax.errors import short
     from instdiff_jax.layout import read_json
 
     record, layouts = json.loads(json.dumps(record)), []

@@ -18,16 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from instdiff_jax.data.dataset import Instance, Record, check_output, write_dataset
+from instdiff_jax.data.dataset import AnnotatedInstance, Record, check_output, write_dataset
 from instdiff_jax.data.examples import load_image
 from instdiff_jax.data.report import Report
-from instdiff_jax.errors import ArgumentParser, InputError
-from instdiff_jax.geometry.masks import decode_mask, encode_mask, short
+from instdiff_jax.errors import ArgumentParser, InputError, short
+from instdiff_jax.geometry.masks import decode_mask, encode_mask
 
 
 def make_instance(
     box: Any, mask: Any, size: tuple[int, int], category: str, where: str, **fields: Any
-) -> tuple[Instance, str]:
+) -> tuple[AnnotatedInstance, str]:
     """One annotation, checked.
 
     Args:
@@ -36,7 +36,7 @@ def make_instance(
         size: width and height of the image in pixels.
         category: the category's name.
         where: names the annotation in messages.
-        **fields: further fields of `Instance`.
+        **fields: further fields of `AnnotatedInstance`.
 
     Returns:
         The instance, and a remark ("" mostly): a mask that covers no pixel is left out.
@@ -58,7 +58,7 @@ def make_instance(
             counts = encode_mask(decoded)["counts"].encode("ascii")
         else:
             remark = f"{where}.segmentation: covers no pixel; the instance keeps its box only"
-    return Instance(box=(x, y, w, h), category=category, mask=counts, **fields), remark
+    return AnnotatedInstance(box=(x, y, w, h), category=category, mask=counts, **fields), remark
 
 
 class CocoSplit:
@@ -147,7 +147,7 @@ class CocoSplit:
         if broken and not kept:
             raise InputError(f"{self.file}: not one annotation can be used; the first: {broken}")
 
-    def _instance(self, annotation: dict, row: dict) -> Instance:
+    def _instance(self, annotation: dict, row: dict) -> AnnotatedInstance:
         name = f"annotation {annotation.get('id')}"
         number = annotation.get("id")
         instance, remark = make_instance(

@@ -33,7 +33,7 @@ _VERSION = "1.0.0"
 
 
 @dataclasses.dataclass(frozen=True)
-class Instance:
+class AnnotatedInstance:
     """One object in an image.
 
     `box` is x, y, width, height in pixels of the original image; `mask` is the counts of compressed COCO RLE at
@@ -66,7 +66,7 @@ class Record:
     image_id: int
     file_name: str
     captions: tuple[str, ...]
-    instances: tuple[Instance, ...]
+    instances: tuple[AnnotatedInstance, ...]
     detection: bool = True
 
 
@@ -296,7 +296,7 @@ class InstanceDataset:
         row = self._open()[int(index)]
         columns = row["instances"]
         instances = tuple(
-            Instance(
+            AnnotatedInstance(
                 box=tuple(float(value) for value in columns["box"][i]),
                 category=columns["category"][i].decode("utf-8"),
                 mask=columns["mask"][i],

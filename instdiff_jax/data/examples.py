@@ -16,9 +16,10 @@ from jaxtyping import Float, Int, UInt8, UInt32
 from PIL import Image
 
 from instdiff_jax.config import Settings
-from instdiff_jax.data.dataset import Instance, Record
+from instdiff_jax.data.dataset import AnnotatedInstance, Record
 from instdiff_jax.errors import InputError
-from instdiff_jax.geometry.masks import box_from_mask, decode_mask, mask_points, sample_scribble
+from instdiff_jax.geometry.masks import box_from_mask, decode_mask
+from instdiff_jax.geometry.points import mask_points, sample_scribble
 
 NUM_SLOTS = 30
 # Of each format: how many numbers a slot holds.
@@ -190,7 +191,9 @@ def _nearest(source: int, target: int) -> Int[np.ndarray, " target"]:
     return np.asarray(line.resize((target, 1), Image.Resampling.NEAREST))[0]
 
 
-def select_instances(record: Record, crop: Crop, config: DataConfig) -> list[tuple[Instance, Float[np.ndarray, "4"]]]:
+def select_instances(
+    record: Record, crop: Crop, config: DataConfig
+) -> list[tuple[AnnotatedInstance, Float[np.ndarray, "4"]]]:
     """The instances to train on with their boxes on the canvas in pixels: large enough, the largest first.
 
     An instance needs `min_area` of the canvas after clipping; crowds are left out unless the config takes them.
@@ -204,7 +207,7 @@ def select_instances(record: Record, crop: Crop, config: DataConfig) -> list[tup
 
 
 def locate(
-    chosen: Sequence[tuple[Instance, Float[np.ndarray, "4"]]],
+    chosen: Sequence[tuple[AnnotatedInstance, Float[np.ndarray, "4"]]],
     record: Record,
     crop: Crop,
     map_size: int,
@@ -299,7 +302,7 @@ def write_caption(record: Record, categories: Sequence[str], config: DataConfig,
 
 
 def choose_phrases(
-    instances: Sequence[Instance], config: DataConfig, rng: np.random.Generator
+    instances: Sequence[AnnotatedInstance], config: DataConfig, rng: np.random.Generator
 ) -> Int[np.ndarray, "30"]:
     """The number of each slot's phrase in phrases.json: its category's or its own caption's; -1 for empty slots."""
     numbers = np.full(NUM_SLOTS, -1, np.int64)

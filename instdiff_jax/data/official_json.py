@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from instdiff_jax.data.build_coco import make_instance, read_json
-from instdiff_jax.data.dataset import Instance, Record, caption_phrase, check_output, write_dataset
+from instdiff_jax.data.dataset import AnnotatedInstance, Record, caption_phrase, check_output, write_dataset
 from instdiff_jax.data.examples import load_image
 from instdiff_jax.data.phrases import ImportedEmbeddings
 from instdiff_jax.data.report import Report
@@ -106,7 +106,7 @@ def read_record(path: Path, number: int, report: Report, split: str, embeddings:
 
 def _read_instance(
     anno: Any, size: tuple[int, int], where: str, embeddings: ImportedEmbeddings
-) -> tuple[Instance, list[tuple[str, str]]]:
+) -> tuple[AnnotatedInstance, list[tuple[str, str]]]:
     if not isinstance(anno, dict):
         raise InputError(f"{where}: expected an object, got {type(anno).__name__}")
     category = anno.get("category_name")

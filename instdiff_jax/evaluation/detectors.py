@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.detect import Detection, Detector
 from instdiff_jax.evaluation.split import Split
-from instdiff_jax.geometry.masks import decode_mask, short
+from instdiff_jax.geometry.masks import decode_mask
 from instdiff_jax.layout import read_json
 
 NAMES = "shapes:FOLDER, predictions:FILE.json or transformers:NAME"

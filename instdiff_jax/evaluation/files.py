@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.split import Scene
-from instdiff_jax.geometry.masks import short
 from instdiff_jax.layout import read_json
 
 

@@ -13,15 +13,9 @@ from jaxtyping import Bool, Float, UInt8
 from pycocotools import mask as coco_mask
 
 from instdiff_jax.data.examples import Crop, load_image
-from instdiff_jax.errors import InputError
-from instdiff_jax.geometry.masks import (
-    SCRIBBLE_POINTS,
-    decode_mask,
-    encode_mask,
-    order_by_origin,
-    sample_scribble,
-    short,
-)
+from instdiff_jax.errors import InputError, short
+from instdiff_jax.geometry.masks import decode_mask, encode_mask
+from instdiff_jax.geometry.points import SCRIBBLE_POINTS, order_by_origin, sample_scribble
 from instdiff_jax.layout import MAX_INSTANCES, MAX_SIDE, read_json
 
 # Side of the canvas in pixels where the split's images do not say one themselves: the released model's.

@@ -12,7 +12,7 @@ from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.config import ScheduleConfig
 from instdiff_jax.data.examples import Crop, DataConfig, load_image, locate, select_instances
 from instdiff_jax.diffusion import schedule as schedules
-from instdiff_jax.geometry.masks import mask_points
+from instdiff_jax.geometry.points import mask_points
 from instdiff_jax.grounding import null_grounding, region_words
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import init_state, split_params

@@ -13,7 +13,7 @@ from configs import sd15
 from instdiff_jax.checkpoint.folder import save_folder
 from instdiff_jax.checkpoint.rename import parameter_shapes
 from instdiff_jax.config import ModelConfig, SamplingConfig
-from instdiff_jax.data.dataset import Instance, Record, Report, write_dataset
+from instdiff_jax.data.dataset import AnnotatedInstance, Record, Report, write_dataset
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import RunLayout, init_state, make_layout
@@ -118,7 +118,7 @@ def save_dataset(folder, images: int = 12) -> None:
         rng, file = np.random.default_rng(i), io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)).save(file, "PNG")
         instances = tuple(
-            Instance(box=(2.0 + 3 * k, 2.0, 12.0, 14.0), category=("cat", "dog")[k], annotation_id=10 * i + k)
+            AnnotatedInstance(box=(2.0 + 3 * k, 2.0, 12.0, 14.0), category=("cat", "dog")[k], annotation_id=10 * i + k)
             for k in range(1 + i % 2)
         )
         return Record(file.getvalue(), 24, 20, i, f"{i}.png", (f"a scene {i}",), instances)

@@ -11,7 +11,8 @@ from skimage.measure import find_contours
 
 from common import parity
 from instdiff_jax.errors import InputError
-from instdiff_jax.geometry import masks as geometry
+from instdiff_jax.geometry.masks import box_from_mask, decode_mask, encode_mask, resize_map
+from instdiff_jax.geometry.points import mask_points, normalize_points, resample_scribble, sample_scribble
 
 
 def random_mask(rng, height=40, width=60):
@@ -52,7 +53,7 @@ def plain_mask_points(mask):
 @pytest.mark.parametrize("index", range(9))
 def test_mask_points_parity(index):
     data = parity("mask_points")
-    points = geometry.mask_points(data[f"mask{index}"])
+    points = mask_points(data[f"mask{index}"])
     assert points.dtype == np.float32 and points.shape == (256, 2)
     np.testing.assert_array_equal(points.ravel(), data[f"points256_{index}"])
 
@@ -64,16 +65,16 @@ def test_mask_points_equal_the_plain_rules_on_random_masks():
         mask = random_mask(rng)
         if mask.sum() < 128:
             continue
-        np.testing.assert_array_equal(geometry.mask_points(mask), plain_mask_points(mask))
+        np.testing.assert_array_equal(mask_points(mask), plain_mask_points(mask))
         done += 1
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (300, 200)])
 def test_mask_points_of_a_full_canvas(shape):
     mask = np.ones(shape, bool)
-    points = geometry.mask_points(mask)
+    points = mask_points(mask)
     assert points.min() == 0 and points[:, 0].max() == shape[1] + 1 and points[:, 1].max() == shape[0] + 1
-    assert geometry.normalize_points(points, shape[1], shape[0]).max() == 1
+    assert normalize_points(points, shape[1], shape[0]).max() == 1
     if shape == (300, 200):
         np.testing.assert_array_equal(points, plain_mask_points(mask))
 
@@ -81,19 +82,19 @@ def test_mask_points_of_a_full_canvas(shape):
 def test_mask_points_of_few_pixels_are_drawn_from_the_mask():
     mask = np.zeros((50, 40), bool)
     mask[10:13, 20:25] = True
-    points = geometry.mask_points(mask)
+    points = mask_points(mask)
     on_mask = [10 <= y < 13 and 20 <= x < 25 for x, y in points]
     assert sum(on_mask) >= 128
     assert (points.min(axis=0) >= (20, 10)).all() and (points.max(axis=0) <= (26, 14)).all()
-    np.testing.assert_array_equal(points, geometry.mask_points(mask))
-    other = geometry.mask_points(mask, np.random.default_rng(5))
+    np.testing.assert_array_equal(points, mask_points(mask))
+    other = mask_points(mask, np.random.default_rng(5))
     assert not np.array_equal(points, other)
-    np.testing.assert_array_equal(other, geometry.mask_points(mask, np.random.default_rng(5)))
+    np.testing.assert_array_equal(other, mask_points(mask, np.random.default_rng(5)))
 
 
 def test_mask_points_of_an_empty_mask_are_zeros():
-    assert not geometry.mask_points(np.zeros((9, 9), bool)).any()
-    assert not geometry.sample_scribble(np.zeros((9, 9), bool), np.random.default_rng(0)).any()
+    assert not mask_points(np.zeros((9, 9), bool)).any()
+    assert not sample_scribble(np.zeros((9, 9), bool), np.random.default_rng(0)).any()
 
 
 def test_mask_points_are_fast():
@@ -102,7 +103,7 @@ def test_mask_points_are_fast():
     times = []
     for _ in range(7):
         start = time.perf_counter()
-        geometry.mask_points(mask)
+        mask_points(mask)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.02
 
@@ -113,26 +114,26 @@ def test_decode_equals_pycocotools():
         mask = random_mask(rng, *rng.integers(1, 60, 2))
         rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
         height, width = mask.shape
-        np.testing.assert_array_equal(geometry.decode_mask(rle, height, width, "m"), mask)
-        text = geometry.encode_mask(mask)
+        np.testing.assert_array_equal(decode_mask(rle, height, width, "m"), mask)
+        text = encode_mask(mask)
         assert text == {"size": [height, width], "counts": rle["counts"].decode()}
-        np.testing.assert_array_equal(geometry.decode_mask(text, height, width, "m"), mask)
+        np.testing.assert_array_equal(decode_mask(text, height, width, "m"), mask)
         flat = mask.ravel(order="F")
         edges = np.flatnonzero(np.diff(flat)) + 1
         runs = np.diff([0, *edges, flat.size]).tolist()
         runs = [0, *runs] if flat[0] else runs
         plain = {"size": [height, width], "counts": runs}
-        np.testing.assert_array_equal(geometry.decode_mask(plain, height, width, "m"), mask)
+        np.testing.assert_array_equal(decode_mask(plain, height, width, "m"), mask)
 
 
 def test_decode_polygons():
     square, triangle = [10, 10, 30, 10, 30, 25, 10, 25], [40.5, 2, 55, 2, 50, 30.5]
-    mask = geometry.decode_mask([square, triangle], 40, 60, "m")
+    mask = decode_mask([square, triangle], 40, 60, "m")
     assert mask.shape == (40, 60) and mask[12, 12] and mask[5, 50] and not mask[35, 5]
     assert mask[10:25, 10:30].all()
-    flat, nested = (geometry.decode_mask(polygons, 40, 60, "m") for polygons in (square, [square]))
+    flat, nested = (decode_mask(polygons, 40, 60, "m") for polygons in (square, [square]))
     np.testing.assert_array_equal(flat, nested)
-    out = geometry.decode_mask([[-20, -20, 100, -20, 100, 100, -20, 100]], 40, 60, "m")
+    out = decode_mask([[-20, -20, 100, -20, 100, 100, -20, 100]], 40, 60, "m")
     assert out.all()
 
 
@@ -172,7 +173,7 @@ BROKEN = [
 @pytest.mark.parametrize("mask", BROKEN, ids=lambda mask: repr(mask)[:40])
 def test_broken_masks_are_named(mask):
     with pytest.raises(InputError, match=r"^layout\.json: annos\[2\]\.mask") as error:
-        geometry.decode_mask(mask, 8, 8, "layout.json: annos[2].mask")
+        decode_mask(mask, 8, 8, "layout.json: annos[2].mask")
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
@@ -180,7 +181,7 @@ def test_broken_masks_are_named(mask):
 @given(st.one_of(st.binary(max_size=30), st.text(alphabet=[chr(c) for c in range(48, 112)], max_size=30)))
 def test_fuzzed_counts_end_in_a_mask_or_an_input_error(counts):
     try:
-        mask = geometry.decode_mask({"size": [6, 7], "counts": counts}, 6, 7, "m")
+        mask = decode_mask({"size": [6, 7], "counts": counts}, 6, 7, "m")
     except InputError:
         return
     assert mask.shape == (6, 7) and mask.dtype == bool
@@ -188,47 +189,47 @@ def test_fuzzed_counts_end_in_a_mask_or_an_input_error(counts):
 
 def test_box_from_mask():
     mask = np.zeros((30, 50), bool)
-    assert geometry.box_from_mask(mask) is None
+    assert box_from_mask(mask) is None
     mask[4:9, 20] = True
-    np.testing.assert_array_equal(geometry.box_from_mask(mask), [20, 4, 21, 9])
+    np.testing.assert_array_equal(box_from_mask(mask), [20, 4, 21, 9])
 
 
 def test_sample_scribble():
     mask = np.zeros((30, 50), bool)
     mask[4:9, 20:40] = True
-    points = geometry.sample_scribble(mask, np.random.default_rng(3))
+    points = sample_scribble(mask, np.random.default_rng(3))
     assert points.shape == (20, 2) and points.dtype == np.float32
     assert len({tuple(p) for p in points}) == 20
     assert all(mask[int(y), int(x)] for x, y in points)
     assert (np.diff(np.hypot(*points.T.astype(np.float64))) >= 0).all()
     mask[:] = False
     mask[3, 7] = True
-    assert (geometry.sample_scribble(mask, np.random.default_rng(3)) == (7, 3)).all()
+    assert (sample_scribble(mask, np.random.default_rng(3)) == (7, 3)).all()
 
 
 def test_resample_scribble_keeps_twenty_points_in_the_official_order():
     rng = np.random.default_rng(0)
     points = rng.uniform(0, 1, (20, 2)) * (768, 512)
     expected = sorted((points / (768, 512)).tolist(), key=lambda p: np.linalg.norm(p))
-    ours = geometry.resample_scribble(points, 20, (768, 512))
+    ours = resample_scribble(points, 20, (768, 512))
     np.testing.assert_allclose(ours / (768, 512), expected, rtol=1e-6)
 
 
 def test_resample_scribble_spaces_points_evenly():
     path = np.array([[0, 0], [100, 0], [100, 90]])
-    points = geometry.resample_scribble(path)
+    points = resample_scribble(path)
     assert points.shape == (20, 2)
     np.testing.assert_allclose(np.abs(np.diff(points, axis=0)).sum(axis=1), 10, rtol=1e-5)
     np.testing.assert_array_equal(points[[0, -1]], [[0, 0], [100, 90]])
-    assert (geometry.resample_scribble(np.array([[5, 6]])) == (5, 6)).all()
-    assert (geometry.resample_scribble(np.array([[5, 6], [5, 6]])) == (5, 6)).all()
-    dense = geometry.resample_scribble(np.linspace((10, 20), (400, 300), 133))
+    assert (resample_scribble(np.array([[5, 6]])) == (5, 6)).all()
+    assert (resample_scribble(np.array([[5, 6], [5, 6]])) == (5, 6)).all()
+    dense = resample_scribble(np.linspace((10, 20), (400, 300), 133))
     np.testing.assert_allclose(dense, np.linspace((10, 20), (400, 300), 20), rtol=1e-5)
 
 
 def test_resize_map():
     mask = np.zeros((100, 200), bool)
     mask[:50, 100:] = True
-    small = geometry.resize_map(mask, 64)
+    small = resize_map(mask, 64)
     assert small.shape == (64, 64) and small[:32, 32:].all() and small.sum() == 32 * 32
-    np.testing.assert_array_equal(geometry.resize_map(small, 64), small)
+    np.testing.assert_array_equal(resize_map(small, 64), small)

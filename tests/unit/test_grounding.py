@@ -12,7 +12,8 @@ from common import parity
 from configs.sd15 import get_config
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
-from instdiff_jax.geometry import masks as geometry
+from instdiff_jax.geometry.masks import decode_mask, resize_map
+from instdiff_jax.geometry.points import mask_points
 from instdiff_jax.grounding import (
     EVERYWHERE,
     FORMATS,
@@ -106,10 +107,10 @@ def test_auto_keeps_what_each_instance_has():
     np.testing.assert_allclose(grounding["points"][:5], points, rtol=1e-6)
     scribble = np.linspace((10, 20), (390, 280), 20) / (400, 300)
     np.testing.assert_allclose(grounding["scribbles"][2], scribble.ravel(), rtol=1e-5)
-    mask_points = geometry.mask_points(layout.instances[3].mask) / np.array([400, 300])
-    np.testing.assert_allclose(grounding["mask_points"][3], mask_points.ravel(), rtol=1e-6)
+    expected = mask_points(layout.instances[3].mask) / np.array([400, 300])
+    np.testing.assert_allclose(grounding["mask_points"][3], expected.ravel(), rtol=1e-6)
     for slot in (3, 4):
-        expected = geometry.resize_map(layout.instances[slot].mask, 512)
+        expected = resize_map(layout.instances[slot].mask, 512)
         np.testing.assert_array_equal((grounding["maps"] >> np.uint32(slot)) & 1, expected)
     assert not ((grounding["maps"] & 7) > 0).any()
 
@@ -142,8 +143,8 @@ def test_arrays_equal_the_official_arithmetic():
         np.testing.assert_array_equal(grounding["boxes"][slot], np.float32(box))
         center = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
         np.testing.assert_array_equal(grounding["points"][slot], np.float32(center))
-        mask = geometry.decode_mask(anno["mask"], 256, 256, "mask")
-        points = np.minimum(geometry.mask_points(mask).astype(np.float64) / 256, 1)
+        mask = decode_mask(anno["mask"], 256, 256, "mask")
+        points = np.minimum(mask_points(mask).astype(np.float64) / 256, 1)
         np.testing.assert_array_equal(grounding["mask_points"][slot], points.ravel().astype(np.float32))
 
 

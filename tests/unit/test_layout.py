@@ -15,7 +15,7 @@ from test_grounding import SMALL_CONFIG, check, mixed_layout
 
 from common import parity
 from instdiff_jax.errors import InputError
-from instdiff_jax.geometry import masks as geometry
+from instdiff_jax.geometry.masks import encode_mask
 from instdiff_jax.grounding import FORMATS, make_grounding
 from instdiff_jax.layout import Instance, Layout
 
@@ -67,7 +67,7 @@ def test_parity_layouts(name):
 
 
 def test_all_formats_of_one_instance():
-    rle = geometry.encode_mask(mask_of())
+    rle = encode_mask(mask_of())
     places = dict(bbox=[10, 20.5, 30, 40], point=[5, 6], scribble=[1, 2, 3, 4, 5.5, 6], mask=rle)
     (instance,) = Layout.from_dict(simple(**places, category_name="thing")).instances
     assert instance.box == (10, 20.5, 40, 60.5) and instance.point == (5, 6) and instance.category_name == "thing"
@@ -190,7 +190,7 @@ BAD_TOP = [
 
 @pytest.mark.parametrize(("key", "value", "named"), BAD_TOP, ids=lambda value: repr(value)[:30])
 def test_bad_layouts_are_named(key, value, named):
-    values = simple(mask=geometry.encode_mask(mask_of())) | {key: value}
+    values = simple(mask=encode_mask(mask_of())) | {key: value}
     with pytest.raises(InputError) as error:
         Layout.from_dict(values, "file.json")
     assert str(error.value).startswith(f"file.json: {named}: ") and "\n" not in str(error.value)
@@ -233,7 +233,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
 def test_more_than_thirty_instances():
     annos = [{"caption": f"thing {i}", "bbox": [0, 0, 1 + i, 2]} for i in range(35)]
     annos[3] = {"caption": "a dot", "point": [1, 1]}
-    annos[34] = {"caption": "a mask", "mask": geometry.encode_mask(mask_of())}
+    annos[34] = {"caption": "a mask", "mask": encode_mask(mask_of())}
     values = simple() | {"annos": annos}
     with pytest.raises(InputError, match=r"^file.json: annos: expected at most 30, got 35"):
         Layout.from_dict(values, "file.json")
@@ -274,7 +274,7 @@ def test_equality():
 @pytest.fixture
 def coco(tmp_path):
     """A COCO annotation file with polygons, RLE, a crowd and two images, and its captions."""
-    rle = geometry.encode_mask(mask_of())
+    rle = encode_mask(mask_of())
     annotations = [
         {"image_id": 7, "category_id": 2, "bbox": [20, 10, 40, 20], "segmentation": [[20, 10, 60, 10, 60, 30]]},
         {"image_id": 8, "category_id": 1, "bbox": [1, 1, 5, 5], "segmentation": []},

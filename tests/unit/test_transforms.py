@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common import parity
-from instdiff_jax.data.dataset import Instance, Record
+from instdiff_jax.data.dataset import AnnotatedInstance, Record
 from instdiff_jax.data.dropout import FORMATS, apply_formats, draw_formats
 from instdiff_jax.data.examples import (
     Crop,
@@ -35,7 +35,7 @@ def official_record(case):
     data = parity("training_examples")
     height, width = (int(side) for side in data[f"c{case}_size"])
     instances = tuple(
-        Instance(box=tuple(box), category=f"thing{i % 4}", mask=counts, phrase=i)
+        AnnotatedInstance(box=tuple(box), category=f"thing{i % 4}", mask=counts, phrase=i)
         for i, (counts, box) in enumerate(zip(data[f"c{case}_rle_counts"], data[f"c{case}_bbox"], strict=True))
     )
     return Record(data[f"c{case}_png"].tobytes(), width, height, case, "example", ("a scene of things",), instances)
@@ -72,7 +72,9 @@ def ellipse_record(width, height, boxes):
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         mask = ((xx - (x0 + x1) / 2) / (x1 - x0)) ** 2 + ((yy - (y0 + y1) / 2) / (y1 - y0)) ** 2 <= 0.25
         counts = encode_mask(mask)["counts"].encode()
-        instances.append(Instance((x0, y0, x1 - x0, y1 - y0), f"thing{i}", counts, phrase=i, caption_phrase=-1))
+        instances.append(
+            AnnotatedInstance((x0, y0, x1 - x0, y1 - y0), f"thing{i}", counts, phrase=i, caption_phrase=-1)
+        )
     image = io.BytesIO()
     Image.new("RGB", (width, height), (9, 9, 9)).save(image, "PNG")
     return Record(image.getvalue(), width, height, 0, "ellipses", ("one", "two"), tuple(instances))
@@ -134,12 +136,12 @@ def test_crowds_small_ones_and_the_thirty_first():
     crop = Crop(200, 200, 64)
     chosen = select_instances(record, crop, DataConfig(image_size=64))
     assert [item.phrase for item, _ in chosen] == list(range(39, 9, -1))
-    crowd = Record(b"", 200, 200, 0, "", (), (Instance((0, 0, 90, 90), "many", crowd=True),))
+    crowd = Record(b"", 200, 200, 0, "", (), (AnnotatedInstance((0, 0, 90, 90), "many", crowd=True),))
     assert not select_instances(crowd, crop, DataConfig())
     assert len(select_instances(crowd, crop, DataConfig(use_crowds=True))) == 1
     # A side of 20 is 1% of the image.
     for side, count in ((20.1, 1), (19.9, 0)):
-        record = Record(b"", 200, 200, 0, "", (), (Instance((180 - side, 0, side, side), "small"),))
+        record = Record(b"", 200, 200, 0, "", (), (AnnotatedInstance((180 - side, 0, side, side), "small"),))
         assert len(select_instances(record, crop, DataConfig())) == count
 
 
@@ -167,7 +169,7 @@ def test_captions():
     assert write_caption(record, ["dog"], plain, rng) in ("one", "two")
     silent = Record(b"", 9, 9, 0, "", (), ())
     assert write_caption(silent, ["dog"], KEEP, rng) == "1 dog"
-    instance = Instance((0, 0, 1, 1), "a", phrase=3, caption_phrase=5)
+    instance = AnnotatedInstance((0, 0, 1, 1), "a", phrase=3, caption_phrase=5)
     numbers = [choose_phrases([instance], DataConfig(), rng)[0] for _ in range(1000)]
     assert set(numbers) == {3, 5} and abs(numbers.count(5) - 500) < 80
 
@@ -203,7 +205,7 @@ def test_format_dropout_has_the_official_odds():
 
 def test_which_features_a_slot_has():
     record = ellipse_record(100, 100, [(0, 0, 60, 60)])
-    bare = Instance((20, 20, 40, 40), "no mask")
+    bare = AnnotatedInstance((20, 20, 40, 40), "no mask")
     record = Record(record.image, 100, 100, 0, "", (), (*record.instances, bare))
     crop = Crop(100, 100, 64)
     arrays = locate(select_instances(record, crop, DataConfig()), record, crop, 64, np.random.default_rng(0))
@@ -226,8 +228,8 @@ def test_points_on_masks(flip):
     gone = np.zeros_like(mask)  # in the part that the crop leaves out
     gone[:, 80:] = True
     masks = [encode_mask(m)["counts"].encode() for m in (mask, gone)]
-    instances = (Instance((20, 5, 50, 50), "l", masks[0]), Instance((0, 0, 90, 60), "gone", masks[1]))
-    bare = Instance((20, 5, 50, 50), "bare")
+    instances = (AnnotatedInstance((20, 5, 50, 50), "l", masks[0]), AnnotatedInstance((0, 0, 90, 60), "gone", masks[1]))
+    bare = AnnotatedInstance((20, 5, 50, 50), "bare")
     record = Record(ellipse_record(90, 60, []).image, 90, 60, 0, "l", (), (*instances, bare))
     crop = Crop(90, 60, 64, flip)
     chosen = select_instances(record, crop, DataConfig())
@@ -254,7 +256,7 @@ def test_points_on_masks(flip):
 def test_formats_that_nothing_sees_are_not_made():
     mask = np.zeros((60, 90), bool)
     mask[5:55, 20:70] = True
-    instances = (Instance((20, 5, 50, 50), "box", encode_mask(mask)["counts"].encode()),)
+    instances = (AnnotatedInstance((20, 5, 50, 50), "box", encode_mask(mask)["counts"].encode()),)
     record = Record(ellipse_record(90, 60, []).image, 90, 60, 0, "box", (), instances)
     crop = Crop(90, 60, 64)
     chosen = select_instances(record, crop, DataConfig())
