@@ -257,6 +257,51 @@ def read_instance_captions(path: Path) -> dict[str, str]:
     return {key: " ".join(text.split()) for key, text in data.items()}
 
 
+def build(
+    coco_dir: Path,
+    data_dir: Path,
+    splits: Sequence[str] = (),
+    captions: bool = True,
+    instance_captions: Path | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> tuple[dict[str, Any], Report]:
+    """Builds a training dataset from a COCO folder.
+
+    Args:
+        coco_dir: the folder that holds annotations/ and the image folders.
+        data_dir: where the dataset goes.
+        splits: names of splits; by default all that have images.
+        captions: whether every split must have a captions file.
+        instance_captions: a JSON file {annotation id: caption}.
+        overwrite: replace a dataset that is in `data_dir`.
+        workers: threads that decode images; by default one for each CPU.
+
+    Returns:
+        What dataset.json holds, and the report of what was skipped.
+
+    Raises:
+        InputError: for missing files, files that are not COCO annotations, or a folder that cannot be written.
+    """
+    report = Report()
+    check_output(data_dir, overwrite)
+    found = find_splits(coco_dir, splits, captions, report)
+    texts = read_instance_captions(instance_captions) if instance_captions else {}
+    workers = max(workers or os.cpu_count() or 1, 1)
+    opened = {}
+    for name, (instances_file, captions_file, folder) in found.items():
+        print(f"reading {instances_file}", file=sys.stderr)
+        split = CocoSplit(name, instances_file, captions_file, folder, report, texts, workers)
+        opened[name] = (len(split), split)
+    if texts:
+        known = {
+            str(row.get("id")) for _, split in opened.values() for rows in split.annotations.values() for row in rows
+        }
+        for key in texts.keys() - known:
+            report.skip("caption", "instance", f"annotation {key}", "no annotation has this id")
+    return write_dataset(data_dir, opened, report, "coco", overwrite), report
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see the top of this file."""
     parser = ArgumentParser(prog="python -m instdiff_jax build-coco", description="COCO to a training dataset")
@@ -266,25 +311,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--instance_captions", type=Path, help="JSON file {annotation id: caption}")
     parser.add_argument("--no_captions", action="store_true", help="do without captions_*.json")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is in data_dir")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode images")
+    parser.add_argument("--workers", type=int, help="threads that decode images; default: one for each CPU")
     args = parser.parse_args(argv)
-    report = Report()
-    check_output(args.data_dir, args.overwrite)
-    wanted = [name for name in args.splits.split(",") if name]
-    found = find_splits(args.coco_dir, wanted, not args.no_captions, report)
-    captions = read_instance_captions(args.instance_captions) if args.instance_captions else {}
-    splits = {}
-    for name, (instances_file, captions_file, folder) in found.items():
-        print(f"reading {instances_file}", file=sys.stderr)
-        split = CocoSplit(name, instances_file, captions_file, folder, report, captions, max(args.workers, 1))
-        splits[name] = (len(split), split)
-    if captions:
-        known = {
-            str(row.get("id")) for _, split in splits.values() for rows in split.annotations.values() for row in rows
-        }
-        for key in captions.keys() - known:
-            report.skip("caption", "instance", f"annotation {key}", "no annotation has this id")
-    meta = write_dataset(args.data_dir, splits, report, "coco", args.overwrite)
+    meta, report = build(
+        args.coco_dir,
+        args.data_dir,
+        [name for name in args.splits.split(",") if name],
+        not args.no_captions,
+        args.instance_captions,
+        args.overwrite,
+        args.workers,
+    )
     for name, facts in meta["splits"].items():
         print(f"{name}: {facts['images']} images, {facts['instances']} instances")
     print(f"{meta['phrases']} phrases, fingerprint {meta['fingerprint']}")

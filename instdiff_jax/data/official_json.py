@@ -150,6 +150,30 @@ def read_records(files: Sequence[Path], report: Report, split: str, embeddings: 
             report.skip("file", split, path.name, str(error))
 
 
+def build(
+    inputs: Sequence[Path], data_dir: Path, split: str = "train", overwrite: bool = False
+) -> tuple[dict[str, Any], Report]:
+    """Builds a training dataset of one split from official training JSON.
+
+    Args:
+        inputs: folders, .json files or .txt lists.
+        data_dir: where the dataset goes.
+        split: name of the split.
+        overwrite: replace a dataset that is in `data_dir`.
+
+    Returns:
+        What dataset.json holds, and the report of what was skipped.
+
+    Raises:
+        InputError: for missing inputs, a split without usable files, or a folder that cannot be written.
+    """
+    report, embeddings = Report(), ImportedEmbeddings()
+    check_output(data_dir, overwrite)
+    files = find_files(inputs)
+    splits = {split: (len(files), read_records(files, report, split, embeddings))}
+    return write_dataset(data_dir, splits, report, "official_json", overwrite, finish=embeddings.write), report
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see the top of this file."""
     parser = ArgumentParser(
@@ -160,12 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="train", help="name of the split")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is in data_dir")
     args = parser.parse_args(argv)
-    report, embeddings = Report(), ImportedEmbeddings()
-    check_output(args.data_dir, args.overwrite)
-    files = find_files(args.input)
-    records = read_records(files, report, args.split, embeddings)
-    splits = {args.split: (len(files), records)}
-    meta = write_dataset(args.data_dir, splits, report, "official_json", args.overwrite, finish=embeddings.write)
+    meta, report = build(args.input, args.data_dir, args.split, args.overwrite)
     facts = meta["splits"][args.split]
     print(f"{args.split}: {facts['images']} images, {facts['instances']} instances, {meta['phrases']} phrases")
     print(report.summary())
