@@ -1,0 +1,248 @@
+"""Safe files: a file or folder is written beside its place and moved there when it is whole.
+
+A program that is killed leaves the old file or folder, never half of a new one. Temporary names are hidden and
+recognisably ours, `.NAME.instdiff-HOST-PID-ID.part`, so that `remove_leftovers` can tell them from a user's files.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from instdiff_jax.errors import InputError
+
+_OURS = re.compile(
+    r"\.(?P<name>.+)\.instdiff-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{12}\.(?P<end>part|old)", re.DOTALL
+)
+_LONGEST_NAME = 255  # bytes, on nearly all file systems
+_in_use: set[str] = set()  # paths of this process; in a container every process may have the same number
+
+
+def write_file(path: str | os.PathLike, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
+    """Writes a file, whole or not at all. Missing parent folders are made.
+
+    Args:
+        path: where. A link stays a link; a device or pipe, such as /dev/stdout, is written directly.
+        write: called with a binary file.
+        sync: wait for the disk, so that the file is whole after a power failure too; costs milliseconds.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    path = Path(path)
+    with _write_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(None, "is a folder")
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                write(file)
+            return
+        path = Path(os.path.realpath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path) as beside:
+            try:
+                with open(beside, "xb") as file:
+                    write(file)
+                    file.flush()
+                    if sync:
+                        os.fsync(file.fileno())
+                os.replace(beside, path)
+            finally:
+                beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str, sync: bool = True) -> None:
+    """Writes text as UTF-8, whole or not at all; see `write_file`."""
+    data = text.encode()
+    write_file(path, lambda file: file.write(data), sync)
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 1, sync: bool = True) -> None:
+    """Writes JSON as UTF-8, whole or not at all; see `write_file`."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        text = json.dumps(value, indent=indent) + "\n"
+    write_text(path, text, sync)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file in UTF-8.
+
+    Raises:
+        InputError: if it is missing or is not valid JSON, in one line that names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        byte = f"{error.object[error.start]:#04x}"
+        raise InputError(f"{path}: not valid JSON: expected UTF-8, got the byte {byte}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not valid JSON: too deeply nested") from error
+    except ValueError as error:  # integers of thousands of digits are ValueErrors too
+        raise InputError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def replace_folder(path: str | os.PathLike, sync: bool = True) -> Iterator[Path]:
+    """Gives an empty folder beside `path` that takes its place at the end of the block.
+
+    If the block raises, the new folder is removed and the old one stays. What a killed process left of an earlier
+    attempt is removed first.
+
+    Args:
+        path: the folder to make or replace; missing parents are made.
+        sync: wait for the disk, so that the folder is whole after a power failure too.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    with _write_errors(path):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(None, "is not a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent, path.name)
+        with _temporary(path) as beside:
+            beside.mkdir()
+            try:
+                yield beside
+                if sync:
+                    _sync_folder(beside)
+                _move_folder(beside, path)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes what killed processes of this host left in a folder, and restores a folder that one was replacing.
+
+    Only our temporary names are touched, and only if their process is gone. To be called where a command starts.
+    """
+    _remove_leftovers(Path(folder), None)
+
+
+def _remove_leftovers(folder: Path, name: str | None) -> None:
+    try:
+        paths = [Path(entry.path) for entry in os.scandir(folder)]
+    except OSError:  # a missing folder holds nothing
+        return
+    for path in paths:
+        match = _OURS.fullmatch(path.name)
+        if match is None or match["host"] != _host() or name not in (None, match["name"]):
+            continue
+        if _is_alive(int(match["pid"]), path):
+            continue
+        place = folder / match["name"]
+        with contextlib.suppress(OSError):  # another process may be cleaning up too
+            if match["end"] == "old" and not place.exists():
+                os.rename(path, place)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _is_alive(pid: int, path: Path) -> bool:
+    if pid == os.getpid():
+        return str(path) in _in_use
+    if os.name != "posix":  # os.kill would send a signal there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+@functools.cache
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _name_beside(path: Path, end: str) -> Path:
+    ours = f".instdiff-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.{end}"
+    room = _LONGEST_NAME - len(ours) - 1
+    name = path.name.encode(errors="surrogateescape")[:room].decode(errors="ignore")
+    return path.with_name(f".{name}{ours}")
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    beside = _name_beside(path, "part")
+    _in_use.add(str(beside))
+    try:
+        yield beside
+    finally:
+        _in_use.discard(str(beside))
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError into an InputError that names the file the user asked for, not its temporary name."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        if error.filename is not None and ".instdiff-" not in str(error.filename):
+            what += "" if str(error.filename) == str(path) else f": {error.filename}"
+        raise InputError(f"{path}: cannot be written: {what}") from error
+
+
+def _move_folder(beside: Path, path: Path) -> None:
+    """Puts `beside` at `path`; an old folder there ends at `beside` or is removed."""
+    if not path.exists():
+        try:
+            os.rename(beside, path)
+            return
+        except OSError:
+            if not path.exists():  # else another process has put a folder there by now
+                raise
+    if _exchange(beside, path):
+        return
+    # Two moves, between which there is no folder: a process killed there leaves `old`, which the next start restores.
+    old = _name_beside(path, "old")
+    _in_use.add(str(old))
+    try:
+        os.rename(path, old)
+        os.rename(beside, path)
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            os.rename(old, path)
+        _in_use.discard(str(old))
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two folders in one step; False if the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # only Linux has it
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
