@@ -13,13 +13,13 @@ from tiny_checkpoint import SIDE, make_tiny_checkpoint, make_tiny_segmenter
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.evaluation import generate
 from instdiff_jax.evaluation.files import picture_path, write_picture
-from projects.shapes import study as study_command
-from projects.shapes import study_cost
-from projects.shapes.study import main
-from projects.shapes.study_report import page, write_study
-from projects.shapes.study_results import TARGETS, make_results, paired_difference
-from projects.shapes.study_rows import NAMES, SCENES, SECTIONS, Row, Sizes, Task, make_tasks
-from projects.shapes.study_runs import Study
+from projects.shapes.study import __main__ as study_command
+from projects.shapes.study import cost as study_cost
+from projects.shapes.study.__main__ import main
+from projects.shapes.study.report import page, write_study
+from projects.shapes.study.results import TARGETS, make_results, paired_difference
+from projects.shapes.study.rows import NAMES, SCENES, SECTIONS, Row, Sizes, Task, make_tasks
+from projects.shapes.study.runs import Study
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,8 +86,8 @@ def test_a_reduced_run_and_its_resuming(folders, tmp_path, monkeypatch, capsys):
 
     # All is there: nothing is drawn or measured, and the numbers are the same.
     with monkeypatch.context() as patch:
-        patch.setattr("projects.shapes.study_runs.Pipeline", None)
-        patch.setattr("projects.shapes.study_runs.inspect", None)
+        patch.setattr("projects.shapes.study.runs.Pipeline", None)
+        patch.setattr("projects.shapes.study.runs.inspect", None)
         again = study(folders, tmp_path, "--sections", sections)
     assert pictures(tmp_path) == done and again["tables"] == results["tables"]
 

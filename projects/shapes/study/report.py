@@ -7,7 +7,7 @@ from typing import Any
 
 from instdiff_jax.evaluation.files import write_file
 from instdiff_jax.evaluation.report import label, lower_is_better, show, table_line
-from projects.shapes.study_plots import draw_plots
+from projects.shapes.study.plots import draw_plots
 
 # The paper's numbers and others' on COCO val2017, with YOLOv8m-seg as the detector: percentages, but for FID.
 _PAPER = (
@@ -24,7 +24,7 @@ def write_study(results: Mapping[str, Any], docs: Path) -> None:
     """Writes results.json, figures/results_*.png and results.md into a folder.
 
     Args:
-        results: as `study_results.make_results` gives them.
+        results: as `results.make_results` gives them.
         docs: the folder.
     """
     write_file(docs / "results.json", (json.dumps(results, indent=1) + "\n").encode())

@@ -5,7 +5,7 @@
 Scenes are rendered with seeds that no training has seen. Pictures and finished rows' numbers are kept in the workdir:
 a study that was cut off, or is run again with more pictures, seeds or sections, does only what is missing. The first
 seed of every table comes before the second seed of any, and tables in the order of their importance; `--minutes` stops
-drawing after so long and writes the page from what there is. `study_rows.py` lists the rows.
+drawing after so long and writes the page from what there is. `study/rows.py` lists the rows.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
-from projects.shapes.study_rows import COST, FEWER, NAMES, SECTIONS, Sizes, Task, make_tasks, row_keys
+from projects.shapes.study.rows import COST, FEWER, NAMES, SECTIONS, Sizes, Task, make_tasks, row_keys
 
 # Of a row that is done, in the terminal.
 _PRINTED = ("box_AP50", "mask_IoU", "colour_accuracy", "FID")
@@ -83,10 +83,10 @@ def run(args: argparse.Namespace, command: str) -> None:
     import jax
 
     from instdiff_jax.evaluation.report import metrics_line
-    from projects.shapes.study_cost import known_cost, measure_cost, option_costs
-    from projects.shapes.study_report import write_study
-    from projects.shapes.study_results import make_results
-    from projects.shapes.study_runs import Study, TimeUp
+    from projects.shapes.study.cost import known_cost, measure_cost, option_costs
+    from projects.shapes.study.report import write_study
+    from projects.shapes.study.results import make_results
+    from projects.shapes.study.runs import Study, TimeUp
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     folders = args.checkpoint, args.segmenter, args.workdir

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from projects.shapes import study_rows as rows
-from projects.shapes.study_rows import SECTIONS, Key, Row, Section, Sizes, row_keys
-from projects.shapes.study_runs import Study, machine
+from projects.shapes.study import rows
+from projects.shapes.study.rows import SECTIONS, Key, Row, Section, Sizes, row_keys
+from projects.shapes.study.runs import Study, machine
 
 Numbers = Mapping[Key, Mapping[str, Any]]
 
@@ -20,7 +20,7 @@ class Claim(NamedTuple):
         text: what should be so, as the head of a table's line.
         section: the rows' section.
         with_it, without: rows that make the same pictures as two of the section's; their labels do not count.
-        metrics: that should be higher with it; names of `study_runs.Study.run`'s sums.
+        metrics: that should be higher with it; names of the sums that `runs.Study.run` returns.
     """
 
     text: str
@@ -97,7 +97,7 @@ def make_results(
         names: of the sections that were asked for.
         sizes: as asked for; a row that was not done has no numbers.
         numbers: of tasks that are done.
-        cost: as `study_cost` measured it; None where it was not.
+        cost: as `cost.measure_cost` returns it; None where it was not.
         command: that does all of it.
     """
     sections = {name: SECTIONS[name] for name in SECTIONS if name in names}

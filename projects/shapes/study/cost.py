@@ -36,8 +36,8 @@ from instdiff_jax.models.unifusion import NUM_TOKENS
 from instdiff_jax.sampling import programs
 from instdiff_jax.sampling.pipeline import Pipeline
 from instdiff_jax.sampling.request import Job, plan
-from projects.shapes.study_rows import FIFTY, MIS, Row, Task
-from projects.shapes.study_runs import Study, machine
+from projects.shapes.study.rows import FIFTY, MIS, Row, Task
+from projects.shapes.study.runs import Study, machine
 
 Numbers = Mapping[tuple[str, int, int], Any]
 INSTANCES = 4

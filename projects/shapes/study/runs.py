@@ -23,7 +23,7 @@ from instdiff_jax.sampling.pipeline import Pipeline
 from projects.shapes.render import write_coco
 from projects.shapes.scenes import render_scene
 from projects.shapes.segmenter import Segmenter
-from projects.shapes.study_rows import SCENES, Row, Task
+from projects.shapes.study.rows import SCENES, Row, Task
 
 # Another one when what numbers mean changes: older ones are measured again.
 _VERSION = 1
