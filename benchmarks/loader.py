@@ -17,7 +17,8 @@ from PIL import Image
 
 from instdiff_jax.data import build_coco as coco
 from instdiff_jax.data.dataset import InstanceDataset
-from instdiff_jax.data.examples import DataConfig, load_image
+from instdiff_jax.data.examples import DataConfig
+from instdiff_jax.data.images import load_image
 from instdiff_jax.data.loader import BatchReader, make_loader
 from instdiff_jax.data.phrases import phrase_table
 from instdiff_jax.errors import ArgumentParser

@@ -33,12 +33,13 @@ from instdiff_jax.config import ModelConfig, read_config
 from instdiff_jax.diffusion.multi_instance import denoise, start_state
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.errors import ArgumentParser, InputError
+from instdiff_jax.grounding import null_grounding
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import NUM_TOKENS
 from instdiff_jax.parallel.mesh import BATCH, REPLICATED, ParallelSettings, check_batch, make_mesh
 from instdiff_jax.sampling.pipeline import NoisePredictor
 from instdiff_jax.training.settings import TrainSettings
-from instdiff_jax.training.state import make_layout, null_grounding
+from instdiff_jax.training.state import make_layout
 from instdiff_jax.training.step import batch_keys, compile_step, make_train_step
 
 
@@ -103,7 +104,7 @@ def train_program(
         return dict(
             image=jnp.zeros((rows, image_size, image_size, 3), jnp.uint8),
             caption_ids=jnp.zeros((rows, model.text_encoder.max_length), jnp.int32),
-            grounding=null_grounding(model, rows),
+            grounding=null_grounding(model.unifusion.map_size, model.unet.context_dim, (rows,)),
             # Only read where attention is masked.
             regions=dict(
                 visual=jnp.zeros((rows, side * side), jnp.uint32), tokens=jnp.zeros((rows, NUM_TOKENS), jnp.uint32)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from instdiff_jax.data.dataset import AnnotatedInstance, Record, check_output, write_dataset
-from instdiff_jax.data.examples import load_image
+from instdiff_jax.data.images import load_image
 from instdiff_jax.data.report import Report
 from instdiff_jax.errors import ArgumentParser, InputError, short
 from instdiff_jax.geometry.masks import decode_mask, encode_mask

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset, Record
-from instdiff_jax.data.examples import Crop, load_image
+from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.errors import InputError
 
 EncodeFunction = Callable[

@@ -19,16 +19,8 @@ from absl import flags
 from jaxtyping import Int
 
 from instdiff_jax.data.dataset import InstanceDataset, Record
-from instdiff_jax.data.dropout import apply_formats, draw_formats
-from instdiff_jax.data.examples import (
-    Crop,
-    DataConfig,
-    choose_phrases,
-    load_image,
-    locate,
-    select_instances,
-    write_caption,
-)
+from instdiff_jax.data.examples import DataConfig, choose_phrases, draw_formats, locate, select_instances, write_caption
+from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.data.latents import LatentCache
 from instdiff_jax.data.phrases import PhraseTable
 from instdiff_jax.errors import InputError
@@ -93,7 +85,7 @@ class BatchReader:
         return _stack(examples)
 
     def example(
-        self, index: int, rng: np.random.Generator, dropout: tuple[bool, dict[str, bool]] | None = None
+        self, index: int, rng: np.random.Generator, dropout: tuple[bool, frozenset[str]] | None = None
     ) -> Batch:
         """One example: image `index` of the split with the draws of `rng`.
 
@@ -112,15 +104,15 @@ class BatchReader:
         if null:
             # No instance: zeros everywhere, and every feature is its null vector.
             chosen, phrases = [], np.full_like(phrases, -1)
-        arrays = apply_formats(locate(chosen, record, crop, config.map_size, rng, config.point, kept), kept)
-        arrays["phrase_embeddings"] = self.phrases.lookup(phrases)
+        grounding = locate(chosen, record, crop, config.map_size, rng, config.point, kept)
+        grounding["phrase_embeddings"] = self.phrases.lookup(phrases)
         result = {"caption_ids": np.asarray(self.tokenize([caption])[0], np.int32)}
         if self.masked is not None:
             orientation, side = self.masked
-            visual, tokens = region_words(arrays, side, side, orientation)
+            visual, tokens = region_words(grounding, side, side, orientation)
             result["regions"] = {"visual": visual, "tokens": tokens}
         # Slots that no image fills need not go to the devices.
-        result["grounding"] = {k: x if k in _WHOLE else x[: config.max_instances] for k, x in arrays.items()}
+        result["grounding"] = {k: x if k in _WHOLE else x[: config.max_instances] for k, x in grounding.items()}
         return result | self._pixels(index, record, crop)
 
     def _pixels(self, index: int, record: Record, crop: Crop) -> dict[str, np.ndarray]:
@@ -129,7 +121,7 @@ class BatchReader:
         mean, logvar = self.latents.lookup(index, crop.flip)
         return {"latent_mean": mean, "latent_logvar": logvar}
 
-    def _draw_dropout(self, rng: np.random.Generator) -> tuple[bool, dict[str, bool]]:
+    def _draw_dropout(self, rng: np.random.Generator) -> tuple[bool, frozenset[str]]:
         return bool(rng.random() < self.config.null_grounding), draw_formats(self.config, rng)
 
     def _generator(self, kind: int, position: int) -> np.random.Generator:

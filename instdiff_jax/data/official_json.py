@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from instdiff_jax.data.build_coco import make_instance, read_json
 from instdiff_jax.data.dataset import AnnotatedInstance, Record, caption_phrase, check_output, write_dataset
-from instdiff_jax.data.examples import load_image
+from instdiff_jax.data.images import load_image
 from instdiff_jax.data.phrases import ImportedEmbeddings
 from instdiff_jax.data.report import Report
 from instdiff_jax.errors import ArgumentParser, InputError

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from pycocotools import mask as coco_mask
 
-from instdiff_jax.data.examples import Crop, load_image
+from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.geometry.masks import decode_mask, encode_mask
 from instdiff_jax.geometry.points import SCRIBBLE_POINTS, order_by_origin, sample_scribble

@@ -12,6 +12,7 @@ from instdiff_jax.geometry.masks import box_from_mask
 
 INSIDE_POINTS = 128
 BOUNDARY_POINTS = 128
+MASK_POINTS = INSIDE_POINTS + BOUNDARY_POINTS
 SCRIBBLE_POINTS = 20
 
 
@@ -28,7 +29,7 @@ def mask_points(mask: Bool[np.ndarray, "H W"], rng: np.random.Generator | None =
     """
     box = box_from_mask(mask)
     if box is None:
-        return np.zeros((INSIDE_POINTS + BOUNDARY_POINTS, 2), np.float32)
+        return np.zeros((MASK_POINTS, 2), np.float32)
     x0, y0, x1, y1 = box.astype(int)
     crop = np.ascontiguousarray(mask[y0:y1, x0:x1])
     # Contours come in raster order of where they begin, so tracing the crop changes nothing but an offset.

@@ -3,44 +3,18 @@
 Axes: b batch, n slots (at most 30), t map tokens (64), s side of the instance maps, e width of text and tokens.
 """
 
-from typing import TypedDict
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from instdiff_jax.config import NUM_MAP_TOKENS, UniFusionConfig
+from instdiff_jax.grounding import ARRAYS, COORDINATES, Grounding
+from instdiff_jax.layout import MAX_INSTANCES
 from instdiff_jax.models.convnext import ConvNeXt
 
-NUM_SLOTS = 30
-NUM_TOKENS = 4 * NUM_SLOTS + NUM_MAP_TOKENS
+NUM_TOKENS = 4 * MAX_INSTANCES + NUM_MAP_TOKENS
 NUM_FREQUENCIES = 16
-COORDINATES = {"box": 4, "point": 2, "scribble": 40, "mask_points": 512}
-
-
-class GroundingArrays(TypedDict):
-    """A batch of groundings: coordinates in [0, 1], and which features each slot has.
-
-    Arrays may hold fewer than 30 slots, n: the others are empty.
-
-    `valid` says that a slot holds an instance. `has_*` is 1 where the format's features are used and 0
-    where the learned null vector stands in; `has_map` counts for the whole sample. In `maps`, bit i of
-    a pixel is set where slot i's mask covers it.
-    """
-
-    boxes: Float[Array, "b n 4"]
-    points: Float[Array, "b n 2"]
-    scribbles: Float[Array, "b n 40"]
-    mask_points: Float[Array, "b n 512"]
-    maps: UInt32[Array, "b s s"]
-    phrase_embeddings: Float[Array, "b n e"]
-    valid: Float[Array, "b n"]
-    has_box: Float[Array, "b n"]
-    has_point: Float[Array, "b n"]
-    has_scribble: Float[Array, "b n"]
-    has_mask: Float[Array, "b n"]
-    has_map: Float[Array, " b"]
 
 
 def fourier_features(x: Float[Array, "*b k"]) -> Float[Array, "*b 32*k"]:
@@ -56,7 +30,7 @@ def fourier_features(x: Float[Array, "*b k"]) -> Float[Array, "*b 32*k"]:
 
 def unpack_maps(maps: UInt32[Array, "b s s"]) -> Float[Array, "b s s 30"]:
     """One channel of 0 and 1 per slot from the packed maps."""
-    bits = (maps[..., None] >> jnp.arange(NUM_SLOTS, dtype=jnp.uint32)) & jnp.uint32(1)
+    bits = (maps[..., None] >> jnp.arange(MAX_INSTANCES, dtype=jnp.uint32)) & jnp.uint32(1)
     return bits.astype(jnp.float32)
 
 
@@ -94,7 +68,7 @@ class UniFusion(nn.Module):
         return self.config.trunk_dims[-1] * (self.config.map_size // 32) ** 2 // NUM_MAP_TOKENS
 
     @nn.compact
-    def __call__(self, grounding: GroundingArrays, use_maps: bool = True) -> Float[Array, "b 184 e"]:
+    def __call__(self, grounding: Grounding, use_maps: bool = True) -> Float[Array, "b 184 e"]:
         """Makes the tokens.
 
         Args:
@@ -103,7 +77,7 @@ class UniFusion(nn.Module):
         """
         settings = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         slots = grounding["valid"].shape[1]
-        if slots < NUM_SLOTS:
+        if slots < MAX_INSTANCES:
             # Empty slots have the same tokens: one of them is computed.
             grounding = {k: x if k in ("maps", "has_map") else _add_slot(x) for k, x in grounding.items()}
 
@@ -113,20 +87,15 @@ class UniFusion(nn.Module):
         valid = grounding["valid"][..., None]
         text = jnp.where(valid > 0, grounding["phrase_embeddings"], null("text", self.context_dim))
         tokens = []
-        formats = [
-            ("box", "boxes", "has_box"),
-            ("point", "points", "has_point"),
-            ("scribble", "scribbles", "has_scribble"),
-            ("mask_points", "mask_points", "has_mask"),
-        ]
-        for name, coordinates, present in formats:
-            size = COORDINATES[name] * 2 * NUM_FREQUENCIES
-            features = fourier_features(grounding[coordinates])
-            features = jnp.where(grounding[present][..., None] > 0, features, null(name, size))
+        for format, array in ARRAYS.items():
+            name = "mask_points" if format == "mask" else format
+            size = COORDINATES[format] * 2 * NUM_FREQUENCIES
+            features = fourier_features(grounding[array])
+            features = jnp.where(grounding[f"has_{format}"][..., None] > 0, features, null(name, size))
             both = jnp.concatenate([text, features], axis=-1).astype(self.dtype)
             made = TokenMLP(self.config.mid_dim, self.context_dim, name=f"mlp_{name}", **settings)(both)
-            if slots < NUM_SLOTS:
-                empty = (made.shape[0], NUM_SLOTS - slots, self.context_dim)
+            if slots < MAX_INSTANCES:
+                empty = (made.shape[0], MAX_INSTANCES - slots, self.context_dim)
                 made = jnp.concatenate([made[:, :slots], jnp.broadcast_to(made[:, slots:], empty)], axis=1)
             tokens.append(made)
 

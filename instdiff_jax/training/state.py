@@ -15,10 +15,11 @@ from jaxtyping import Array, Int
 
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
+from instdiff_jax.grounding import null_grounding
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
 from instdiff_jax.models.unet import UNet
-from instdiff_jax.models.unifusion import COORDINATES, NUM_SLOTS, UniFusion
+from instdiff_jax.models.unifusion import UniFusion
 from instdiff_jax.parallel.mesh import REPLICATED, ParallelSettings, match_rule, parameter_specs, shardings
 from instdiff_jax.training.optimizer import OptimizerState, init_optimizer
 from instdiff_jax.training.settings import TrainSettings
@@ -85,24 +86,9 @@ def init_params(networks: Networks, model: ModelConfig, settings: TrainSettings,
         "text_encoder": networks.text_encoder.init(keys["text_encoder"], ids)["params"],
     }
     if settings.grounding:
-        grounding = null_grounding(model, 1)
+        grounding = jax.tree.map(jnp.zeros_like, null_grounding(model.unifusion.map_size, model.unet.context_dim, (1,)))
         params["unifusion"] = networks.unifusion.init(keys["unifusion"], grounding)["params"]
     return params
-
-
-def null_grounding(model: ModelConfig, batch: int) -> dict[str, Array]:
-    """Groundings without any instance."""
-    side, width = model.unifusion.map_size, model.unet.context_dim
-    names = {"box": "boxes", "point": "points", "scribble": "scribbles", "mask_points": "mask_points"}
-    arrays = {name: jnp.zeros((batch, NUM_SLOTS, COORDINATES[kind])) for kind, name in names.items()}
-    flags = ("valid", "has_box", "has_point", "has_scribble", "has_mask")
-    return {
-        **arrays,
-        **{name: jnp.zeros((batch, NUM_SLOTS)) for name in flags},
-        "maps": jnp.zeros((batch, side, side), jnp.uint32),
-        "phrase_embeddings": jnp.zeros((batch, NUM_SLOTS, width)),
-        "has_map": jnp.zeros((batch,)),
-    }
 
 
 # The networks that a task's loss reaches.

@@ -12,8 +12,9 @@ from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.diffusion.multi_instance import bucket_size, plan_pieces
 from instdiff_jax.diffusion.solvers import solver_table
+from instdiff_jax.grounding import null_grounding
 from instdiff_jax.models.unet import UNet
-from instdiff_jax.models.unifusion import COORDINATES, NUM_SLOTS, UniFusion
+from instdiff_jax.models.unifusion import UniFusion
 
 GIGA = 10**9
 
@@ -83,15 +84,7 @@ def test_gradients_cost_two_products_more():
 
 
 def grounding_shapes(batch: int, side: int) -> dict:
-    points = {"boxes": "box", "points": "point", "scribbles": "scribble", "mask_points": "mask_points"}
-    slots = ("valid", "has_box", "has_point", "has_scribble", "has_mask")
-    return dict(
-        {name: shape(batch, NUM_SLOTS, COORDINATES[key]) for name, key in points.items()},
-        **{name: shape(batch, NUM_SLOTS) for name in slots},
-        has_map=shape(batch),
-        maps=shape(batch, side, side, dtype=jnp.uint32),
-        phrase_embeddings=shape(batch, NUM_SLOTS, 768),
-    )
+    return {name: shape(*x.shape, dtype=x.dtype) for name, x in null_grounding(side, 768, (batch,)).items()}
 
 
 @functools.cache

@@ -14,7 +14,8 @@ from coco_fixture import make_coco
 from instdiff_jax.data import build_coco as coco
 from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset
-from instdiff_jax.data.examples import Crop, DataConfig, load_image, select_instances
+from instdiff_jax.data.examples import DataConfig, select_instances
+from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.data.latents import LatentCache, cache_latents
 from instdiff_jax.data.loader import BatchReader, DevicePrefetch, make_loader
 from instdiff_jax.data.phrases import phrase_table

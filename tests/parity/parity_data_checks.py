@@ -10,7 +10,8 @@ from common import parity, relative_error
 from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.config import ScheduleConfig
-from instdiff_jax.data.examples import Crop, DataConfig, load_image, locate, select_instances
+from instdiff_jax.data.examples import DataConfig, locate, select_instances
+from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.diffusion import schedule as schedules
 from instdiff_jax.geometry.points import mask_points
 from instdiff_jax.grounding import null_grounding, region_words

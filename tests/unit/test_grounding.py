@@ -16,7 +16,7 @@ from instdiff_jax.geometry.masks import decode_mask, resize_map
 from instdiff_jax.geometry.points import mask_points
 from instdiff_jax.grounding import (
     EVERYWHERE,
-    FORMATS,
+    FORMAT_CHOICES,
     instance_groundings,
     make_grounding,
     null_grounding,
@@ -169,7 +169,7 @@ def test_unknown_format():
         make_grounding(mixed_layout(), CONFIG, "boxes")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMAT_CHOICES)
 def test_instance_groundings_move_each_instance_to_slot_0(format):
     grounding = make_grounding(mixed_layout(), CONFIG, format)
     grounding["phrase_embeddings"][:5] = np.arange(1, 6)[:, None]
@@ -395,7 +395,7 @@ def layouts(draw):
 
 
 @settings(max_examples=400, deadline=None)
-@given(layouts(), st.sampled_from(FORMATS), st.integers(1, 9), st.integers(1, 9))
+@given(layouts(), st.sampled_from(FORMAT_CHOICES), st.integers(1, 9), st.integers(1, 9))
 def test_any_valid_layout_becomes_a_valid_grounding(layout, format, height, width):
     assert Layout.from_dict(json.loads(layout.to_json())) == layout
     grounding = make_grounding(layout, SMALL_CONFIG, format)

@@ -16,7 +16,7 @@ from test_grounding import SMALL_CONFIG, check, mixed_layout
 from common import parity
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry.masks import encode_mask
-from instdiff_jax.grounding import FORMATS, make_grounding
+from instdiff_jax.grounding import FORMAT_CHOICES, make_grounding
 from instdiff_jax.layout import Instance, Layout
 
 EXAMPLES = sorted(glob.glob(str(Path(__file__).resolve().parent.parent.parent / "examples" / "demo_*.json")))
@@ -330,7 +330,7 @@ def outcome(values):
         assert str(error).startswith("file.json: ") and "\n" not in str(error) and len(str(error)) < 400
         return
     assert Layout.from_dict(json.loads(layout.to_json())) == layout
-    check(make_grounding(layout, SMALL_CONFIG, FORMATS[len(layout.caption) % len(FORMATS)]), 64)
+    check(make_grounding(layout, SMALL_CONFIG, FORMAT_CHOICES[len(layout.caption) % len(FORMAT_CHOICES)]), 64)
 
 
 SCALARS = st.one_of(

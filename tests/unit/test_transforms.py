@@ -11,18 +11,11 @@ from PIL import Image
 
 from common import parity
 from instdiff_jax.data.dataset import AnnotatedInstance, Record
-from instdiff_jax.data.dropout import FORMATS, apply_formats, draw_formats
-from instdiff_jax.data.examples import (
-    Crop,
-    DataConfig,
-    choose_phrases,
-    load_image,
-    locate,
-    select_instances,
-    write_caption,
-)
+from instdiff_jax.data.examples import DataConfig, choose_phrases, draw_formats, locate, select_instances, write_caption
+from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry.masks import encode_mask
+from instdiff_jax.grounding import FORMATS
 
 KEEP = DataConfig(keep_caption=1.0, instance_caption=0.0)
 
@@ -188,19 +181,19 @@ def official_formats(rng):
         point, box, scribble, mask = False, False, True, False
     if point and box and scribble and mask and maps:
         box = False
-    return tuple(not dropped for dropped in (box, point, scribble, mask, maps))
+    assert mask == maps
+    return frozenset(name for name, dropped in zip(FORMATS, (box, point, scribble, mask), strict=True) if not dropped)
 
 
 def test_format_dropout_has_the_official_odds():
     draws = 40000
     ours_rng, theirs_rng = np.random.default_rng(1), np.random.default_rng(2)
-    ours = Counter(tuple(draw_formats(DataConfig(), ours_rng).values()) for _ in range(draws))
+    ours = Counter(draw_formats(DataConfig(), ours_rng) for _ in range(draws))
     theirs = Counter(official_formats(theirs_rng) for _ in range(draws))
     for outcome in set(ours) | set(theirs):
         assert abs(ours[outcome] - theirs[outcome]) < 6 * np.sqrt(max(theirs[outcome], 10)), outcome
     nothing = DataConfig(drop_box=1.0, drop_point=1.0, drop_scribble=1.0, drop_mask=1.0, only_point=0.0)
-    kept = draw_formats(nothing, ours_rng)
-    assert [name for name in FORMATS if kept[name]] == ["box"]
+    assert draw_formats(nothing, ours_rng) == {"box"}
 
 
 def test_which_features_a_slot_has():
@@ -208,15 +201,15 @@ def test_which_features_a_slot_has():
     bare = AnnotatedInstance((20, 20, 40, 40), "no mask")
     record = Record(record.image, 100, 100, 0, "", (), (*record.instances, bare))
     crop = Crop(100, 100, 64)
-    arrays = locate(select_instances(record, crop, DataConfig()), record, crop, 64, np.random.default_rng(0))
-    every = apply_formats(arrays, dict.fromkeys(FORMATS, True))
+    chosen = select_instances(record, crop, DataConfig())
+    every = locate(chosen, record, crop, 64, np.random.default_rng(0))
     for name in ("has_box", "has_point", "has_scribble", "has_mask"):
         # The instance without a mask has features of zeros there, not the null vector.
         assert every[name].tolist() == [1.0, 1.0] + [0.0] * 28
     assert not every["mask_points"][1].any() and every["has_map"] == 1
-    none = apply_formats(arrays, dict.fromkeys(FORMATS, False))
+    none = locate(chosen, record, crop, 64, np.random.default_rng(0), used=())
     assert not any(none[name].any() for name in none if name.startswith("has_"))
-    empty = apply_formats(locate([], record, crop, 64, np.random.default_rng(0)), dict.fromkeys(FORMATS, True))
+    empty = locate([], record, crop, 64, np.random.default_rng(0))
     assert not any(array.any() for array in empty.values())
 
 
@@ -261,19 +254,19 @@ def test_formats_that_nothing_sees_are_not_made():
     crop = Crop(90, 60, 64)
     chosen = select_instances(record, crop, DataConfig())
     whole = locate(chosen, record, crop, 64, np.random.default_rng(0))
-    for hidden, array in (("scribble", "scribbles"), ("mask_points", "mask_points")):
-        kept = dict.fromkeys(FORMATS, True) | {hidden: False}
-        arrays = locate(chosen, record, crop, 64, np.random.default_rng(0), kept=kept)
+    for hidden, array in (("scribble", "scribbles"), ("mask", "mask_points")):
+        used = set(FORMATS) - {hidden}
+        arrays = locate(chosen, record, crop, 64, np.random.default_rng(0), used=used)
         assert whole[array].any() and not arrays[array].any()
         for other in {"boxes", "points", "scribbles", "maps", "valid"} - {array}:
             assert arrays[other].any(), (hidden, other)
-        assert not apply_formats(arrays, kept)[f"has_{hidden.removesuffix('_points')}"].any()
+        assert not arrays[f"has_{hidden}"].any() and arrays["has_map"] == (hidden != "mask")
 
 
 def test_scribbles_alone():
     config, rng = DataConfig(only_scribble=0.25), np.random.default_rng(0)
     draws = [draw_formats(config, rng) for _ in range(4000)]
-    alone = np.mean([draw["scribble"] and not any(draw[f] for f in FORMATS if f != "scribble") for draw in draws])
+    alone = np.mean([draw == {"scribble"} for draw in draws])
     assert 0.23 < alone < 0.27  # by the other rates one in a hundred and less
     assert config.without_chance().only_scribble == 0
 

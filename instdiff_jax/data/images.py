@@ -1,0 +1,126 @@
+"""Training images: decoding, and the resize, crop and flip that image and locations share.
+
+Follows the released training data code (paper, section 3, "training details"). Where that code rescales maps twice,
+ours does it once.
+"""
+
+import dataclasses
+import io
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+
+def load_image(data: bytes) -> Image.Image:
+    """Decodes a whole image file to RGB.
+
+    Raises:
+        ValueError: with the reason, for a file that is not an image or ends too early.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be read as an image: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Short side to `size`, centre crop, perhaps a flip: from pixels of an image to pixels of a square canvas.
+
+    Attributes:
+        width: of the original image in pixels.
+        height: of the original image in pixels.
+        size: side of the canvas in pixels.
+        flip: mirror left and right.
+    """
+
+    width: int
+    height: int
+    size: int
+    flip: bool = False
+
+    @cached_property
+    def halvings(self) -> list[tuple[int, int]]:
+        """Sizes on the way down: halved while the short side is at least twice the canvas."""
+        sizes, side = [], (self.width, self.height)
+        while min(side) >= 2 * self.size:
+            side = (side[0] // 2, side[1] // 2)
+            sizes.append(side)
+        return sizes
+
+    @cached_property
+    def resized(self) -> tuple[int, int]:
+        """Width and height before the crop."""
+        width, height = self.halvings[-1] if self.halvings else (self.width, self.height)
+        scale = self.size / min(width, height)
+        return round(width * scale), round(height * scale)
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """x, y of the crop's corner in the resized image."""
+        return (self.resized[0] - self.size) // 2, (self.resized[1] - self.size) // 2
+
+    @property
+    def scale(self) -> float:
+        """Canvas pixels per original pixel, as locations are scaled."""
+        return self.size / min(self.width, self.height)
+
+    def image(self, image: Image.Image) -> UInt8[np.ndarray, "size size 3"]:
+        """The canvas of an RGB image."""
+        for size in self.halvings:
+            image = image.resize(size, Image.Resampling.BOX)
+        if image.size != self.resized:
+            image = image.resize(self.resized, Image.Resampling.BICUBIC)
+        x, y = self.corner
+        canvas = np.asarray(image)[y : y + self.size, x : x + self.size]
+        return np.ascontiguousarray(canvas[:, ::-1] if self.flip else canvas)
+
+    def boxes(self, boxes: Float[np.ndarray, "n 4"]) -> tuple[Float[np.ndarray, "n 4"], Float[np.ndarray, " n"]]:
+        """Boxes on the canvas, clipped.
+
+        Args:
+            boxes: x, y, width, height in pixels of the original image.
+
+        Returns:
+            x0, y0, x1, y1 in pixels of the canvas, and each box's area in pixels; an area of 0 where nothing is left.
+        """
+        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        corners = np.clip(corners * self.scale - np.tile(self.corner, 2), 0, self.size)
+        area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+        if self.flip:
+            corners[:, [0, 2]] = self.size - corners[:, [2, 0]]
+        return corners, area
+
+    def points(self, points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
+        """Points x, y in pixels of the original image as pixels of the canvas, moved to its edge from outside."""
+        points = np.clip(np.asarray(points, np.float64) * self.scale - self.corner, 0, self.size)
+        if self.flip:
+            points[:, 0] = self.size - points[:, 0]
+        return points
+
+    def grid(self, map_size: int) -> tuple[Int[np.ndarray, "map_size"], Int[np.ndarray, "map_size"]]:
+        """Which row and column of the original image each row and column of a map shows.
+
+        The canvas takes its nearest original pixel, as PIL's NEAREST does, and a map of another size than the canvas
+        takes canvas pixel floor(i * size / map_size), as PyTorch's nearest interpolation inside UniFusion does.
+        """
+        (x, y), (width, height) = self.corner, self.resized
+        columns = _nearest(self.width, width)[x : x + self.size]
+        rows = _nearest(self.height, height)[y : y + self.size]
+        if self.flip:
+            columns = columns[::-1]
+        if map_size != self.size:
+            take = np.arange(map_size) * self.size // map_size
+            columns, rows = columns[take], rows[take]
+        return rows, columns
+
+
+def _nearest(source: int, target: int) -> Int[np.ndarray, " target"]:
+    """The source index of every target index; PIL itself makes the table, so that ties fall as they do there."""
+    line = Image.fromarray(np.arange(source, dtype=np.int32)[None])
+    return np.asarray(line.resize((target, 1), Image.Resampling.NEAREST))[0]
