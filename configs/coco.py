@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
             prefetch=2,
             cache_latents=False,
             imported_phrases=False,
-            # The released training's; see data/transforms.py and data/dropout.py.
+            # The released training's; see data/examples.py.
             examples=dict(
                 image_size=512,
                 map_size=512,
