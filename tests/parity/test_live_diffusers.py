@@ -14,7 +14,7 @@ from common import channels_first, channels_last, make_array, model_config, rela
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.config import ModelConfig, UNetConfig
 from instdiff_jax.models.unet import UNet
-from instdiff_jax.tree import unflatten
+from instdiff_jax.tree import flatten, unflatten
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -69,7 +69,25 @@ class Given(torch.nn.Module):
         return objs
 
 
-def their_unet(config: UNetConfig):
+NORM = r"norm\d?\.|in_layers\.0\.|out_layers\.0\.|^out\.0\."
+# Scales of parameters, by name, which make features about as large as the epsilon of the norm that they enter.
+TINY = {
+    "outside of transformer blocks": {NORM: 1.0, "": 0.01},
+    "inside of transformer blocks": {
+        r"transformer_blocks.*norm\d": 1.0,
+        r"proj_in|to_out\.0|ff\.net\.2": 0.004,
+        "proj_out": 30.0,
+    },
+}
+
+
+def scaled(name: str, array: np.ndarray, scales: dict[str, float]) -> np.ndarray:
+    """The array times the scale of the first pattern that is found in the parameter's name."""
+    factor = next((scale for pattern, scale in scales.items() if re.search(pattern, name)), 1.0)
+    return np.asarray(np.float32(factor) * array)
+
+
+def their_unet(config: UNetConfig, scales: dict[str, float] = {}):
     attends = [2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
     unet = diffusers.UNet2DConditionModel(
         in_channels=config.in_channels,
@@ -83,17 +101,19 @@ def their_unet(config: UNetConfig):
         attention_type="gated",
     ).eval()
     unet.position_net = Given()
-    state = {key: make_array(official_key(key, config), value.shape) for key, value in unet.state_dict().items()}
+    names = {key: official_key(key, config) for key in unet.state_dict()}
+    shapes = {key: value.shape for key, value in unet.state_dict().items()}
+    state = {key: scaled(name, make_array(name, shapes[key]), scales) for key, name in names.items()}
     unet.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=True)
     return unet
 
 
-def our_params(config: ModelConfig) -> tuple[dict, set[str]]:
+def our_params(config: ModelConfig, scales: dict[str, float] = {}) -> tuple[dict, set[str]]:
     """Our tree with the same weights, and the keys it was made of, ScaleU's aside."""
     table = {key: entry for key, entry in rename_table("model", config).items() if entry.path[0] == "unet"}
     leaves = {}
     for key, entry in table.items():
-        array = make_array(key, entry.torch_shape)
+        array = scaled(key, make_array(key, entry.torch_shape), scales)
         leaves[entry.path[1:]] = entry.to_ours(0 * array if entry.group == "scaleu" else array)
     return unflatten(leaves), {key for key, entry in table.items() if entry.group != "scaleu"}
 
@@ -140,3 +160,83 @@ def test_gated_unet_equals_diffusers(channel_mult, num_res_blocks, attention_res
             module.fuser.enabled = False
     assert relative_error(plain, expected()) <= 5e-5
     assert relative_error(fused, plain) > 1e-2
+
+
+NORMS = {  # kinds of norms by their names in diffusers, and in which case their epsilon shows
+    r"resnets\.\d+\.norm\d": "outside of transformer blocks",
+    r"attentions\.\d+\.norm$": "outside of transformer blocks",
+    r"conv_norm_out": "outside of transformer blocks",
+    r"transformer_blocks\.\d+\.norm\d": "inside of transformer blocks",
+    r"fuser\.norm\d": "inside of transformer blocks",
+}
+
+
+ONE_LEVEL = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    channel_mult=(1,),
+    num_res_blocks=1,
+    attention_resolutions=(1,),
+    num_heads=4,
+    context_dim=CONTEXT,
+)
+
+
+def test_gradients_of_the_loss_equal_those_of_diffusers():
+    """Of every parameter: a training step in small, for the official four steps take minutes."""
+    theirs = their_unet(ONE_LEVEL)
+    params, _ = our_params(dataclasses.replace(model_config("small"), unet=ONE_LEVEL))
+    rng = np.random.default_rng(0)
+    x, target = rng.standard_normal((2, 2, 4, 8, 8), dtype=np.float32)
+    context, tokens = (rng.standard_normal((2, n, CONTEXT), dtype=np.float32) for n in (77, 184))
+    times = np.array([981, 1])
+
+    given = (torch.from_numpy(array) for array in (x, times, context))
+    sample = theirs(*given, cross_attention_kwargs={"gligen": {"objs": torch.from_numpy(tokens)}}).sample
+    loss = torch.square(sample - torch.from_numpy(target)).mean()
+    loss.backward()
+    expected = {official_key(name, ONE_LEVEL): leaf.grad.numpy() for name, leaf in theirs.named_parameters()}
+
+    def mean_square(params):
+        variables = {"params": params}
+        conditions = UNet(ONE_LEVEL).apply(variables, context, tokens, method="condition")
+        eps = UNet(ONE_LEVEL).apply(variables, channels_last(x), times, conditions, 1.0)
+        return jax.numpy.square(eps - channels_last(target)).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(mean_square))(params)
+    assert abs(float(value) / float(loss) - 1) <= 1e-5
+    entries = rename_table("model", dataclasses.replace(model_config("small"), unet=ONE_LEVEL))
+    leaves = flatten(grads)
+    for key, gradient in expected.items():
+        assert relative_error(entries[key].to_torch(np.asarray(leaves[entries[key].path[1:]])), gradient) <= 1e-4, key
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_epsilons_of_the_norms_equal_those_of_diffusers(case):
+    """Features so small that another epsilon would show: diffusers' own output moves when its epsilons do."""
+    theirs = their_unet(ONE_LEVEL, TINY[case])
+    params, _ = our_params(dataclasses.replace(model_config("small"), unet=ONE_LEVEL), TINY[case])
+    rng = np.random.default_rng(0)
+    x = 0.1 * rng.standard_normal((2, 4, 4, 4), dtype=np.float32)
+    context, tokens = (rng.standard_normal((2, n, CONTEXT), dtype=np.float32) for n in (77, 184))
+    times = np.array([981, 1])
+
+    def expected() -> np.ndarray:
+        with torch.no_grad():
+            given = (torch.from_numpy(array) for array in (x, times, context))
+            return theirs(*given, cross_attention_kwargs={"gligen": {"objs": torch.from_numpy(tokens)}}).sample.numpy()
+
+    unet, variables = UNet(ONE_LEVEL), {"params": params}
+    conditions = unet.apply(variables, context, tokens, method="condition")
+    ours = channels_first(unet.apply(variables, channels_last(x), times, conditions, 1.0))
+    right = expected()
+    assert relative_error(ours, right) <= 5e-5
+    for pattern in (pattern for pattern, where in NORMS.items() if where == case):
+        norms = [module for name, module in theirs.named_modules() if re.search(pattern, name)]
+        assert norms, pattern
+        for norm in norms:
+            norm.eps *= 10
+        assert relative_error(expected(), right) > 1e-2, pattern
+        for norm in norms:
+            norm.eps /= 10

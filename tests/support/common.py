@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,11 @@ def relative_error(a, b) -> float:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape, (a.shape, b.shape)
     return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest error; NaN if any is, where `max` may drop it."""
+    return float(np.max(list(errors)))
 
 
 def parity(name: str) -> dict[str, np.ndarray]:
