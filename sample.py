@@ -4,7 +4,9 @@ python sample.py                                    # the small model in this re
 python sample.py --checkpoint checkpoints/sd15 --layout scene.json --output images --num_images 4
 """
 
+import sys
+
 from instdiff_jax.cli import main
 
 if __name__ == "__main__":
-    main(["sample"])
+    main(["sample", *sys.argv[1:]])

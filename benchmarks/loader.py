@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instdiff_jax.data import build_coco as coco
+from instdiff_jax.cli import build_coco as coco
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.examples import DataConfig
 from instdiff_jax.data.images import load_image

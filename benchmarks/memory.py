@@ -41,7 +41,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def analyse(model: Model, dtype: str, rows: int, mesh: Any) -> dict[str, float]:
     """GB of the sampler's loop over some rows."""
-    from instdiff_jax.analysis.aot import compile_program, memory_table, sample_program
+    from instdiff_jax.aot.programs import compile_program, sample_program
+    from instdiff_jax.aot.report import memory_table
     from instdiff_jax.training.settings import TrainSettings
 
     settings = TrainSettings(steps=1, batch_size=1, dtype=dtype)
@@ -55,7 +56,8 @@ def analyse_decoder(model: Model, pictures: int, mesh: Any) -> float:
     import jax
     import jax.numpy as jnp
 
-    from instdiff_jax.analysis.aot import memory_table, place
+    from instdiff_jax.aot.programs import place
+    from instdiff_jax.aot.report import memory_table
     from instdiff_jax.models.autoencoder import Autoencoder
 
     network, side = Autoencoder(model.config.autoencoder), model.canvas // model.config.latent_stride
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
     from jax.sharding import Mesh
 
-    from instdiff_jax.analysis.aot import topology_devices
+    from instdiff_jax.aot.programs import topology_devices
 
     devices = topology_devices(args.topology) if args.topology else jax.devices()
     mesh = Mesh([[devices[0]]], ("data", "fsdp"))

@@ -18,6 +18,7 @@ PAGE = ROOT / "docs" / "design.md"
 ROWS = (
     ("errors", "files", "config", "tree"),
     ("parallel",),
+    ("analysis",),
     ("geometry",),
     ("layout", "coco"),
     ("grounding",),
@@ -28,7 +29,7 @@ ROWS = (
     ("data",),
     ("training",),
     ("evaluation",),
-    ("analysis",),
+    ("aot",),
     ("serving",),
     ("cli",),
 )

@@ -8,7 +8,8 @@ from instdiff_jax.layout import Instance, Layout
 if TYPE_CHECKING:
     from instdiff_jax.sampling.pipeline import Pipeline
 
-__all__ = ["InputError", "Instance", "Layout", "Pipeline"]
+__all__ = ["InputError", "Instance", "Layout", "Pipeline", "__version__"]
+__version__ = "0.1.0"  # read by pyproject.toml
 
 
 def __getattr__(name: str) -> Any:

@@ -6,30 +6,56 @@ from collections.abc import Sequence
 
 from instdiff_jax.errors import exit_on_input_error
 
-# Command -> (module with a `main(argv)`, one line of help). Modules are imported only when they run.
+# Command -> (module with a `main(argv)`, one line of help). A module is imported when its command runs.
 COMMANDS = {
     "sample": ("instdiff_jax.cli.sample", "generate images from layouts"),
     "train": ("instdiff_jax.cli.train", "train on a dataset"),
-    "convert": ("instdiff_jax.cli.convert", "PyTorch checkpoints to a checkpoint folder, and back"),
-    "export": ("instdiff_jax.training.export", "a checkpoint folder from a training run"),
+    "convert": ("instdiff_jax.cli.convert", "convert PyTorch checkpoints to a checkpoint folder, and back"),
+    "export": ("instdiff_jax.training.export", "make a checkpoint folder from a training run"),
     "evaluate": ("instdiff_jax.cli.evaluate", "measure how well images follow their layouts"),
-    "build-coco": ("instdiff_jax.data.build_coco", "a COCO folder to a training dataset"),
-    "build-official-json": ("instdiff_jax.data.official_json", "the official training JSON to a training dataset"),
-    "build-tokenizer": ("instdiff_jax.data.build_tokenizer", "a CLIP tokenizer from a dataset's words"),
-    "aot": ("instdiff_jax.analysis.aot", "compile for a TPU that is not there, and report time and memory"),
+    "build-coco": ("instdiff_jax.cli.build_coco", "build a training dataset from a COCO folder"),
+    "build-official-json": (
+        "instdiff_jax.cli.build_official_json",
+        "build a training dataset from the official training JSON",
+    ),
+    "build-tokenizer": ("instdiff_jax.data.build_tokenizer", "build a CLIP tokenizer from a dataset's captions"),
+    "aot": ("instdiff_jax.cli.aot", "compile for a TPU without having one; report time and memory"),
 }
-USAGE = "usage: instdiff COMMAND [flags]\n\n" + "\n".join(f"  {name:20} {text}" for name, (_, text) in COMMANDS.items())
+USAGE = "\n".join(
+    [
+        "usage: instdiff COMMAND [flags]",
+        "",
+        "InstanceDiffusion in JAX: generate images from a caption and captioned, located instances.",
+        "",
+        "commands:",
+        *(f"  {name:20} {text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "`instdiff COMMAND --help` lists a command's flags; `instdiff --version` prints the version.",
+    ]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; `argv` begins with its name, and the rest of `sys.argv` follows where it is only that."""
-    arguments = sys.argv[1:] if argv is None else [*argv, *sys.argv[1:]]
-    name, *rest = arguments or ["--help"]
+    """Runs one command.
+
+    Bad input ends with one line on stderr and exit code 2, Ctrl-C with one line and 130.
+
+    Args:
+        argv: the command's name and its flags; by default the process's arguments.
+    """
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE)
+        return
+    if name == "--version":
+        print(f"instdiff {importlib.import_module('instdiff_jax').__version__}")
         return
     if name not in COMMANDS:
         print(f"error: {name!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    with exit_on_input_error():
-        importlib.import_module(COMMANDS[name][0]).main(rest)
+    try:
+        with exit_on_input_error():
+            importlib.import_module(COMMANDS[name][0]).main(rest)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -21,7 +21,7 @@ from typing import Any
 from instdiff_jax.data.dataset import AnnotatedInstance, Record, check_output, write_dataset
 from instdiff_jax.data.images import load_image
 from instdiff_jax.data.report import Report
-from instdiff_jax.errors import ArgumentParser, InputError, short
+from instdiff_jax.errors import InputError, short
 from instdiff_jax.geometry.masks import decode_mask, encode_mask
 
 
@@ -300,30 +300,3 @@ def build(
         for key in texts.keys() - known:
             report.skip("caption", "instance", f"annotation {key}", "no annotation has this id")
     return write_dataset(data_dir, opened, report, "coco", overwrite), report
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: see the top of this file."""
-    parser = ArgumentParser(prog="python -m instdiff_jax build-coco", description="COCO to a training dataset")
-    parser.add_argument("--coco_dir", type=Path, required=True, help="folder with annotations/ and folders of images")
-    parser.add_argument("--data_dir", type=Path, required=True, help="where the dataset goes")
-    parser.add_argument("--splits", default="", help="names separated by commas; default: all that have images")
-    parser.add_argument("--instance_captions", type=Path, help="JSON file {annotation id: caption}")
-    parser.add_argument("--no_captions", action="store_true", help="do without captions_*.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is in data_dir")
-    parser.add_argument("--workers", type=int, help="threads that decode images; default: one for each CPU")
-    args = parser.parse_args(argv)
-    meta, report = build(
-        args.coco_dir,
-        args.data_dir,
-        [name for name in args.splits.split(",") if name],
-        not args.no_captions,
-        args.instance_captions,
-        args.overwrite,
-        args.workers,
-    )
-    for name, facts in meta["splits"].items():
-        print(f"{name}: {facts['images']} images, {facts['instances']} instances")
-    print(f"{meta['phrases']} phrases, fingerprint {meta['fingerprint']}")
-    print(report.summary())
-    print(f"written: {args.data_dir}")

@@ -22,7 +22,7 @@ from instdiff_jax.data.dataset import AnnotatedInstance, Record, caption_phrase,
 from instdiff_jax.data.images import load_image
 from instdiff_jax.data.phrases import ImportedEmbeddings
 from instdiff_jax.data.report import Report
-from instdiff_jax.errors import ArgumentParser, InputError
+from instdiff_jax.errors import InputError
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
@@ -172,20 +172,3 @@ def build(
     files = find_files(inputs)
     splits = {split: (len(files), read_records(files, report, split, embeddings))}
     return write_dataset(data_dir, splits, report, "official_json", overwrite, finish=embeddings.write), report
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: see the top of this file."""
-    parser = ArgumentParser(
-        prog="python -m instdiff_jax build-official-json", description="official training JSON to a training dataset"
-    )
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="folders, .json files or .txt lists")
-    parser.add_argument("--data_dir", type=Path, required=True, help="where the dataset goes")
-    parser.add_argument("--split", default="train", help="name of the split")
-    parser.add_argument("--overwrite", action="store_true", help="replace the dataset that is in data_dir")
-    args = parser.parse_args(argv)
-    meta, report = build(args.input, args.data_dir, args.split, args.overwrite)
-    facts = meta["splits"][args.split]
-    print(f"{args.split}: {facts['images']} images, {facts['instances']} instances, {meta['phrases']} phrases")
-    print(report.summary())
-    print(f"written: {args.data_dir}")

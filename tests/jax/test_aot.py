@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 from training_common import tiny_model
 
-from instdiff_jax.analysis import aot
 from instdiff_jax.analysis.chips import CHIPS, predict, scaling
 from instdiff_jax.analysis.hlo import Collective, ProgramCosts, analyze, ring_bytes
+from instdiff_jax.aot import programs
+from instdiff_jax.aot.report import memory_table
+from instdiff_jax.cli import aot
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.models import attention, layers
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
@@ -179,7 +181,7 @@ def test_memory_table_counts_donated_arguments_once():
         temp_size_in_bytes=3,
         generated_code_size_in_bytes=1,
     )
-    assert aot.memory_table(stats) == dict(arguments=10, outputs=6, aliased=5, temporary=3, code=1, total=15)
+    assert memory_table(stats) == dict(arguments=10, outputs=6, aliased=5, temporary=3, code=1, total=15)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_memory_table_counts_donated_arguments_once():
     ],
 )
 def test_refusal_for_memory_says_what_is_needed_and_what_there_is(message):
-    assert aot.does_not_fit(message).startswith("does not fit a chip: needs 19.60G of the 15.75G there are")
+    assert programs.does_not_fit(message).startswith("does not fit a chip: needs 19.60G, has 15.75G")
 
 
 def test_program_that_does_not_fit_is_one_line():
@@ -201,7 +203,7 @@ def test_program_that_does_not_fit_is_one_line():
 
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
     with pytest.raises(InputError, match="train on v5e:4x4: does not fit"):
-        aot.compile_program(aot.Program("train", Refused(), (), {}, mesh, 8, 0.0), "v5e:4x4")
+        programs.compile_program(programs.Program("train", Refused(), (), {}, mesh, 8, 0.0), "v5e:4x4")
 
 
 def test_topology_that_cannot_be_had_is_one_line_and_exit_code_2(monkeypatch, capsys):
@@ -212,11 +214,11 @@ def test_topology_that_cannot_be_had_is_one_line_and_exit_code_2(monkeypatch, ca
         assert len(lines) == 1 and lines[0].startswith("error: ")
         return error.value.code, lines[0]
 
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
     code, line = exit_code("--topology", "v5e:4x4")
     assert code == 2 and "pip install libtpu" in line
 
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: object())
     code, line = exit_code("--topology", "v9:4x4")
     assert code == 2 and "v5e, v5p, v6e" in line
 
@@ -230,7 +232,7 @@ def test_topology_that_cannot_be_had_is_one_line_and_exit_code_2(monkeypatch, ca
 
 def run(monkeypatch, tmp_path, *argv):
     """The command on this process's device, with the really small model; its reports."""
-    monkeypatch.setattr(aot, "topology_devices", lambda name: jax.devices()[:1])
+    monkeypatch.setattr(programs, "topology_devices", lambda name: jax.devices()[:1])
     output = tmp_path / "aot.json"
     size = ("--image_size", "16", "--images_per_chip", "2", "--rows", "2")
     aot.main(
@@ -261,10 +263,10 @@ def test_training_step_through_the_command(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("masked", ["none", "strict"])
 def test_training_step_with_masked_attention(masked):
-    """Traced alone: the words of regions are among its arguments only where they are read."""
+    """Traced alone: region bits are among its arguments only if they are read."""
     settings = TrainSettings(steps=10, batch_size=2, masked_attention=masked)
     mesh = make_mesh(ParallelSettings(), jax.devices()[:1])
-    program = aot.train_program(tiny_model(), settings, ParallelSettings(), mesh, 16)
+    program = programs.train_program(tiny_model(), settings, ParallelSettings(), mesh, 16)
     assert program.flops > 0 and ("regions" in program.args[-1]) == (masked == "strict")
 
 
@@ -272,7 +274,7 @@ def test_training_step_with_masked_attention(masked):
     ("argv", "message"),
     [
         (("--what", "sample", "--image_size", "15"), "--image_size: expected a multiple of"),
-        (("--output", "nowhere/aot.json"), "nowhere: expected a folder that exists"),
+        (("--output", "nowhere/aot.json"), "nowhere: expected an existing folder"),
         (("--config.parallel.fsdp=3",), "does not match the 1 devices"),
     ],
 )
@@ -284,7 +286,7 @@ def test_bad_flags(monkeypatch, tmp_path, argv, message):
 def test_rows_must_be_shared_evenly(monkeypatch):
     mesh = SimpleNamespace(size=16)
     with pytest.raises(InputError, match="--rows: expected a multiple of the topology's 16 chips, got 24"):
-        aot.sample_program(None, None, mesh, 24, 512)
+        programs.sample_program(None, None, mesh, 24, 512)
 
 
 def test_attention_chooses_its_chunks_for_the_devices_it_is_traced_for(monkeypatch):

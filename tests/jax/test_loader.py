@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from coco_fixture import make_coco
 
-from instdiff_jax.data import build_coco as coco
+from instdiff_jax.cli import build_coco as coco
 from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.examples import DataConfig, select_instances

@@ -11,7 +11,7 @@ import pytest
 from coco_fixture import CATEGORIES, make_coco
 from PIL import Image
 
-from instdiff_jax.data import build_coco as coco
+from instdiff_jax.cli import build_coco as coco
 from instdiff_jax.data.dataset import FORMAT, InstanceDataset, read_meta
 from instdiff_jax.data.phrases import phrase_table, read_phrases
 from instdiff_jax.errors import InputError

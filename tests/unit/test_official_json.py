@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from common import parity
+from instdiff_jax.cli import build_official_json
 from instdiff_jax.data import official_json
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.phrases import phrase_table, read_phrases
@@ -47,7 +48,7 @@ def data_dir(tmp_path_factory):
     (folder / "label_3.json").write_text(json.dumps({"image": "!", "annos": []}))
     (folder / "label_4.json").write_text("not json")
     path = tmp_path_factory.mktemp("imported") / "data"
-    official_json.main(["--input", str(folder), "--data_dir", str(path)])
+    build_official_json.main(["--input", str(folder), "--data_dir", str(path)])
     return path
 
 
@@ -81,7 +82,7 @@ def test_embeddings_of_another_width_are_left_out(tmp_path):
                 anno["text_embedding_before"] = base64.b64encode(np.ones(5, np.float32).tobytes()).decode()
         (tmp_path / f"{number}.json").write_text(json.dumps(item))
     flags = ["--input", str(tmp_path / "0.json"), str(tmp_path / "1.json"), "--data_dir", str(tmp_path / "data")]
-    official_json.main(flags)
+    build_official_json.main(flags)
     skipped = json.loads((tmp_path / "data" / "report.json").read_text())["skipped"]
     assert any("embeddings before, got 5" in json.dumps(entry) for entry in skipped), skipped
 
@@ -110,4 +111,4 @@ def test_lists_and_bad_input(tmp_path):
         official_json.find_files([tmp_path / "empty"])
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(InputError, match="split train: empty"):
-        official_json.main(["--input", str(tmp_path / "bad.json"), "--data_dir", str(tmp_path / "data")])
+        build_official_json.main(["--input", str(tmp_path / "bad.json"), "--data_dir", str(tmp_path / "data")])

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from instdiff_jax.data import build_coco as coco
+from instdiff_jax.cli import build_coco as coco
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry.masks import box_from_mask

@@ -1,0 +1,89 @@
+"""What a compiled program needs: memory, operations, traffic, collectives and the predicted time."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from instdiff_jax.analysis.chips import CHIPS, predict, scaling
+from instdiff_jax.analysis.hlo import analyze
+from instdiff_jax.aot.programs import Program
+
+
+def memory_table(stats: Any) -> dict[str, int]:
+    """Bytes per chip, from `compiled.memory_analysis()`; the total counts donated arguments once."""
+    table = dict(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporary=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+    total = sum(table.values()) - 2 * table["aliased"]
+    return table | dict(total=total)
+
+
+# Evaluations of a row, with guidance, for one image of 50 PLMS steps (docs/sampling.md, "What they cost").
+_EVALUATIONS = {"images_per_second": 51, "images_per_second_mis": 165}
+
+
+def make_report(program: Program, topology: str, compiled: Any, seconds: float) -> dict[str, Any]:
+    """Everything about a compiled program as plain values: bytes, FLOPs and seconds of one chip."""
+    chip, xla = CHIPS[topology.partition(":")[0]], compiled.cost_analysis()
+    costs = analyze(compiled.as_text())
+    prediction = predict(chip, program.flops, costs)
+    mesh = dict(program.mesh.shape)
+    rows = scaling(chip, prediction, costs.collectives, mesh, program.batch)
+    if program.name == "sample":
+        for row in rows:
+            row["rows_per_second"] = row["images_per_second"]
+            row |= {name: row["rows_per_second"] / count for name, count in _EVALUATIONS.items()}
+    return dict(
+        program=program.name,
+        topology=topology,
+        mesh=mesh,
+        batch=program.batch,
+        compile_seconds=seconds,
+        optimization_level=jax.config.jax_optimization_level,
+        memory=memory_table(compiled.memory_analysis()),
+        flops=program.flops,
+        xla_flops=xla["flops"],
+        memory_bytes=costs.memory_bytes,
+        xla_memory_bytes=xla["bytes accessed"],
+        collectives=[dataclasses.asdict(collective) for collective in costs.collectives],
+        open_loops=costs.open_loops,
+        prediction=prediction.to_dict(),
+        scaling=rows,
+    )
+
+
+def format_report(values: dict[str, Any]) -> str:
+    """A report as text."""
+    noun = "images" if values["program"] == "train" else "rows, one evaluation"
+    mesh = ", ".join(f"{axis} {size}" for axis, size in values["mesh"].items())
+    lines = [
+        f"{values['program']} on {values['topology']} (mesh {mesh}), {values['batch']} {noun}; "
+        f"compiled in {values['compile_seconds']:.0f} s of processor time",
+        "  memory per chip, GB: "
+        + ", ".join(f"{key} {size / 1e9:.2f}" for key, size in values["memory"].items())
+        + f" ({values['memory']['total'] / 2**30:.2f} GiB)",
+        f"  TFLOP per chip: {values['flops'] / 1e12:.2f} (XLA's count: {values['xla_flops'] / 1e12:.2f})",
+        f"  memory traffic per chip: {values['memory_bytes'] / 1e9:.1f} GB "
+        f"(XLA's count: {values['xla_memory_bytes'] / 1e9:.1f}); loops of unknown length: {values['open_loops']}",
+    ]
+    for one in values["collectives"]:
+        lines.append(
+            f"  {one['kind']} over {one['group']} (stride {one['stride']}): {one['count']}, {one['looped']} in loops; "
+            f"{one['payload'] / 1e6:.1f} MB, sent {one['sent'] / 1e6:.1f} MB"
+        )
+    times = ", ".join(f"{key} {seconds * 1e3:.1f}" for key, seconds in values["prediction"].items())
+    lines.append(f"  predicted ms: {times}")
+    for row in values["scaling"]:
+        speed = f"{row['images_per_second']:.1f} images per second, "
+        if "rows_per_second" in row:
+            speed += f"with MIS for 6 instances {row['images_per_second_mis']:.1f} (50 steps), "
+        lines.append(
+            f"  {row['chips']:4d} chips: {row['step'] * 1e3:.1f} ms, {speed}"
+            f"efficiency {row['efficiency']:.3f}, with collectives hidden {row['efficiency_hidden']:.3f}"
+        )
+    return "\n".join(lines)

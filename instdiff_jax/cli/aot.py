@@ -1,0 +1,75 @@
+"""Compiles the training step and the sampler for a TPU without having one, and reports memory and time.
+
+    pip install libtpu
+    instdiff aot --topology v5e:16x16 --config configs/coco.py --what both --output aot.json
+
+Compiling takes minutes. A program that does not fit the chips' memory is an error.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from instdiff_jax.cli.parser import command_parser
+from instdiff_jax.config import ModelConfig, read_config
+from instdiff_jax.errors import InputError
+from instdiff_jax.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from instdiff_jax.aot.programs import Program
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser("aot", __doc__)
+    parser.add_argument("--topology", required=True, help="a TPU generation and shape: v5e:16x16, v5p:2x2x4, v6e:4x4")
+    parser.add_argument("--config", help="a config file; --config.KEY=VALUE changes one of its settings")
+    parser.add_argument("--what", default="both", choices=("train", "sample", "both"), help="programs to compile")
+    parser.add_argument("--images_per_chip", type=int, default=8, help="batch of the training step (default 8)")
+    parser.add_argument("--rows", type=int, default=64, help="rows of the sampler, over all chips (default 64)")
+    parser.add_argument("--image_size", type=int, default=512, help="side of the images in pixels (default 512)")
+    parser.add_argument("--output", type=Path, help="a JSON file for the reports")
+    parser.add_argument("--hlo", type=Path, help="a folder for the text of the compiled programs")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, rest = read_config(sys.argv[1:] if argv is None else argv, "configs/coco.py")
+    args = parse_args(rest)
+    for path in (args.output and args.output.parent, args.hlo):
+        if path is not None and not path.is_dir():
+            raise InputError(f"{path}: expected an existing folder")
+    for name in ("model", "train"):
+        if name not in config:
+            raise InputError(f"config.{name}: missing")
+    from instdiff_jax.aot import programs
+    from instdiff_jax.aot.report import format_report, make_report
+    from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
+    from instdiff_jax.training.settings import TrainSettings
+
+    devices = programs.topology_devices(args.topology)
+    model = ModelConfig.from_dict(config.model.to_dict(), "config.model")
+    if args.image_size <= 0 or args.image_size % model.canvas_stride:
+        raise InputError(f"--image_size: expected a multiple of {model.canvas_stride}, got {args.image_size}")
+    parallel = ParallelSettings.from_dict(config.get("parallel", {}))
+    settings = TrainSettings.from_dict(
+        config.train.to_dict() | dict(batch_size=args.images_per_chip * len(devices)), "config.train"
+    )
+    mesh = make_mesh(parallel, devices)
+    makers: dict[str, Callable[[], Program]] = dict(
+        train=lambda: programs.train_program(model, settings, parallel, mesh, args.image_size),
+        sample=lambda: programs.sample_program(model, settings, mesh, args.rows, args.image_size),
+    )
+    reports = []
+    for name in makers if args.what == "both" else [args.what]:
+        print(f"compiling {name} for {args.topology}", flush=True)
+        program = makers[name]()
+        compiled, seconds = programs.compile_program(program, args.topology)
+        if args.hlo:
+            write_text(args.hlo / f"{args.topology.replace(':', '_')}_{name}.hlo", compiled.as_text())
+        reports.append(make_report(program, args.topology, compiled, seconds))
+        print(format_report(reports[-1]), flush=True)
+        # After each program: the next one takes as long again, or may not fit.
+        if args.output:
+            write_json(args.output, reports)

@@ -1,0 +1,15 @@
+"""The parser that every command starts from."""
+
+import argparse
+
+from instdiff_jax.errors import ArgumentParser
+
+
+def command_parser(command: str, description: str | None) -> ArgumentParser:
+    """A parser for `instdiff COMMAND`; the description is shown as it is written, mostly a module's docstring."""
+    return ArgumentParser(
+        prog=f"instdiff {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
