@@ -19,7 +19,8 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 
 from instdiff_jax.geometry.masks import encode_mask  # noqa: E402
 from instdiff_jax.geometry.points import sample_scribble  # noqa: E402
-from projects.shapes.render import WORLDS, render_scene  # noqa: E402
+from projects.shapes.scenes import render_scene  # noqa: E402
+from projects.shapes.worlds import WORLDS  # noqa: E402
 
 SIDE = 64
 # Seed of the scenes; training, validation and evaluation have other ones.

@@ -1,6 +1,6 @@
-"""Words for the scenes of `data/shapes.py`: captions of single instances and of whole images.
+"""Captions of instances and of whole images.
 
-Every caption is true of its scene. Left and right are said as the image was drawn: train on them without flips.
+Every caption is true of its scene. Captions may say left and right, so train without flips.
 """
 
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# At most this many entries in a list: ten of them with a background stay below CLIP's 77 tokens.
+# Longest list: ten entries and a background stay below CLIP's 77 tokens.
 _MAX_LISTED = 10
 _COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _PATTERNS = {"striped": "stripes", "dotted": "dots", "checkered": "checks"}
@@ -17,7 +17,7 @@ _OPENINGS = ("", "", "a picture of ", "a drawing of ", "an image of ", "a scene 
 
 
 class Thing(NamedTuple):
-    """What captions say of one instance; `centre` is x, y in pixels, `inside` the number of the thing it is part of."""
+    """What captions say about one instance; `centre` is (x, y) in pixels, `inside` the index of its host."""
 
     shape: str
     colour: str
@@ -27,7 +27,7 @@ class Thing(NamedTuple):
 
 
 def instance_caption(thing: Thing, rng: np.random.Generator) -> str:
-    """One of several wordings for one instance, such as "a red striped star"."""
+    """A random wording for one instance, for example "a red striped star"."""
     shape, colour, texture = thing[:3]
     if texture == "plain":
         forms = [
@@ -45,7 +45,7 @@ def instance_caption(thing: Thing, rng: np.random.Generator) -> str:
 
 
 def background_words(kind: str, names: tuple[str, str]) -> str:
-    """How captions name a background, such as "a grey background" or "a background fading from grey to teal"."""
+    """Names a background, for example "a grey background" or "a background fading from grey to teal"."""
     first, second = names
     if kind == "plain":
         return f"{_article(first)} {first} background"
@@ -68,7 +68,7 @@ def image_captions(
         covers: pairs (i, j): thing i lies in front of thing j and hides a part of it.
         background: words for the background.
         count: how many captions.
-        rng: draws the wordings.
+        rng: chooses the wordings.
 
     Returns:
         The captions; the first one lists everything and names the background.
@@ -114,7 +114,7 @@ def _listing(things: Sequence[Thing], colours: bool, textures: bool, rng: np.ran
 
 
 def _placing(things: Sequence[Thing], rng: np.random.Generator) -> str:
-    """Where one thing is as seen from another: along the axis on which they are further apart."""
+    """Where one thing is relative to another, along the axis on which they are further apart."""
     i, j = rng.choice(len(things), 2, replace=False)
     dx = things[i].centre[0] - things[j].centre[0]
     dy = things[i].centre[1] - things[j].centre[1]

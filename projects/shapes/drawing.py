@@ -1,9 +1,9 @@
-"""Drawing one shape, or one background: outlines, textures and colours of the scenes in `data/shapes.py`.
+"""Draws shapes and backgrounds: outlines, textures and colours.
 
-Outlines are tests on a grid of 4x4 points a pixel; how many of the 16 lie inside blends the edge. Blending is done
-with whole numbers, so that a scene is the same bytes on every machine.
+Edges are antialiased with 4x4 samples per pixel. Blending uses integers, so that a scene is the same bytes on every
+machine.
 
-Axes: h, w are the rows and columns of a stamp (the smallest window that holds a shape), S is 4 points a pixel.
+Axes: h, w rows and columns of a stamp (the smallest window around a shape), S the 4 samples per pixel along an axis.
 """
 
 import math
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-# The paper's eight colours (section 4, attribute binding), and beside each the tone of its stripes, dots and checks.
-# The tone is a shade of the colour itself: stripes in another colour would make the attribute ambiguous.
+# The paper's eight colours (section 4, attribute binding), each with the tone of its stripes, dots and checks.
+# The tone is a shade of the same colour: stripes of another colour would make the attribute ambiguous.
 COLOURS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "black": ((22, 22, 24), (92, 92, 96)),
     "white": ((246, 246, 246), (186, 186, 190)),
@@ -26,7 +26,7 @@ COLOURS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "purple": ((134, 48, 180), (72, 16, 106)),
 }
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-# Muted middle tones: each of the eight colours stands out from them, black and white too.
+# Muted tones, from which each of the eight colours stands out.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "grey": (148, 148, 148),
     "beige": (200, 184, 152),
@@ -86,7 +86,7 @@ def _heart(u: Plane, v: Plane) -> Inside:
 
 
 def _star(u: Plane, v: Plane) -> Inside:
-    # Two mirrors fold the five arms onto one that points up; its edge runs from the tip to the inner corner.
+    # Two reflections fold the five arms onto the upward one; its edge runs from the tip to the inner corner.
     x, y = np.abs(u), -v
     for nx in (0.809017, -0.809017):
         reach = 2 * np.maximum(nx * x - 0.587785 * y, 0)
@@ -95,7 +95,7 @@ def _star(u: Plane, v: Plane) -> Inside:
     return np.abs(x) * (1 - inner_y) <= inner_x * (1 - y)
 
 
-# Each takes coordinates in the shape's own frame, -1 to 1 from edge to edge, v downwards.
+# Each takes coordinates in the shape's frame: -1 to 1 from edge to edge, v downwards.
 OUTLINES: dict[str, Callable[[Plane, Plane], Inside]] = {
     "circle": _circle,
     "square": _square,
@@ -108,19 +108,25 @@ OUTLINES: dict[str, Callable[[Plane, Plane], Inside]] = {
     "crescent": _crescent,
     "diamond": _diamond,
 }
-# No outline reaches further from its centre than this, in half sides.
+SHAPES = tuple(OUTLINES)
+# The furthest an outline reaches from its centre, in half sides.
 _REACH = 1.3
 
 
 class Stamp(NamedTuple):
-    """A shape on the smallest window that holds it: of 16 points a pixel, how many it covers, how many in its tone."""
+    """A shape in the smallest window around it.
+
+    Attributes:
+        cover: how many of a pixel's 16 samples the shape covers.
+        tone: how many of those have the tone of its texture.
+    """
 
     cover: UInt8[np.ndarray, "h w"]
     tone: UInt8[np.ndarray, "h w"]
 
     @property
     def mask(self) -> Bool[np.ndarray, "h w"]:
-        """The pixels of which the shape covers at least half."""
+        """Pixels of which the shape covers at least half."""
         return self.cover >= _S * _S // 2
 
 
@@ -138,11 +144,11 @@ def make_stamp(
     Args:
         shape: a name in `OUTLINES`.
         texture: one of `TEXTURES`.
-        side: from edge to edge in pixels before it is turned.
-        turn: degrees clockwise.
-        stretch: how many times as wide as high; the area stays.
+        side: from edge to edge in pixels, before rotation.
+        turn: rotation in degrees, clockwise.
+        stretch: width / height; the area stays the same.
         period: of the texture, in pixels.
-        offset: x, y in pixels from 0 to 1: where in a pixel the centre lies.
+        offset: subpixel position (x, y) of the centre, from 0 to 1.
     """
     half = math.ceil(_REACH * side / 2 * math.sqrt(max(stretch, 1 / stretch))) + 1
     points = (np.arange(2 * half * _S, dtype=np.float32) + np.float32(0.5)) / np.float32(_S) - np.float32(half)
@@ -169,7 +175,7 @@ def paint(
     Args:
         image: the canvas.
         stamp: what to paint.
-        corner: x, y of the stamp's corner in pixels.
+        corner: (x, y) of the stamp's top left corner in pixels.
         colour: a name in `COLOURS`.
         shift: added to the colour's red, green and blue.
     """
@@ -184,7 +190,7 @@ def paint(
 def draw_background(
     kind: str, names: tuple[str, str], size: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A background: the first colour alone (plain), or fading into the second (gradient, glow, cloudy)."""
+    """Draws a background: the first colour alone (plain), or fading into the second (gradient, glow, cloudy)."""
     first, second = (np.array(BACKGROUNDS[name]) + rng.integers(-_JITTER, _JITTER + 1, 3) for name in names)
     if kind == "plain":
         return np.broadcast_to(first.astype(np.uint8), (size, size, 3)).copy()
@@ -204,7 +210,7 @@ def draw_background(
 
 
 def draw_shift(rng: np.random.Generator) -> Int[np.ndarray, "3"]:
-    """A small random change of a colour."""
+    """A small random shift of a colour (RGB)."""
     return rng.integers(-_JITTER, _JITTER + 1, 3)
 
 
@@ -215,7 +221,7 @@ def _count(inside: Inside) -> UInt8[np.ndarray, "h w"]:
 
 
 def _pattern(texture: str, u: Plane, v: Plane) -> Inside:
-    """Where the tone is; u and v in periods."""
+    """Where the tone is; u and v are in periods."""
     if texture == "striped":
         return v - np.floor(v) >= np.float32(0.55)
     if texture == "dotted":
@@ -225,7 +231,7 @@ def _pattern(texture: str, u: Plane, v: Plane) -> Inside:
 
 
 def _clouds(size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size"]:
-    """Smooth noise from 0 to 1: a coarse grid of random values, eased from one to the next."""
+    """Smooth noise from 0 to 1: a coarse random grid with smoothstep interpolation."""
     cells = int(rng.integers(3, 7))
     grid = rng.random((cells + 1, cells + 1)).astype(np.float32)
     at = np.arange(size, dtype=np.float32) * np.float32(cells / size)

@@ -1,19 +1,16 @@
-"""A small segmentation network that finds the shapes of `data/shapes.py` in pictures: the evaluation's detector.
+"""A small segmentation network that finds shapes in images: the evaluation's detector.
 
-Every pixel says which shape, colour and texture it shows and where the centre of its instance is; a map for each shape
-says where centres are. Pixels of a shape belong to the nearest centre of that shape (Panoptic-DeepLab,
-arXiv 1911.10194, with centres by class as in CenterNet, so that a part and its host, whose centres coincide, stay two).
-`train_segmenter.py` trains it on rendered scenes.
+The network predicts shape, colour, texture and the offset to the instance's centre for every pixel, and a heat map of
+centres for every shape. Pixels of a shape are assigned to the nearest centre of that shape (Panoptic-DeepLab,
+arXiv 1911.10194). Centres are per class, as in CenterNet: a part and its host have the same centre.
+`train_segmenter.py` trains the network on rendered scenes.
 
-Axes: b batch, H W picture, h w half of it, c channels.
+Axes: b batch, H W image, h w half of it, c channels.
 """
 
 import dataclasses
 import functools
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -28,14 +25,19 @@ from scipy.ndimage import maximum_filter
 from instdiff_jax.config import Settings
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detect import Detection
+from instdiff_jax.files import read_json, replace_folder, write_json
 from instdiff_jax.tree import flatten, unflatten
-from projects.shapes.drawing import COLOURS, TEXTURES
-from projects.shapes.scenes import SHAPES
+from projects.shapes.drawing import COLOURS, SHAPES, TEXTURES
 
-# A centre's neighbourhood in pixels, the least height of one, how far off a pixel may see it, the fewest pixels.
-_PEAK_WINDOW, _PEAK_HEIGHT, _REACH, _FEWEST = 5, 0.2, 6.0, 9
+# A centre is the highest pixel within a window of this many pixels, and at least this high.
+_PEAK_WINDOW, _PEAK_HEIGHT = 5, 0.2
+# A pixel belongs to a centre at most this far (in pixels) from where its offset points.
+_REACH = 6.0
+# Instances of fewer pixels are dropped.
+_MIN_PIXELS = 9
+# Images per call of a compiled program.
 _CHUNK = 32
-_PARTS = {
+_CHANNELS = {
     "shape": 1 + len(SHAPES),
     "colour": len(COLOURS),
     "texture": len(TEXTURES),
@@ -46,13 +48,13 @@ _PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class SegmenterConfig(Settings):
-    """Channels at the picture's whole side, a half, a quarter and an eighth of it."""
+    """Channels at full, 1/2, 1/4 and 1/8 resolution."""
 
     channels: tuple[int, ...] = (24, 32, 64, 96)
 
 
 class PixelMaps(NamedTuple):
-    """What the network says of each pixel: logits, heights of centres (logits too), and offsets in pixels (y, x)."""
+    """Per pixel: logits of shape, colour, texture and centres, and the offset (y, x) to the centre in pixels."""
 
     shape: Float[Array, "b H W shapes+1"]
     colour: Float[Array, "b H W colours"]
@@ -74,13 +76,13 @@ class _Block(nn.Module):
 
 
 class SegmentationNetwork(nn.Module):
-    """A U-Net over half the picture's side, with one block on whole pixels; sides are multiples of 8 of them."""
+    """A U-Net at half resolution, with one block at full resolution. Sides must be multiples of 8 pixels."""
 
     config: SegmenterConfig
 
     @nn.compact
     def __call__(self, image: Float[Array, "b H W 3"]) -> tuple[PixelMaps, Float[Array, "b c"]]:
-        """Takes pictures in [−1, 1]; gives the pixels' maps, and the deepest features' mean over each picture."""
+        """Takes images in [−1, 1]; returns the maps, and the mean of each image's deepest features."""
         whole, first, second, third = self.config.channels
         fine = _Block(first)(nn.Conv(first, (3, 3))(_space_to_depth(image)))
         middle = _Block(second)(nn.Conv(second, (3, 3), strides=2)(fine))
@@ -88,10 +90,10 @@ class SegmentationNetwork(nn.Module):
         coarse = _Block(third)(_Block(third)(coarse))
         middle = _Block(second)(jnp.concatenate([middle, _double(nn.Dense(second)(coarse))], axis=-1))
         fine = _Block(first)(jnp.concatenate([fine, _double(nn.Dense(first)(middle))], axis=-1))
-        # For outlines: of the outermost pixels of real things 88% are right with it, 86% without.
+        # For outlines: 88% of the outermost pixels of real instances are right with this block, 86% without.
         pixels = nn.Conv(whole, (3, 3))(image) + _depth_to_space(nn.Dense(4 * whole)(fine))
-        maps = nn.Dense(sum(_PARTS.values()))(nn.silu(nn.GroupNorm(8)(_Block(whole)(pixels))))
-        cuts = np.cumsum(list(_PARTS.values()))[:-1]
+        maps = nn.Dense(sum(_CHANNELS.values()))(nn.silu(nn.GroupNorm(8)(_Block(whole)(pixels))))
+        cuts = np.cumsum(list(_CHANNELS.values()))[:-1]
         return PixelMaps(*jnp.split(maps, cuts, axis=-1)), coarse.mean((1, 2))
 
 
@@ -112,14 +114,14 @@ def _double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
 
 
 def find_instances(maps: PixelMaps) -> list[Detection]:
-    """The instances of one picture.
+    """The instances of one image.
 
     Args:
-        maps: one picture's, without the batch axis: probabilities of shape, colour and texture, heights of centres from
-            0 to 1, and offsets.
+        maps: of one image, without the batch axis: probabilities of shape, colour and texture, centre heights from 0 to
+            1, and offsets.
 
     Returns:
-        Instances, the surest first. The score is the centre's height times the mean probability of its shape.
+        Instances, highest score first. The score is the centre's height times the mean probability of its shape.
     """
     shape, colour, texture, centre, offset = (np.asarray(part) for part in maps)
     label = shape.argmax(-1)
@@ -137,17 +139,18 @@ def find_instances(maps: PixelMaps) -> list[Detection]:
         nearest = np.where(distance.min(1) <= _REACH, distance.argmin(1), -1)
         for k, point in enumerate(points):
             mine = pixels[nearest == k]
-            if len(mine) < _FEWEST:
+            if len(mine) < _MIN_PIXELS:
                 continue
             mask = np.zeros(label.shape, bool)
             mask[tuple(mine.T)] = True
             (y0, x0), (y1, x1) = mine.min(0), mine.max(0) + 1
-            looks = {
+            attributes = {
                 "colour": tuple(COLOURS)[colour[mask].mean(0).argmax()],
                 "texture": TEXTURES[texture[mask].mean(0).argmax()],
             }
             score = float(heights[tuple(point)] * shape[mask, number + 1].mean())
-            found.append(Detection(name, score, (float(x0), float(y0), float(x1 - x0), float(y1 - y0)), mask, looks))
+            box = (float(x0), float(y0), float(x1 - x0), float(y1 - y0))
+            found.append(Detection(name, score, box, mask, attributes))
     return sorted(found, key=lambda detection: -detection.score)
 
 
@@ -160,15 +163,15 @@ def _find(network: SegmentationNetwork, params: Any, images: UInt8[Array, "b H W
 
 @functools.partial(jax.jit, static_argnums=0)
 def _describe(network: SegmentationNetwork, params: Any, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b c"]:
-    # The half of the network that makes maps is not in this program.
+    # The compiler removes the half of the network that makes the maps.
     return network.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)[1]
 
 
 class Segmenter:
-    """A trained network as the evaluation's detector and featurizer.
+    """A trained network, as a detector and featurizer for the evaluation.
 
     Attributes:
-        fingerprint: of the files it was loaded from; empty for one that was not.
+        fingerprint: of the files it was loaded from; empty if it was not loaded.
     """
 
     def __init__(self, config: SegmenterConfig, params: dict[str, Any], fingerprint: str = ""):
@@ -176,84 +179,85 @@ class Segmenter:
         self._network = SegmentationNetwork(config)
 
     def detect(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[list[Detection]]:
-        """The instances of each picture; sides are multiples of 8 pixels."""
+        """The instances of each image. Sides must be multiples of 8 pixels."""
         found = []
         for maps, count in self._chunks(_find, images):
             found += [find_instances(PixelMaps(*(part[i] for part in maps))) for i in range(count)]
         return found
 
     def features(self, images: UInt8[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b c"]:
-        """The deepest features' mean over each picture: what the Fréchet distance compares."""
+        """The mean of each image's deepest features, for the Fréchet distance."""
         return np.concatenate([features[:count] for features, count in self._chunks(_describe, images)])
 
     def _chunks(self, program: Callable, images: UInt8[np.ndarray, "b H W 3"]) -> Iterator[tuple[Any, int]]:
-        """What a program gives of some pictures at a time, and of how many it is true."""
+        """Runs a program on chunks of images; yields its output and the number of images in the chunk."""
         for first in range(0, len(images), _CHUNK):
             part = np.asarray(images[first : first + _CHUNK])
             if part.shape[1] % 8 or part.shape[2] % 8:
-                raise InputError(f"picture: expected sides that are multiples of 8 pixels, got {part.shape[1:3]}")
-            # The last chunk is filled up: one program for any number of pictures of a size.
+                raise InputError(f"image: expected sides that are multiples of 8 pixels, got {part.shape[1:3]}")
+            # The last chunk is padded, so that one program serves any number of images.
             padded = np.concatenate([part, np.repeat(part[-1:], _CHUNK - len(part), axis=0)])
             yield jax.device_get(program(self._network, self.params, padded)), len(part)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Loads what `save` wrote.
+        """Loads a folder that `save` wrote.
 
         Raises:
-            InputError: for a folder without the two files, or with others of other sizes.
+            InputError: if a file is missing or damaged, or its shapes do not fit the config.
         """
         folder = Path(folder)
-        try:
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder / 'config.json'}: expected the config of a segmenter ({error})") from error
-        if not isinstance(values, dict) or "network" not in values:
-            raise InputError(f"{folder / 'config.json'}: network: missing")
-        config = SegmenterConfig.from_dict(values["network"], f"{folder / 'config.json'}: network")
-        if len(config.channels) != 4 or any(n < 8 or n % 8 for n in config.channels):
-            raise InputError(
-                f"{folder / 'config.json'}: network.channels: expected four multiples of 8, got {list(config.channels)}"
-            )
-        if values.get("classes") != _classes():
-            raise InputError(f"{folder / 'config.json'}: classes: expected those of data/shapes.py")
-        path = folder / "params.npz"
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                leaves = {tuple(name.split("/")): file[name].astype(np.float32) for name in file.files}
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            raise InputError(f"{path}: expected arrays by name ({error})") from error
-        except Exception as error:  # zipfile and zlib have errors of their own for damaged files.
-            raise InputError(f"{path}: damaged ({type(error).__name__})") from error
-        wanted = {key: leaf.shape for key, leaf in flatten(init_shapes(config)).items()}
+        config = _read_config(folder / "config.json")
+        leaves = _read_arrays(folder / "params.npz")
+        expected = {key: leaf.shape for key, leaf in flatten(init_shapes(config)).items()}
         found = {key: leaf.shape for key, leaf in leaves.items()}
-        if wanted != found:
-            key = min(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
-            raise InputError(f"{path}: {'/'.join(key)}: expected shape {wanted.get(key)}, got {found.get(key)}")
+        if expected != found:
+            key = min(key for key in {*expected, *found} if expected.get(key) != found.get(key))
+            where = f"{folder / 'params.npz'}: {'/'.join(key)}"
+            raise InputError(f"{where}: expected shape {expected.get(key)}, got {found.get(key)}")
         files = b"".join((folder / name).read_bytes() for name in ("config.json", "params.npz"))
         return cls(config, unflatten(leaves), hashlib.sha256(files).hexdigest()[:32])
 
     def save(self, folder: str | Path, facts: dict[str, Any]) -> None:
-        """Writes config.json, with `facts` in it, and params.npz (float16); the folder appears whole or not at all."""
-        folder = Path(folder)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        values = {"network": self.config.to_dict(), "classes": _classes(), **facts}
-        (partial / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        """Writes config.json (with `facts` added) and params.npz (float16), replacing the folder as a whole."""
         arrays = {"/".join(key): np.asarray(leaf, np.float16) for key, leaf in flatten(self.params).items()}
-        np.savez(partial / "params.npz", **arrays)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        with replace_folder(folder) as new:
+            write_json(new / "config.json", {"network": self.config.to_dict(), "classes": _classes(), **facts})
+            np.savez(new / "params.npz", **arrays)
+
+
+def open_detector(folder: str) -> Segmenter:
+    """The detector of `--detector shapes:FOLDER`; InputError if the folder is not a segmenter's."""
+    return Segmenter.from_folder(folder)
+
+
+def _read_config(path: Path) -> SegmenterConfig:
+    values = read_json(path)
+    if not isinstance(values, dict) or "network" not in values:
+        raise InputError(f"{path}: network: missing; expected the config of a segmenter")
+    config = SegmenterConfig.from_dict(values["network"], f"{path}: network")
+    if len(config.channels) != 4 or any(n < 8 or n % 8 for n in config.channels):
+        raise InputError(f"{path}: network.channels: expected four multiples of 8, got {list(config.channels)}")
+    if values.get("classes") != _classes():
+        raise InputError(f"{path}: classes: expected the shapes, colours and textures of projects/shapes/drawing.py")
+    return config
+
+
+def _read_arrays(path: Path) -> dict[tuple[str, ...], Float[np.ndarray, "..."]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {tuple(name.split("/")): file[name].astype(np.float32) for name in file.files}
+    except Exception as error:  # zipfile and zlib have errors of their own for damaged files
+        raise InputError(f"{path}: expected arrays as np.savez writes them ({error})") from error
 
 
 def init_params(config: SegmenterConfig, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters."""
+    """Random initial parameters."""
     return SegmentationNetwork(config).init(key, jnp.zeros((1, 8, 8, 3)))["params"]
 
 
 def init_shapes(config: SegmenterConfig) -> dict[str, Any]:
-    """Their shapes alone."""
+    """The shapes of the parameters."""
     return jax.eval_shape(functools.partial(init_params, config), jax.eval_shape(lambda: jax.random.key(0)))
 
 

@@ -1,9 +1,9 @@
-"""Trains the shapes' segmentation network on rendered scenes.
+"""Trains the segmentation network of `segmenter.py` on rendered scenes.
 
     python -m projects.shapes.train_segmenter --output checkpoints/shapes_segmenter --world calm
 
-Scenes are of seed 9, which the generator's data have not. Pictures are blurred,
-noised and tinted a little on the way, because generated ones are an autoencoder's.
+The scenes have seed 9, which no training data of the diffusion model has. Images are slightly blurred, tinted and
+noised, as generated images come from an autoencoder.
 """
 
 import argparse
@@ -23,17 +23,18 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
-from projects.shapes.drawing import COLOURS, TEXTURES
-from projects.shapes.scenes import SHAPES, WORLDS, Scene, SceneSettings, render_scene
+from projects.shapes.drawing import COLOURS, SHAPES, TEXTURES
+from projects.shapes.scenes import Scene, render_scene
 from projects.shapes.segmenter import PixelMaps, SegmentationNetwork, Segmenter, SegmenterConfig, init_params
+from projects.shapes.worlds import WORLDS, SceneSettings
 
 TRAIN_SEED = 9
-# Of a centre's bump, in pixels.
+# Standard deviation in pixels of a centre's Gaussian in the heat map.
 _SIGMA = 1.5
 
 
 class Targets(NamedTuple):
-    """What is true of each pixel; `offset` points to the instance's centre, `centre` is 1 there."""
+    """What the network should predict for each pixel; `offset` points to the instance's centre, where `centre` is 1."""
 
     shape: Int[np.ndarray, "*b H W"]
     colour: Int[np.ndarray, "*b H W"]
@@ -43,7 +44,7 @@ class Targets(NamedTuple):
 
 
 def scene_targets(scene: Scene) -> Targets:
-    """The maps that a perfect network would give for a scene."""
+    """The maps that a perfect network would predict for a scene."""
     size = scene.image.shape[0]
     shape, colour, texture = (np.zeros((size, size), np.int8) for _ in range(3))
     centre = np.zeros((size, size, len(SHAPES)), np.float16)
@@ -62,7 +63,7 @@ def scene_targets(scene: Scene) -> Targets:
 
 
 def render(seed: int, count: int, size: int, settings: SceneSettings) -> tuple[UInt8[np.ndarray, "n H W 3"], Targets]:
-    """Pictures of scenes 0 to count − 1 of a seed, and what is true of their pixels."""
+    """Images of scenes 0 to count − 1 of a seed, and their targets."""
     images, targets = [], []
     for index in tqdm(range(count), desc="scenes", unit="scene", disable=None):
         scene = render_scene(seed, index, size, settings)
@@ -72,7 +73,7 @@ def render(seed: int, count: int, size: int, settings: SceneSettings) -> tuple[U
 
 
 def augment(images: UInt8[np.ndarray, "b H W 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "b H W 3"]:
-    """Each picture a little blurred, tinted and noised."""
+    """Blurs, tints and noises each image a little."""
     out = []
     for image in images.astype(np.float32):
         blur = max(float(rng.uniform(-0.4, 1.0)), 0.0)
@@ -84,7 +85,7 @@ def augment(images: UInt8[np.ndarray, "b H W 3"], rng: np.random.Generator) -> U
 
 
 def segmentation_loss(maps: PixelMaps, targets: Targets) -> Float[Array, ""]:
-    """Cross-entropies of the labels, of the centres' heights (weighted towards centres), and |Δ| of offsets."""
+    """Cross-entropy of labels and of centre heights (centres weigh more), and L1 loss of offsets."""
     inside = (targets.shape > 0).astype(jnp.float32)
 
     def labels(logits: Array, label: Array, weight: Array) -> Array:
@@ -112,7 +113,7 @@ def train(
     learning_rate: float = 2e-3,
     config: SegmenterConfig = SegmenterConfig(),
 ) -> tuple[dict[str, Any], list[float]]:
-    """Trains on rendered scenes: parameters, and each step's loss."""
+    """Trains on rendered scenes; returns the parameters, and the loss of each step."""
     network, rng = SegmentationNetwork(config), np.random.default_rng(seed)
     params = init_params(config, jax.random.key(seed))
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(50, steps // 10 + 1), steps + 1)
@@ -139,40 +140,45 @@ def train(
     return jax.device_get(params), losses
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raises InputError for flags out of range, or an output that cannot be written."""
+    for name, least in (("scenes", 1), ("steps", 1), ("size", 32), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name}: expected a whole number of at least {least}, got {getattr(args, name)}")
+    if args.size % 8:
+        raise InputError(f"--size: expected a multiple of 8 pixels, got {args.size}")
+    if args.output.exists() and not (args.output / "params.npz").exists():
+        raise InputError(f"--output: {args.output}: expected a segmenter's folder, or a path that does not exist")
+    try:  # before minutes of training
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=args.output.parent).cleanup()
+    except OSError as error:
+        raise InputError(f"--output: {args.output}: cannot be written: {error.strerror}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: see the top of this file."""
+    """The command line; see the top of this file."""
     parser = ArgumentParser(
         prog="python -m projects.shapes.train_segmenter",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, required=True, help="the segmenter's folder; replaced if there")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; a segmenter there is replaced")
     parser.add_argument("--scenes", type=int, default=5000, help="scenes to train on (default 5000)")
     parser.add_argument("--steps", type=int, default=1500, help="training steps (default 1500)")
-    parser.add_argument("--world", choices=WORLDS, default="varied", help="whose scenes, as in data/shapes.py")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
+    parser.add_argument("--world", choices=WORLDS, default="varied", help="settings of the scenes (default varied)")
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels (default 64)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of parameters and batches (default 0)")
     argv = sys.argv[1:] if argv is None else list(argv)
     with exit_on_input_error():
         args = parser.parse_args(argv)
-        for name, least in (("scenes", 1), ("steps", 1), ("size", 32), ("seed", 0)):
-            if getattr(args, name) < least:
-                raise InputError(f"--{name}: expected a whole number of at least {least}, got {getattr(args, name)}")
-        if args.size % 8:
-            raise InputError(f"--size: expected a multiple of 8 pixels, got {args.size}")
-        if args.output.exists() and not (args.output / "params.npz").exists():
-            raise InputError(f"--output: {args.output}: expected a segmenter's folder or nothing there")
-        try:  # now, not after minutes of training
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryDirectory(dir=args.output.parent).cleanup()
-        except OSError as error:
-            raise InputError(f"--output: {args.output}: cannot be written: {error.strerror}") from error
+        check_args(args)
         images, targets = render(TRAIN_SEED, args.scenes, args.size, WORLDS[args.world])
         params, losses = train(images, targets, args.steps, seed=args.seed)
         command = f"python -m projects.shapes.train_segmenter {shlex.join(argv)}"
         Segmenter(SegmenterConfig(), params).save(args.output, {"command": command, "loss": round(losses[-1], 4)})
-        print(f"wrote {args.output}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+        print(f"wrote {args.output}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at the end")
 
 
 if __name__ == "__main__":

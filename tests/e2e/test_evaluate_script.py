@@ -19,8 +19,9 @@ from instdiff_jax.cli import evaluate
 from instdiff_jax.errors import exit_on_input_error
 from instdiff_jax.evaluation import generate
 from instdiff_jax.geometry.masks import decode_mask
-from projects.shapes.render import SceneSettings, write_coco
+from projects.shapes.render import write_coco
 from projects.shapes.segmenter import Segmenter
+from projects.shapes.worlds import SceneSettings
 
 COUNT = 4
 
@@ -352,7 +353,7 @@ def test_malformed_predictions(place, tmp_path, capsys, content, message):
 def test_bad_flags(place, tmp_path, capsys):
     for flags, message in (
         (["--real", "--detector", "yolo"], "--detector: expected shapes:FOLDER, predictions:FILE.json or"),
-        (["--real", "--detector", f"shapes:{tmp_path}"], "config.json: expected the config of a segmenter"),
+        (["--real", "--detector", f"shapes:{tmp_path}"], "config.json: cannot be read"),
         (["--real", "--count", 0], "--count: expected a whole number of at least 1, got 0"),
         ([], "--checkpoint: expected a checkpoint folder, or --real"),
         (["--checkpoint", tmp_path / "none"], "none"),

@@ -14,7 +14,8 @@ from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation import generate
 from instdiff_jax.evaluation.split import read_split
 from instdiff_jax.sampling.loading import checkpoint_fingerprint
-from projects.shapes.render import SceneSettings, write_coco
+from projects.shapes.render import write_coco
+from projects.shapes.worlds import SceneSettings
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,8 @@ from instdiff_jax.evaluation.generate import copy_real
 from instdiff_jax.evaluation.hub import Clip
 from instdiff_jax.evaluation.measure import inspect
 from instdiff_jax.evaluation.split import ATTRIBUTES, read_split
-from projects.shapes.render import SceneSettings, write_coco
+from projects.shapes.render import write_coco
+from projects.shapes.worlds import SceneSettings
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

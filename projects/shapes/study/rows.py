@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from instdiff_jax.config import PRESETS, SamplingConfig
-from projects.shapes.scenes import WORLDS, SceneSettings
+from projects.shapes.worlds import WORLDS, SceneSettings
 
 COUNTS = tuple(range(1, 11))
 

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from instdiff_jax.errors import InputError
-from projects.shapes.scenes import SHAPES, SceneSettings, render_scene
+from projects.shapes.drawing import SHAPES
+from projects.shapes.scenes import render_scene
 from projects.shapes.segmenter import PixelMaps, Segmenter, SegmenterConfig, find_instances, init_params
 from projects.shapes.train_segmenter import augment, main, render, scene_targets, train
+from projects.shapes.worlds import SceneSettings
 
 SMALL = SegmenterConfig(channels=(8, 8, 8, 16))
 
@@ -73,7 +75,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_bad_folders_are_one_line(tmp_path):
-    with pytest.raises(InputError, match="config.json: expected the config of a segmenter"):
+    with pytest.raises(InputError, match="config.json: cannot be read"):
         Segmenter.from_folder(tmp_path)
     folder = tmp_path / "net"
     Segmenter(SMALL, init_params(SMALL, jax.random.key(0))).save(folder, {})

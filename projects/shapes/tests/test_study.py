@@ -133,7 +133,7 @@ def test_bad_input_is_one_line(folders, tmp_path, capsys):
         ({"sections": ","}, "got none"),
         ({"count": 1}, "--count: expected a number of at least 2, got 1"),
         ({"checkpoint": tmp_path / "none"}, f"{tmp_path / 'none'}"),
-        ({"segmenter": tmp_path / "none"}, "expected the config of a segmenter"),
+        ({"segmenter": tmp_path / "none"}, "config.json: cannot be read"),
         ({"size": 44, "sections": "formats"}, "expected sides that are multiples of 8 pixels"),
         # Elsewhere: the scenes of 44 pixels are there by now.
         (
