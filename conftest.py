@@ -1,12 +1,10 @@
-"""Settings for every test: full float32 matrix products, no hub, one place for imports."""
+"""Settings for every test: full float32 matrix products, no network, one cache of compiled programs."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "parity"), str(ROOT / "tests" / "jax"), str(ROOT)]
 
 import jax  # noqa: E402
 

@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from test_checkpoint_folder import TINY, TOKENIZER
+from tiny_checkpoint import TOKENIZER, tiny_config
 from training_common import make_run, numpy_params, tiny_settings
 
 from common import state_dict
@@ -39,6 +39,7 @@ SMALL = [
     f"--config.model.text_encoder.tokenizer={TOKENIZER}",
 ]
 
+TINY = tiny_config()
 TINY_FLAGS = [
     f"--config.model.{group}.{name}={value}" for group, sizes in TINY.to_dict().items() for name, value in sizes.items()
 ]

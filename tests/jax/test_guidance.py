@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_multi_instance import SCHEDULE, fake_eps, make_images, make_inputs
+from sampler_cases import SCHEDULE, fake_eps, make_images, make_inputs
 
 from common import relative_error
 from instdiff_jax.cli import sample

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from coco_fixture import make_coco
+from trees import assert_same_trees
 
 from instdiff_jax.cli import build_coco as coco
 from instdiff_jax.data.arrays import new_array
@@ -57,14 +58,6 @@ def flatten(batch):
     return {key: value for key, value in batch.items() if key != "grounding"} | batch["grounding"]
 
 
-def assert_same(actual, expected):
-    actual, expected = flatten(actual), flatten(expected)
-    assert actual.keys() == expected.keys()
-    for key, value in actual.items():
-        assert value.dtype == expected[key].dtype
-        np.testing.assert_array_equal(value, expected[key], err_msg=key)
-
-
 def join(parts):
     parts = [flatten(part) for part in parts]
     batch = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -96,7 +89,7 @@ def test_processes_make_the_same_batches(data_dir, settings):
     for split in ([[0, 1], [2, 3]], [[0], [1], [2], [3]]):
         parts = [take(make_loader(dataset, CONFIG, rows=rows, **settings), 6) for rows in split]
         for step in range(6):
-            assert_same(join([part[step] for part in parts]), whole[step])
+            assert_same_trees(join([part[step] for part in parts]), whole[step])
     odd = take(make_loader(dataset, CONFIG, rows=[3, 1], **settings), 2)
     np.testing.assert_array_equal(odd[1]["image"], whole[1]["image"][[3, 1]])
 
@@ -107,7 +100,7 @@ def test_resuming_equals_running_on(data_dir, settings):
     for start in (1, 5):
         rest = take(make_loader(dataset, CONFIG, start_step=start, **settings), 7 - start)
         for step, batch in enumerate(rest, start):
-            assert_same(batch, whole[step])
+            assert_same_trees(batch, whole[step])
     far = next(make_loader(dataset, CONFIG, start_step=10**7, **settings))
     assert far["image"].shape[0] == 4
 
@@ -116,7 +109,7 @@ def test_workers_make_the_same_batches(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
     whole = take(make_loader(dataset, CONFIG, **settings), 5)
     for step, batch in enumerate(take(make_loader(dataset, CONFIG, workers=2, **settings), 5)):
-        assert_same(batch, whole[step])
+        assert_same_trees(batch, whole[step])
 
 
 def test_every_image_once_an_epoch(data_dir, settings):
@@ -264,7 +257,7 @@ def test_everything_sent_to_workers_is_small(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
     reader = BatchReader(dataset, CONFIG, tokenize, settings["phrases"], 4, range(4), 5)
     reader(0)
-    assert_same(pickle.loads(pickle.dumps(reader))(3), reader(3))
+    assert_same_trees(pickle.loads(pickle.dumps(reader))(3), reader(3))
     assert len(pickle.dumps((reader.dataset, reader.phrases))) < 2000
 
 

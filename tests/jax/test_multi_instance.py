@@ -9,104 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampler_cases import SCHEDULE, TRACES, C, H, W, fake_eps, make_images, make_inputs, sequential
 
-from common import PYTHONPATH, relative_error
-from instdiff_jax.config import ScheduleConfig
+from common import PYTHONPATH, SUPPORT, relative_error
 from instdiff_jax.diffusion import multi_instance as mi
-from instdiff_jax.diffusion import schedule as schedules
 from instdiff_jax.diffusion.solvers import solver_table
-
-SCHEDULE = ScheduleConfig(linear_start=0.00085, linear_end=0.012, timesteps=1000)
-H, W, C, UNIQUE = 5, 7, 4, 24
-TRACES = []
-
-
-def fake_eps(params, latents, timesteps, conditions, alpha):
-    """A cheap stand-in for the UNet; the order of `conditions` decides what it reads, as in the UNet."""
-    TRACES.append(latents.shape)
-    assert (alpha is None) == ("grounding" not in conditions)
-    t = (timesteps.astype(jnp.float32) / 1000)[:, None, None, None]
-    y = jnp.einsum("nhwc,cd->nhwd", latents, params) + t * conditions["text"]["key"][:, None, None]
-    if alpha is not None:
-        y = y + alpha * conditions["grounding"][:, None, None]
-    return jnp.tanh(y) + 0.2 * jnp.roll(latents, 1, axis=2)
-
-
-def make_inputs(num_images, seed=0):
-    rng = np.random.default_rng(seed)
-    params = rng.standard_normal((C, C)).astype(np.float32) * 0.4
-    noise = rng.standard_normal((num_images, H, W, C)).astype(np.float32)
-    conditions = {
-        "text": {"key": jnp.asarray(rng.standard_normal((UNIQUE, C)), jnp.float32)},
-        "grounding": jnp.asarray(rng.standard_normal((UNIQUE, C)), jnp.float32),
-    }
-    return jnp.asarray(params), jnp.asarray(noise), conditions
-
-
-def make_images(counts, seed=1):
-    """Images with these numbers of instances, each row with its own condition; entry 0 is the negative one."""
-    rng, entry, images = np.random.default_rng(seed), 1, []
-    for count in counts:
-        low = rng.uniform(0, 0.6, (count, 2))
-        boxes = np.concatenate([low, low + rng.uniform(0.2, 0.4, (count, 2))], axis=1)
-        images.append(mi.ImageRows(entry, 0, tuple(range(entry + 1, entry + 1 + count)), boxes.tolist()))
-        entry += 1 + count
-    return images
-
-
-def sequential(params, noise, conditions, image, steps, fractions, mis_steps, guidance, known=None):
-    """The released algorithm for one image: the global layout and each instance in turn, mean, the rest."""
-    params = np.asarray(params, np.float64)
-    text, grounding = np.asarray(conditions["text"]["key"]), np.asarray(conditions["grounding"])
-    cumprod = schedules.alphas_cumprod(SCHEDULE)
-    times = schedules.uniform_timesteps(steps, 1000)
-    scales = schedules.alpha_schedule(len(times), fractions)
-    evaluations = 0
-
-    def model(x, t, entry, scale):
-        nonlocal evaluations
-        evaluations += 1
-        y = x @ params + t / 1000 * text[entry] + scale * grounding[entry]
-        return np.tanh(y) + 0.2 * np.roll(x, 1, axis=1)
-
-    def guided(x, t, entry, scale):
-        eps = model(x, t, entry, scale)
-        if guidance == 1:
-            return eps
-        negative = model(x, t, image.negative, scale)
-        return negative + guidance * (eps - negative)
-
-    def run(x, entry, past, begin, end):
-        for i in range(begin, end):
-            t, now = times[i], cumprod[times[i]]
-            if known is not None:
-                clean, keep, fixed = (np.asarray(a, np.float64) for a in known)
-                x = keep * (np.sqrt(now) * clean + np.sqrt(1 - now) * fixed) + (1 - keep) * x
-            after = cumprod[times[i + 1]] if i + 1 < len(times) else cumprod[0]
-
-            def move(eps, x=x, now=now, after=after):
-                return np.sqrt(after) * (x - np.sqrt(1 - now) * eps) / np.sqrt(now) + np.sqrt(1 - after) * eps
-
-            eps = guided(x, t, entry, scales[i])
-            if not past:
-                used = (eps + guided(move(eps), times[min(i + 1, len(times) - 1)], entry, scales[i])) / 2
-            elif len(past) == 1:
-                used = (3 * eps - past[-1]) / 2
-            elif len(past) == 2:
-                used = (23 * eps - 16 * past[-1] + 5 * past[-2]) / 12
-            else:
-                used = (55 * eps - 59 * past[-1] + 37 * past[-2] - 9 * past[-3]) / 24
-            x = move(used)
-            past.append(eps)
-        return x
-
-    x, past = np.asarray(noise, np.float64), []
-    if mis_steps:
-        rows = [run(x, image.layout, past, 0, mis_steps)]
-        rows += [run(x, entry, [], 0, mis_steps) for entry in image.instances]
-        x = np.mean(rows, axis=0)
-    return run(x, image.layout, past, mis_steps, len(times)), evaluations
-
 
 CASES = [  # steps, α, M, guidance
     (1, (1.0, 0.0, 0.0), 1, 3.0),
@@ -363,51 +270,13 @@ def test_low_precision_networks_keep_a_float32_solver():
     assert {*seen, *(leaf.dtype for leaf in state)} == {jnp.dtype(jnp.float32)}
 
 
-def looping_eps(params, latents, timesteps, conditions, alpha):
-    """`fake_eps` one row at a time, as a chunked attention kernel loops: a compiler left to itself gathers for it."""
-
-    def one(row):
-        latents, timesteps, conditions = jax.tree.map(lambda a: a[None], row)
-        return fake_eps(params, latents, timesteps, conditions, alpha)[0]
-
-    return jax.lax.map(one, (latents, timesteps, conditions))
-
-
-MESH_SCRIPT = """
-import jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import test_multi_instance as t
-from instdiff_jax.diffusion import multi_instance as mi
-from common import relative_error
-assert jax.device_count() == 8
-sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp")), P(("data", "fsdp")))
-replicated = NamedSharding(sharding.mesh, P())
-table = t.solver_table("plms", 10, t.SCHEDULE)
-for counts, max_rows in (((1, 4, 0, 6), 8), ((2,), None)):
-    params, noise, conditions = t.make_inputs(len(counts))
-    images = t.make_images(counts)
-    plain = mi.sample_rows(t.fake_eps, params, noise, conditions, images, table, mis_steps=4)
-    split = mi.sample_rows(t.fake_eps, jax.device_put(params, replicated), noise, conditions, images, table,
-                           mis_steps=4, sharding=sharding, max_rows=max_rows)
-    assert relative_error(split, plain) <= 1e-5
-state = jax.device_put(mi.start_state(np.zeros((16, t.H, t.W, t.C), np.float32)), sharding)
-given = jax.device_put(jax.tree.map(lambda a: a[np.zeros((16, 2), int)], conditions), sharding)
-args = jax.device_put((params, table.coefficients, 0, 3, 7.5), replicated)
-for eps_fn in (t.fake_eps, t.looping_eps):
-    lowered = mi.denoise.lower(eps_fn, args[0], state, given, *args[1:], use_fusers=True, sharding=sharding)
-    text = lowered.compile().as_text()
-    assert "all-" not in text and "collective" not in text, "rows must not talk to each other"
-    assert f"f32[32,{t.H},{t.W},{t.C}]" not in text, "the work must be split"
-    assert eps_fn is t.looping_eps or f"f32[4,{t.H},{t.W},{t.C}]" in text
-print("same")
-"""
-
-
 def test_eight_devices_give_the_same_and_split_the_work():
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": PYTHONPATH,
     }
-    done = subprocess.run([sys.executable, "-c", MESH_SCRIPT], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "same" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / "row_mesh_cases.py")], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

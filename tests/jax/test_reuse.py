@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_multi_instance import SCHEDULE, make_images, make_inputs
+from sampler_cases import SCHEDULE, make_images, make_inputs
 from training_common import tiny_model
 
 from common import relative_error

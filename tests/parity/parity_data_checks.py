@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from official_data import official_batch, official_record, unpack
 from parity_checks import add
 
 import common
@@ -56,8 +57,6 @@ def _regions() -> float:
 
 def _training_example(case: int, flip: int) -> float:
     """The worst of image, boxes, points, mask points and maps."""
-    from test_transforms import official_record, unpack
-
     data, record = parity("training_examples"), official_record(case)
     expected = {key.split("_", 1)[1]: value for key, value in data.items() if key.startswith(f"c{case}f{flip}_")}
     crop = Crop(record.width, record.height, 512, bool(flip))
@@ -78,7 +77,6 @@ def _training_example(case: int, flip: int) -> float:
 def _training_errors() -> dict[str, float]:
     """Four training steps of the small model; errors of losses, and the worst parameter's of norms."""
     import torch
-    from test_training_step import official_batch
     from training_common import make_run, small_model
 
     data, model = parity("train_small"), small_model()

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from official_data import official_batch
 from training_common import make_run, numpy_params, resized, small_model, tiny_batch, tiny_model, tiny_settings
+from trees import assert_same_trees
 
 from common import parity, relative_error, state_dict
 from instdiff_jax.checkpoint.rename import from_state_dict
@@ -25,33 +27,6 @@ from instdiff_jax.training.step import (
     make_validation_step,
 )
 from instdiff_jax.tree import flatten
-
-
-def official_batch(data):
-    """The batch of tests/parity/train_small.npz, channels last, every format kept."""
-    bits = np.left_shift(np.uint32(1), np.arange(30, dtype=np.uint32))
-    segs, valid = data["segs"], data["masks"]
-    grounding = dict(
-        boxes=data["boxes"],
-        points=data["points"],
-        scribbles=data["scribbles"],
-        mask_points=data["polygons"],
-        maps=(segs * bits[None, :, None, None]).sum(1, dtype=np.uint32),
-        phrase_embeddings=data["text_embeddings"],
-        valid=valid,
-        has_box=valid,
-        has_point=valid,
-        has_scribble=(data["scribbles"].sum(-1) + valid > 0).astype(np.float32),
-        has_mask=(data["polygons"].sum(-1) + valid > 0).astype(np.float32),
-        has_map=segs.any((1, 2, 3)).astype(np.float32),
-    )
-    return dict(
-        latents=data["z"].transpose(0, 2, 3, 1),
-        noise=data["noise"].transpose(0, 2, 3, 1),
-        timesteps=data["timesteps"].astype(np.int32),
-        context=data["context"],
-        grounding=grounding,
-    )
 
 
 @pytest.mark.slow
@@ -131,11 +106,6 @@ def run_steps(settings, batches, parallel=None):
     return state, metrics
 
 
-def assert_equal_trees(a, b):
-    for ours, theirs in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
-
-
 def test_a_batch_that_is_not_finite_is_skipped_and_counted():
     good, bad = [tiny_batch(step) for step in range(3)], tiny_batch(3)
     bad["latent_mean"][0, 0, 0, 0] = np.nan
@@ -144,7 +114,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted():
     assert [m["skipped_in_row"] for m in metrics] == [0, 0, 0, 1, 2]
     assert int(state.step) == 5 and int(state.skipped) == 2 and int(state.optimizer.updates) == 3
     assert metrics[3]["learning_rate"] == metrics[4]["learning_rate"]
-    assert_equal_trees((state.params, state.optimizer), (before.params, before.optimizer))
+    assert_same_trees((state.params, state.optimizer), (before.params, before.optimizer))
     _, metrics = run_steps(tiny_settings(), [bad, good[0]])
     assert [m["skipped_in_row"] for m in metrics] == [1, 0]
 

@@ -3,20 +3,17 @@
 import functools
 import json
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from weights import make_array  # lives beside the parity data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARITY = ROOT / "tests" / "parity"
 SUPPORT = ROOT / "tests" / "support"
 # For processes of their own that use the tests' helpers.
-PYTHONPATH = os.pathsep.join(map(str, (ROOT, SUPPORT, PARITY, ROOT / "tests" / "jax")))
-sys.path.insert(0, str(PARITY))
-
-from weights import make_array  # noqa: E402  (lives beside the parity data)
+PYTHONPATH = os.pathsep.join(map(str, (ROOT, SUPPORT, PARITY)))
 
 
 def relative_error(a, b) -> float:

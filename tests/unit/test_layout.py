@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_grounding import SMALL_CONFIG, check, mixed_layout
+from layout_cases import SMALL_CONFIG, check_grounding, mixed_layout
 
 from common import parity
 from instdiff_jax.errors import InputError
@@ -330,7 +330,7 @@ def outcome(values):
         assert str(error).startswith("file.json: ") and "\n" not in str(error) and len(str(error)) < 400
         return
     assert Layout.from_dict(json.loads(layout.to_json())) == layout
-    check(make_grounding(layout, SMALL_CONFIG, FORMAT_CHOICES[len(layout.caption) % len(FORMAT_CHOICES)]), 64)
+    check_grounding(make_grounding(layout, SMALL_CONFIG, FORMAT_CHOICES[len(layout.caption) % len(FORMAT_CHOICES)]), 64)
 
 
 SCALARS = st.one_of(

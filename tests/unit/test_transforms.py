@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from official_data import official_record, unpack
 from PIL import Image
 
 from common import parity
@@ -18,20 +19,6 @@ from instdiff_jax.geometry.masks import encode_mask
 from instdiff_jax.grounding import FORMATS
 
 KEEP = DataConfig(keep_caption=1.0, instance_caption=0.0)
-
-
-def unpack(maps):
-    return ((maps[None] >> np.arange(30, dtype=np.uint32)[:, None, None]) & 1).astype(bool)
-
-
-def official_record(case):
-    data = parity("training_examples")
-    height, width = (int(side) for side in data[f"c{case}_size"])
-    instances = tuple(
-        AnnotatedInstance(box=tuple(box), category=f"thing{i % 4}", mask=counts, phrase=i)
-        for i, (counts, box) in enumerate(zip(data[f"c{case}_rle_counts"], data[f"c{case}_bbox"], strict=True))
-    )
-    return Record(data[f"c{case}_png"].tobytes(), width, height, case, "example", ("a scene of things",), instances)
 
 
 @pytest.mark.parametrize("flip", [0, 1])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from test_grounding import layouts, mixed_layout
+from layout_cases import layouts, mixed_layout
 
 from instdiff_jax.layout import Instance, Layout
 from instdiff_jax.sampling.visualize import _color, contact_sheet, draw_layout, enlarge

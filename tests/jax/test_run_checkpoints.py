@@ -1,0 +1,163 @@
+"""Checkpoints of a run: which are kept, damaged ones, those of another run, and kills during saves."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import pytest
+from run_cases import FACTS, small_state
+from trees import assert_same_trees
+
+from common import PYTHONPATH, SUPPORT
+from instdiff_jax.errors import InputError
+from instdiff_jax.training import checkpoints
+from instdiff_jax.training.checkpoints import DAMAGED, FOLDER, Checkpoints
+
+
+def shapes():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), small_state(0))
+
+
+def save_steps(workdir: Path, steps, **options) -> None:
+    checkpoints = Checkpoints(workdir, FACTS, **options)
+    for step in steps:
+        checkpoints.save(step, small_state(step))
+    checkpoints.close()
+
+
+def restore(workdir: Path, facts=FACTS):
+    checkpoints = Checkpoints(workdir, facts)
+    try:
+        return checkpoints.restore(shapes())
+    finally:
+        checkpoints.close()
+
+
+def data_files(folder: Path) -> list[Path]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d"]
+    return sorted(files, key=lambda path: path.stat().st_size, reverse=True)
+
+
+def test_the_newest_and_every_nth_are_kept(tmp_path):
+    assert restore(tmp_path) is None
+    save_steps(tmp_path, range(1, 9), keep_newest=2, keep_every=3)
+    assert sorted(int(path.name) for path in (tmp_path / FOLDER).iterdir()) == [3, 6, 7, 8]
+    assert_same_trees(restore(tmp_path), small_state(8))
+
+
+def zero_bytes(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    path.write_bytes(bytes(content))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE = {
+    "a data file cut short": lambda folder: os.truncate(data_files(folder)[0], 100),
+    "a data file lost": lambda folder: data_files(folder)[0].unlink(),
+    "bytes zeroed": lambda folder: zero_bytes(data_files(folder)[0]),
+    "one bit flipped": lambda folder: flip_a_bit(data_files(folder)[0]),
+    "the state lost": lambda folder: shutil.rmtree(folder / "state"),
+    "the facts cut short": lambda folder: os.truncate(folder / "facts" / "metadata", 10),
+    "the notes lost": lambda folder: (folder / "state" / "_METADATA").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, damage):
+    save_steps(tmp_path, [5, 10])
+    DAMAGE[damage](tmp_path / FOLDER / "10")
+    with pytest.warns(UserWarning, match=r"checkpoints/10: damaged"):
+        state = restore(tmp_path)
+    assert_same_trees(state, small_state(5))
+    assert (tmp_path / DAMAGED / "10").is_dir()
+    # The run comes by that step again, and can save it.
+    save_steps(tmp_path, [10])
+    assert_same_trees(restore(tmp_path), small_state(10))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    save_steps(tmp_path, [5, 10])
+    for step in ("5", "10"):
+        zero_bytes(data_files(tmp_path / FOLDER / step)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Nor does it when it is started again: a job's scheduler does that by itself.
+        for _ in range(2):
+            with pytest.raises(InputError, match="no checkpoint there can be read; the damaged ones are in"):
+                restore(tmp_path)
+
+
+def test_running_out_of_memory_is_no_damage(tmp_path, monkeypatch):
+    save_steps(tmp_path, [5])
+    manager = checkpoints.ocp.CheckpointManager
+
+    def full(self, step, args=None, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes")
+
+    monkeypatch.setattr(manager, "restore", full)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        restore(tmp_path)
+    assert (tmp_path / FOLDER / "5").is_dir() and not (tmp_path / DAMAGED).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(base_fingerprint="c"), "the base checkpoint's fingerprint .*: expected the run's b, got c"),
+        (dict(dataset_fingerprint="e"), "the dataset's fingerprint"),
+        (dict(seed=1), "config.train.seed: expected the run's 0, got 1"),
+        (dict(batch_size=8), "config.train.batch_size"),
+        (dict(model={"sizes": [2, 2]}), "config.model"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_run_is_an_error(tmp_path, change, words):
+    save_steps(tmp_path, [5])
+    with pytest.raises(InputError, match=words):
+        restore(tmp_path, FACTS | change)
+    assert (tmp_path / FOLDER / "5").is_dir()
+
+
+def kill_while_saving(workdir: Path, rng: random.Random, start: int) -> int:
+    """Saves step after step until it is killed at a random moment; returns the last step known to be saved."""
+    process = subprocess.Popen(
+        [sys.executable, str(SUPPORT / "run_cases.py"), str(workdir), str(start)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PYTHONPATH},
+    )
+    lines = [process.stdout.readline() for _ in range(2)]
+    time.sleep(rng.random())
+    process.send_signal(signal.SIGKILL)
+    lines += process.stdout.read().splitlines()
+    process.wait()
+    return max(int(line) for line in lines if line.strip())
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_during_saves_lose_no_finished_checkpoint(tmp_path, kills):
+    rng, saved = random.Random(kills), 0
+    for _ in range(kills):
+        saved = kill_while_saving(tmp_path, rng, saved + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing that looks like a checkpoint is damaged
+            state = restore(tmp_path)
+        assert int(state.step) in (saved, saved + 1)
+        assert_same_trees(state, small_state(int(state.step)))
+        saved = int(state.step)

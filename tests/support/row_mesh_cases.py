@@ -1,0 +1,52 @@
+"""Rows over a mesh of 8 devices, in a process of its own: the same latents, with the work split.
+
+    python row_mesh_cases.py
+
+Devices come from XLA_FLAGS.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from sampler_cases import SCHEDULE, C, H, W, fake_eps, looping_eps, make_images, make_inputs
+
+from common import relative_error
+from instdiff_jax.diffusion import multi_instance as mi
+from instdiff_jax.diffusion.solvers import solver_table
+
+
+def main() -> None:
+    assert jax.device_count() == 8
+    sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp")), P(("data", "fsdp")))
+    replicated = NamedSharding(sharding.mesh, P())
+    table = solver_table("plms", 10, SCHEDULE)
+    for counts, max_rows in (((1, 4, 0, 6), 8), ((2,), None)):
+        params, noise, conditions = make_inputs(len(counts))
+        images = make_images(counts)
+        plain = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=4)
+        split = mi.sample_rows(
+            fake_eps,
+            jax.device_put(params, replicated),
+            noise,
+            conditions,
+            images,
+            table,
+            mis_steps=4,
+            sharding=sharding,
+            max_rows=max_rows,
+        )
+        assert relative_error(split, plain) <= 1e-5
+    state = jax.device_put(mi.start_state(np.zeros((16, H, W, C), np.float32)), sharding)
+    given = jax.device_put(jax.tree.map(lambda a: a[np.zeros((16, 2), int)], conditions), sharding)
+    args = jax.device_put((params, table.coefficients, 0, 3, 7.5), replicated)
+    for eps_fn in (fake_eps, looping_eps):
+        lowered = mi.denoise.lower(eps_fn, args[0], state, given, *args[1:], use_fusers=True, sharding=sharding)
+        text = lowered.compile().as_text()
+        assert "all-" not in text and "collective" not in text, "rows must not talk to each other"
+        assert f"f32[32,{H},{W},{C}]" not in text, "the work must be split"
+        assert eps_fn is looping_eps or f"f32[4,{H},{W},{C}]" in text
+
+
+if __name__ == "__main__":
+    main()
