@@ -106,9 +106,10 @@ def test_import_is_light():
     """A loaded tokenizer pulls in neither torch nor TensorFlow; the module alone not even transformers."""
     code = f"""
 import sys
-from instdiff_jax import text, layout, grounding
+from instdiff_jax import grounding, layout
+from instdiff_jax.models import tokenizer
 assert "transformers" not in sys.modules
-text.Tokenizer({str(FOLDER)!r}, 1024)
+tokenizer.Tokenizer({str(FOLDER)!r}, 1024)
 heavy = {{"torch", "tensorflow", "matplotlib", "grain", "tensorflow_datasets"}} & set(sys.modules)
 assert not heavy, heavy
 """
