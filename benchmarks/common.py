@@ -76,9 +76,7 @@ def find_model(name: str, canvas: int | None = None) -> Model:
         InputError: where there is no such size and no such folder.
     """
     if name in SIZES:
-        from configs.sd15 import get_config
-
-        values = get_config().model.to_dict()
+        values = ModelConfig().to_dict()
         for group, sizes in SIZES[name].items():
             values[group].update(sizes)
         values["text_encoder"]["tokenizer"] = str(TOKENIZER)

@@ -1,57 +1,73 @@
-"""Typed settings, and how a command line reads a config file with overrides.
+"""Settings of a model and of sampling, as frozen dataclasses.
 
-A config file under configs/ holds a `get_config()` that returns an `ml_collections.ConfigDict`. At
-the edge of the program its groups become the frozen dataclasses below; nothing further in reads a
-config or a flag.
+A config file under configs/ states what differs from the defaults here; `cli.config_flags` reads it. The rest of the
+package takes these dataclasses and reads no config and no flag.
 """
 
 import dataclasses
 import math
-import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from instdiff_jax.errors import InputError
 
-# Of every group normalisation.
+# Groups of every group normalisation.
 GROUPS = 32
-# UniFusion's, of a layout's instance maps.
+# UniFusion's tokens for a layout's instance maps.
 NUM_MAP_TOKENS = 64
+# The released code's.
+NEGATIVE_PROMPT = (
+    "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, "
+    "worst quality, low quality"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Base of the dataclasses below: strict conversion from and to plain dicts."""
+    """Base of the settings: strict conversion from and to plain dicts."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
-        """Builds the settings from a mapping; lists become tuples.
+        """Builds the settings from a mapping; lists become tuples, missing keys get their defaults.
 
         Raises:
-            InputError: for a key that nothing reads, a missing one, or a value of another type.
+            InputError: for an unknown key, or a value of the wrong type or out of range.
         """
         hints = typing.get_type_hints(cls)
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        names = [field.name for field in dataclasses.fields(cls)]
         for key in values:
-            if key not in fields:
-                raise InputError(f"{where}.{key}: nothing reads this key; expected one of {', '.join(fields)}")
-        kwargs = {}
-        for name, field in fields.items():
-            if name in values:
-                kwargs[name] = _convert(values[name], hints[name], f"{where}.{name}")
-            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise InputError(f"{where}.{name}: missing")
-        return cls(**kwargs)
+            if key not in names:
+                raise InputError(f"{where}.{key}: nothing reads this key; expected one of {', '.join(names)}")
+        return cls(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON-ready values (tuples stay tuples)."""
         return dataclasses.asdict(self)
+
+    def to_config(self) -> dict[str, Any]:
+        """As `to_dict`, in the short forms that config files and flags use."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value.to_config() if isinstance(value, Settings) else value for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes(Settings):
+    """Base of a model's sizes. A checkpoint must state every one of them, but for `NEWER`, which old ones lack."""
+
+    NEWER: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
+        """As `Settings.from_dict`; a missing size is an InputError."""
+        settings = super().from_dict(values, where)
+        for field in dataclasses.fields(cls):
+            if field.name not in values and field.name not in cls.NEWER:
+                raise InputError(f"{where}.{field.name}: missing")
+        return settings
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -83,76 +99,78 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig(Settings):
-    """Sizes of the UNet; attention resolutions are downsampling factors (1 is the latent grid itself).
+class UNetConfig(Sizes):
+    """Sizes of the UNet. `attention_resolutions` are downsampling factors; 1 is the latent grid itself.
 
-    Stable Diffusion's UNet knows where a latent lies from the zero padding of its convolutions alone. With
-    `positions` every latent is told, by the features that UniFusion makes of a point.
+    Stable Diffusion's UNet knows a latent's position only from its convolutions' zero padding. With `positions`, every
+    latent gets the Fourier features of its position, as UniFusion encodes a point.
     """
 
-    in_channels: int
-    out_channels: int
-    model_channels: int
-    channel_mult: tuple[int, ...]
-    num_res_blocks: int
-    attention_resolutions: tuple[int, ...]
-    num_heads: int
-    context_dim: int
+    NEWER: ClassVar[tuple[str, ...]] = ("positions",)
+
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (1, 2, 4)
+    num_heads: int = 8
+    context_dim: int = 768
     positions: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class UniFusionConfig(Settings):
+class UniFusionConfig(Sizes):
     """Sizes of UniFusion; `map_size` is the side in pixels to which instance maps are resized."""
 
-    mid_dim: int
-    trunk_depths: tuple[int, ...]
-    trunk_dims: tuple[int, ...]
-    map_size: int
+    mid_dim: int = 3072
+    trunk_depths: tuple[int, ...] = (3, 3, 9, 3)
+    trunk_dims: tuple[int, ...] = (96, 192, 384, 768)
+    map_size: int = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderConfig(Settings):
+class AutoencoderConfig(Sizes):
     """Sizes of the KL autoencoder; latents are posterior samples times `scale_factor`."""
 
-    ch: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: int
-    z_channels: int
-    scale_factor: float
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 4
+    scale_factor: float = 0.18215
 
 
 @dataclasses.dataclass(frozen=True)
-class TextEncoderConfig(Settings):
-    """Sizes of the CLIP text encoder; `tokenizer` is a folder or a hub name."""
+class TextEncoderConfig(Sizes):
+    """Sizes of the CLIP text encoder; `tokenizer` is a folder or a name on the Hugging Face hub."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    max_length: int
-    tokenizer: str
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    max_length: int = 77
+    tokenizer: str = "openai/clip-vit-large-patch14"
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduleConfig(Settings):
+class ScheduleConfig(Sizes):
     """Noise schedule: betas = linspace(√linear_start, √linear_end, timesteps)²."""
 
-    linear_start: float
-    linear_end: float
-    timesteps: int
+    linear_start: float = 0.00085
+    linear_end: float = 0.012
+    timesteps: int = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(Settings):
-    """Every size of one model: what a checkpoint folder's config.json describes."""
+class ModelConfig(Sizes):
+    """All sizes of a model; the defaults are the released one's, on Stable Diffusion 1.5."""
 
-    unet: UNetConfig
-    unifusion: UniFusionConfig
-    autoencoder: AutoencoderConfig
-    text_encoder: TextEncoderConfig
-    schedule: ScheduleConfig
+    unet: UNetConfig = UNetConfig()
+    unifusion: UniFusionConfig = UniFusionConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
@@ -161,7 +179,7 @@ class ModelConfig(Settings):
         return config
 
     def validate(self, where: str = "config") -> None:
-        """Raises InputError for sizes that no network can have (types are checked by `from_dict`)."""
+        """Raises InputError for sizes that no network can have; `from_dict` checks the types."""
         for group, settings in dataclasses.asdict(self).items():
             for name, value in settings.items():
                 sizes = value if isinstance(value, tuple) else (value,)
@@ -216,14 +234,14 @@ class ModelConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Settings):
-    """How pictures are sampled; defaults are the released ones, without their negative prompt.
+    """How images are sampled. The defaults are the released code's, with an empty negative prompt.
 
-    `alpha` is the fraction of steps the fusers are on, or three fractions (ones, linear decay, zeros)
-    that sum to 1. `mis` is the fraction of steps of the multi-instance sampler.
+    `alpha` is the fraction of steps on which the fusers are on, or three fractions (on, linear decay, off) that sum to
+    1. `mis` is the fraction of steps that the multi-instance sampler takes.
 
-    Three options save work and are off by default: `guidance_interval`, the fractions of the steps between which
-    there is guidance; `mis_guidance`, whether the instances' rows of the multi-instance sampler have any; and `reuse`,
-    n where only every n-th evaluation computes the UNet's deep features.
+    Three options save work: `guidance_interval` gives the fractions of the steps between which guidance is on;
+    `mis_guidance=False` switches it off for the multi-instance sampler's instance rows; `reuse=n` computes the UNet's
+    deep features at every n-th evaluation only.
     """
 
     steps: int = 50
@@ -248,8 +266,13 @@ class SamplingConfig(Settings):
         settings.validate(where)
         return settings
 
+    def to_config(self) -> dict[str, Any]:
+        """`alpha` as one number where it has no decay, so that a flag can set it to another."""
+        values = super().to_config()
+        return values if self.alpha[1] else values | {"alpha": self.alpha[0]}
+
     def validate(self, where: str = "sampling") -> None:
-        """Raises InputError for a value out of its range (types are checked by `from_dict`)."""
+        """Raises InputError for a value out of range; `from_dict` checks the types."""
         checks = {
             "steps": (1 <= self.steps <= 1000, "a whole number from 1 to 1000"),
             "guidance_scale": (0 <= self.guidance_scale < 1e4, "a number that is not negative"),
@@ -269,8 +292,16 @@ class SamplingConfig(Settings):
                 raise InputError(f"{where}.{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
-# Named sets of overrides for a checkpoint's sampling settings. "fast" takes about a quarter of the evaluations that the
-# released settings take with instances; docs/sampling.md has the table.
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings(Settings):
+    """What a checkpoint folder's config.json holds."""
+
+    model: ModelConfig = ModelConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+# Overrides of a checkpoint's sampling settings. With instances, "fast" needs about a quarter of the released settings'
+# evaluations; see docs/sampling.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {},
     "fast": dict(sampler="dpm++", steps=20, guidance_interval=(0.0, 0.8), mis_guidance=False),
@@ -278,58 +309,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(preset: str | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's settings with the overrides over them; InputError for a preset that does not exist."""
+    """A preset's settings, replaced by the overrides where both set one; InputError for an unknown preset."""
     if preset is not None and preset not in PRESETS:
         raise InputError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     return PRESETS.get(preset or "", {}) | dict(overrides)
-
-
-def _check_keys(config_args: Sequence[str], message: str) -> None:
-    """Raises InputError, in words, where ml_collections' message is about a key that one of the flags misspells."""
-    # A KeyError's text is quoted once more, and its line break is a backslash and an n.
-    quoted = re.match(r"\W*(\w+)\W*(?:n?Did you mean \W*(\w+))?", message)
-    for flag in (arg.lstrip("-").split("=")[0] for arg in config_args):
-        if quoted and quoted[1] in flag.split(".")[1:] and len(message) < 200:
-            meant = f"; did you mean {quoted[2]}?" if quoted[2] else ""
-            raise InputError(f"--{flag}: the config has no key {quoted[1]}{meant}")
-
-
-def read_config(argv: Sequence[str], default: str | None) -> tuple[ConfigDict, list[str]]:
-    """Reads `--config=FILE` and `--config.key=value` overrides from a command line.
-
-    Args:
-        argv: arguments without the program's name.
-        default: the config file when --config is not given; looked up from the working folder, then
-            beside the package.
-
-    Returns:
-        The config, and the arguments that are not about it.
-
-    Raises:
-        InputError: for a missing file, a key that the config does not have, or a value of another type.
-    """
-    if default is not None and not Path(default).exists():
-        default = str(Path(__file__).resolve().parent.parent / default)
-    values = flags.FlagValues()
-    config_args, rest = [], []
-    take_value = False
-    for arg in argv:
-        is_config = take_value or arg.lstrip("-").split("=")[0].split(".")[0] == "config" and arg.startswith("-")
-        take_value = is_config and not take_value and "=" not in arg
-        (config_args if is_config else rest).append(arg)
-    try:
-        # ml_collections looks for overrides in the arguments before absl parses them.
-        config_args = ["", *config_args]
-        config_flags.DEFINE_config_file("config", default=default, flag_values=values, sys_argv=config_args)
-        values(config_args)
-        config = values["config"].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        _check_keys(config_args[1:], str(error))
-        # absl quotes the whole traceback of what a config file raises: its last line is what happened.
-        raise InputError(f"--config: {(str(error).strip().splitlines() or [repr(error)])[-1].strip()}") from error
-    except Exception as error:  # a config file is a program, and may raise anything
-        raise InputError(f"--config: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        named = " ".join(config_args[1:2]) or "--config"
-        raise InputError(f"{named}: expected a config file, for example configs/sd15.py")
-    return config, rest

@@ -7,24 +7,30 @@ Compiling takes minutes. A program that does not fit the chips' memory is an err
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from instdiff_jax.cli.config_flags import names_config, read_settings
 from instdiff_jax.cli.parser import command_parser
-from instdiff_jax.config import ModelConfig, read_config
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import write_json, write_text
 
 if TYPE_CHECKING:
     from instdiff_jax.aot.programs import Program
 
+# What configs/coco.py sets for a TPU pod: the defaults where no config file is named.
+POD = ("--config.train.remat=blocks", "--config.parallel.fsdp=16")
+
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("aot", __doc__)
     parser.add_argument("--topology", required=True, help="a TPU generation and shape: v5e:16x16, v5p:2x2x4, v6e:4x4")
-    parser.add_argument("--config", help="a config file; --config.KEY=VALUE changes one of its settings")
+    parser.add_argument(
+        "--config", help="a config file; default: the paper's recipe. --config.KEY=VALUE changes a setting"
+    )
     parser.add_argument("--what", default="both", choices=("train", "sample", "both"), help="programs to compile")
     parser.add_argument("--images_per_chip", type=int, default=8, help="batch of the training step (default 8)")
     parser.add_argument("--rows", type=int, default=64, help="rows of the sampler, over all chips (default 64)")
@@ -35,27 +41,23 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, rest = read_config(sys.argv[1:] if argv is None else argv, "configs/coco.py")
+    from instdiff_jax.training.settings import RunSettings
+
+    argv = sys.argv[1:] if argv is None else list(argv)
+    run, rest = read_settings([*POD, *argv] if not names_config(argv) else argv, RunSettings)
     args = parse_args(rest)
     for path in (args.output and args.output.parent, args.hlo):
         if path is not None and not path.is_dir():
             raise InputError(f"{path}: expected an existing folder")
-    for name in ("model", "train"):
-        if name not in config:
-            raise InputError(f"config.{name}: missing")
     from instdiff_jax.aot import programs
     from instdiff_jax.aot.report import format_report, make_report
-    from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
-    from instdiff_jax.training.settings import TrainSettings
+    from instdiff_jax.parallel.mesh import make_mesh
 
     devices = programs.topology_devices(args.topology)
-    model = ModelConfig.from_dict(config.model.to_dict(), "config.model")
+    model, parallel = run.model, run.parallel
     if args.image_size <= 0 or args.image_size % model.canvas_stride:
         raise InputError(f"--image_size: expected a multiple of {model.canvas_stride}, got {args.image_size}")
-    parallel = ParallelSettings.from_dict(config.get("parallel", {}))
-    settings = TrainSettings.from_dict(
-        config.train.to_dict() | dict(batch_size=args.images_per_chip * len(devices)), "config.train"
-    )
+    settings = dataclasses.replace(run.train, batch_size=args.images_per_chip * len(devices))
     mesh = make_mesh(parallel, devices)
     makers: dict[str, Callable[[], Program]] = dict(
         train=lambda: programs.train_program(model, settings, parallel, mesh, args.image_size),

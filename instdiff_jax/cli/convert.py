@@ -5,8 +5,8 @@
         --input scaleu.ckpt --output checkpoints/mine
     python -m instdiff_jax convert --input checkpoints/sd15 --to_pytorch back.pth
 
-The model's sizes come from --config FILE (default configs/sd15.py) and overrides such as
---config.model.unet.num_heads=4; a key of another shape is an error that names it. The tokenizer is
+The model's sizes are the released model's; change them with --config=FILE or overrides such as
+--config.model.unet.num_heads=4. A key of another shape is an error that names it. The tokenizer is
 --config.model.text_encoder.tokenizer=DIR, or a hub name that is in the hub's cache. Needs no torch, except to
 write .pth.
 """
@@ -17,10 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from instdiff_jax.checkpoint import folder, pytorch
-from instdiff_jax.config import ModelConfig, SamplingConfig, read_config
+from instdiff_jax.cli.config_flags import read_config
+from instdiff_jax.config import CheckpointSettings, ModelConfig, SamplingConfig
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 
 
@@ -77,17 +76,14 @@ def to_pytorch(source: Path, target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_input_error():
-        config, rest = read_config(sys.argv[1:] if argv is None else argv, "configs/sd15.py")
+        config, rest = read_config(sys.argv[1:] if argv is None else argv, CheckpointSettings)
         args = parse_args(rest)
         try:
             if args.to_pytorch is not None:
                 to_pytorch(args.input[0], args.to_pytorch)
             else:
-                for name in ("model", "sampling"):
-                    if not isinstance(config.get(name), ConfigDict):
-                        raise InputError(f"config.{name}: expected a group of settings, got {config.get(name)!r}")
-                model = ModelConfig.from_dict(config.model.to_dict(), "config.model")
-                sampling = SamplingConfig.from_dict(config.sampling.to_dict(), "config.sampling")
-                to_folder(args, model, sampling)
+                values = config.to_dict()
+                settings = CheckpointSettings.from_dict({name: values[name] for name in ("model", "sampling")})
+                to_folder(args, settings.model, settings.sampling)
         except OSError as error:  # a full disk, a folder without permission
             raise InputError(f"{args.to_pytorch or args.output}: cannot be written ({error})") from error

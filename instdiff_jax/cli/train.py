@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
-from ml_collections import ConfigDict
 from PIL import Image
 
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.checkpoint.folder import find_tokenizer
 from instdiff_jax.checkpoint.folder import read_config as read_folder
-from instdiff_jax.config import ModelConfig, SamplingConfig, read_config
+from instdiff_jax.cli.config_flags import read_settings
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.examples import DataConfig
 from instdiff_jax.data.latents import LatentCache, cache_latents
@@ -52,7 +51,7 @@ from instdiff_jax.sampling.pipeline import Pipeline
 from instdiff_jax.sampling.visualize import contact_sheet, draw_layout, enlarge
 from instdiff_jax.training.checkpoints import Checkpoints, StopSignal
 from instdiff_jax.training.metrics import Clock, MetricsWriter, ProfilerWindow, make_workdir
-from instdiff_jax.training.settings import DataSettings, TrainSettings
+from instdiff_jax.training.settings import RunSettings
 from instdiff_jax.training.start import base_fingerprint, run_facts, start_params
 from instdiff_jax.training.state import Params, RunLayout, init_state, make_layout, make_networks, merge_params
 from instdiff_jax.training.step import batch_keys, compile_step, make_train_step, make_validation_step
@@ -60,39 +59,14 @@ from instdiff_jax.training.step import batch_keys, compile_step, make_train_step
 # ---------------------------------------------------------------- settings
 
 
-class RunSettings(NamedTuple):
-    """A config, checked: every key of it is in one of these."""
-
-    model: ModelConfig
-    sampling: SamplingConfig
-    data: DataSettings
-    train: TrainSettings
-    parallel: ParallelSettings
-
-
-def read_settings(config: ConfigDict) -> RunSettings:
-    """The config's groups as settings; InputError for a key that nothing reads, or a missing group."""
-    groups = RunSettings.__annotations__
-    for name in config:
-        if name not in groups:
-            raise InputError(f"config.{name}: nothing reads this key; expected one of {', '.join(groups)}")
-    values = config.to_dict()
-    for name in ("model", "data", "train"):
-        if name not in values:
-            raise InputError(f"config.{name}: missing")
-    return RunSettings(*(hint.from_dict(values.get(name, {}), f"config.{name}") for name, hint in groups.items()))
-
-
-def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    if not any(arg.lstrip("-").split("=")[0] in ("config", "h", "help") for arg in argv):
-        raise InputError("--config: expected a config file, for example --config=configs/coco.py")
-    config, rest = (None, argv) if {"-h", "--help"} & set(argv) else read_config(argv, None)
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, RunSettings]:
+    run, rest = (RunSettings(), argv) if {"-h", "--help"} & set(argv) else read_settings(argv, RunSettings)
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", help="a config file; --config.KEY=VALUE changes a setting of it")
     parser.add_argument("--workdir", required=True, help="the run's folder")
-    return parser.parse_args(rest), config
+    return parser.parse_args(rest), run
 
 
 # ---------------------------------------------------------------- input
@@ -306,7 +280,7 @@ def train(run: RunSettings, workdir: Path) -> str:
     del trainable
     start = int(state.step)
     if first:
-        groups = {name: group.to_dict() for name, group in run._asdict().items()}
+        groups = run.to_dict()
         if run.train.start:
             # Export and sampling may run from another folder.
             groups["train"]["start"] = str(Path(run.train.start).absolute())
@@ -411,8 +385,7 @@ def train(run: RunSettings, workdir: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_input_error():
-        args, config = parse_args(sys.argv[1:] if argv is None else argv)
-        run = read_settings(config)
+        args, run = parse_args(sys.argv[1:] if argv is None else argv)
         check_data(run)
         workdir = make_workdir(args.workdir)
         try:

@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from instdiff_jax.config import Settings
+from instdiff_jax.config import ModelConfig, SamplingConfig, Settings
 from instdiff_jax.data.examples import DataConfig
 from instdiff_jax.errors import InputError
-from instdiff_jax.parallel.mesh import check_pattern
+from instdiff_jax.parallel.mesh import ParallelSettings, check_pattern
 
 Rules = tuple[tuple[str, ...], ...]
 
@@ -73,10 +73,10 @@ class TrainSettings(Settings):
         profile_start: first step of a profiler window of `profile_steps` steps; -1 for none.
     """
 
-    steps: int
-    batch_size: int
+    steps: int = 100_000
+    batch_size: int = 512
     task: Literal["diffusion", "autoencoder", "text"] = "diffusion"
-    start: str = ""
+    start: str = "checkpoints/sd15_base"
     trainable: Rules = TRAINABLE["paper"]
     grounding: bool = True
     masked_attention: Literal["none", "correct", "strict", "official"] = "none"
@@ -99,7 +99,7 @@ class TrainSettings(Settings):
     sample_count: int = 4
     profile_start: int = -1
     profile_steps: int = 5
-    optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
+    optimizer: OptimizerSettings = OptimizerSettings()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.train") -> Self:
@@ -113,6 +113,11 @@ class TrainSettings(Settings):
         settings = super().from_dict(values, where)
         settings.validate(where)
         return settings
+
+    def to_config(self) -> dict[str, Any]:
+        """`trainable` by its name, where it has one."""
+        names = [name for name, rules in TRAINABLE.items() if rules == self.trainable]
+        return super().to_config() | ({"trainable": names[0]} if names else {})
 
     def validate(self, where: str = "config.train") -> None:
         """Raises InputError for a value out of its range."""
@@ -161,14 +166,14 @@ class DataSettings(Settings):
         examples: how records become examples.
     """
 
-    dir: str
+    dir: str = "datasets/coco"
     train_split: str = "train"
     validation_split: str = "val"
     workers: int = 0
     prefetch: int = 2
     cache_latents: bool = False
     imported_phrases: bool = False
-    examples: DataConfig = dataclasses.field(default_factory=DataConfig)
+    examples: DataConfig = DataConfig()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.data") -> Self:
@@ -178,3 +183,14 @@ class DataSettings(Settings):
                 raise InputError(f"{where}.{name}: expected at least {least}, got {getattr(settings, name)}")
         settings.examples.validate(f"{where}.examples")
         return settings
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings(Settings):
+    """All settings of a run: the groups of its config."""
+
+    model: ModelConfig = ModelConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    parallel: ParallelSettings = ParallelSettings()

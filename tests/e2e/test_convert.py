@@ -17,7 +17,7 @@ from instdiff_jax.checkpoint import folder, pytorch, torch_file
 from instdiff_jax.checkpoint.rename import from_state_dict, parameter_shapes
 from instdiff_jax.checkpoint.tables import ADAPTERS, PARTS, rename_table
 from instdiff_jax.cli import convert
-from instdiff_jax.config import SamplingConfig, ScheduleConfig
+from instdiff_jax.config import CheckpointSettings, SamplingConfig, ScheduleConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.training.start import start_params
 from instdiff_jax.training.state import fresh_params
@@ -407,7 +407,7 @@ def test_memory_of_a_conversion(tmp_path):
     """Peak anonymous memory of the whole run is at most 1.5 times the parameters, with EMA weights beside them."""
     flags = [*SMALL, "--config.model.unet.model_channels=96", "--config.model.unifusion.mid_dim=512"]
     with mock.patch.object(sys, "argv", ["convert", *flags]):
-        config, _ = convert.read_config(flags, "configs/sd15.py")
+        config, _ = convert.read_config(flags, CheckpointSettings)
     model = convert.ModelConfig.from_dict(config.model.to_dict())
     noise = torch.randn(40_000_000)
     checkpoint, size = {}, 0

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from training_common import make_run, tiny_model, tiny_settings
 
-from common import PYTHONPATH, SUPPORT, relative_error
+from common import PYTHONPATH, ROOT, SUPPORT, relative_error
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel.mesh import ParallelSettings, check_batch, initialize_distributed, make_mesh, parameter_specs
 
@@ -155,5 +155,5 @@ def test_importing_train_starts_no_device():
     # On several hosts devices must not be asked for before the processes have joined.
     check = "import train; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    result = subprocess.run([sys.executable, "-c", check], cwd=TESTS.parent, env=env, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr[-2000:]

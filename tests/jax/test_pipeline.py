@@ -15,7 +15,6 @@ import pytest
 from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 from common import PYTHONPATH, relative_error
-from configs.sd15 import get_config
 from instdiff_jax import Layout, Pipeline
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import PRESETS, ModelConfig
@@ -124,9 +123,8 @@ def test_chunks_of_max_rows_and_canvases_that_differ(checkpoint, pipeline):
 
 
 def test_rows_of_a_program_follow_the_canvas(checkpoint, pipeline):
-    config = get_config().model.to_dict()
     rows = [
-        Pipeline(ModelConfig.from_dict(config), pipeline.sampling, {}, None)._max_rows(canvas)
+        Pipeline(ModelConfig(), pipeline.sampling, {}, None)._max_rows(canvas)
         for canvas in ((512, 512), (1024, 1024), (256, 256))
     ]
     assert rows[1] == max(rows[0] // 4, 1) and rows[2] == 4 * rows[0]
@@ -197,7 +195,7 @@ def test_only_what_is_pasted_is_denoised_alone(pipeline, recorded):
 
 def test_memory_of_masked_attention_counts_on_a_gpu(pipeline, monkeypatch):
     """cuDNN takes a mask as a bias of all pairs of tokens, in 16 bits alone."""
-    config = ModelConfig.from_dict(get_config().model.to_dict())
+    config = ModelConfig()
     monkeypatch.setattr(Pipeline, "_in_memory", lambda self, beside, each: max(1, int((80e9 - beside) / each)))
     half, whole = (Pipeline(config, pipeline.sampling, {}, None, dtype=dtype) for dtype in ("bfloat16", "float32"))
     latents = 128 * 128

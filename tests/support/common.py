@@ -42,10 +42,9 @@ def state_dict(spec: str, seed: int = 0) -> dict[str, np.ndarray]:
 
 def model_config(size: str = "full"):
     """The ModelConfig of a size in the parity data: full, small or alt."""
-    from configs.sd15 import get_config
     from instdiff_jax.config import ModelConfig
 
-    model = get_config().model.to_dict()
+    model = ModelConfig().to_dict()
     if size != "full":
         model["unet"].update(model_channels=64, num_heads=4)
         model["unifusion"].update(mid_dim=256)

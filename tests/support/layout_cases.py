@@ -5,11 +5,10 @@ import dataclasses
 import numpy as np
 from hypothesis import strategies as st
 
-from configs.sd15 import get_config
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.layout import Instance, Layout
 
-CONFIG = ModelConfig.from_dict(get_config().model.to_dict())
+CONFIG = ModelConfig()
 # Small maps keep the tests on thousands of random layouts fast.
 SMALL_CONFIG = dataclasses.replace(CONFIG, unifusion=dataclasses.replace(CONFIG.unifusion, map_size=64))
 HAS = ("has_box", "has_point", "has_scribble", "has_mask")

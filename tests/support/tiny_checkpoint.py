@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 import common
-from configs.sd15 import get_config
 from instdiff_jax import Layout
 from instdiff_jax.checkpoint.folder import save_folder
 from instdiff_jax.checkpoint.rename import from_state_dict
@@ -20,7 +19,7 @@ TOKENIZER = common.PARITY / "tokenizer"
 
 def tiny_config() -> ModelConfig:
     """Every part in two levels; map tokens have one feature each."""
-    model = get_config().model.to_dict()
+    model = ModelConfig().to_dict()
     model["unet"].update(
         model_channels=32,
         channel_mult=(1, 2),

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from common import PARITY, make_array
-from configs import sd15
 from instdiff_jax.checkpoint.folder import save_folder
 from instdiff_jax.checkpoint.rename import parameter_shapes
 from instdiff_jax.config import ModelConfig, SamplingConfig
@@ -22,7 +21,7 @@ from instdiff_jax.tree import flatten, unflatten
 
 def resized(**groups) -> ModelConfig:
     """The released model with some sizes replaced."""
-    config = ModelConfig.from_dict(sd15.get_config().model.to_dict())
+    config = ModelConfig()
     return dataclasses.replace(
         config, **{name: dataclasses.replace(getattr(config, name), **sizes) for name, sizes in groups.items()}
     )
@@ -66,7 +65,7 @@ def tiny_model() -> ModelConfig:
 def tiny_settings(**changes) -> TrainSettings:
     """Settings for the tiny model: float32, an update in every step."""
     optimizer = OptimizerSettings(learning_rate=1e-3, warmup_steps=2, ema_decay=0.9)
-    return TrainSettings(**(dict(steps=10, batch_size=8, dtype="float32", optimizer=optimizer) | changes))
+    return TrainSettings(**(dict(steps=10, batch_size=8, start="", dtype="float32", optimizer=optimizer) | changes))
 
 
 def tiny_batch(step: int, size: int = 8, pictures: bool = False) -> dict:

@@ -1,21 +1,28 @@
 """Typed settings and the command line's --config."""
 
+import importlib
 import re
 
 import pytest
 
-from instdiff_jax.config import ModelConfig, SamplingConfig, read_config
+from configs import shapes
+from instdiff_jax.cli.config_flags import read_config, read_settings
+from instdiff_jax.config import NEGATIVE_PROMPT, CheckpointSettings, ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
+from instdiff_jax.training.settings import TRAINABLE, OptimizerSettings, RunSettings
+from instdiff_jax.tree import flatten
 
 
 def test_overrides_and_the_rest():
-    config, rest = read_config(["--output", "x", "--config.model.unet.num_heads=4", "--seed=1"], "configs/sd15.py")
+    config, rest = read_config(["--output", "x", "--config.model.unet.num_heads=4", "--seed=1"], CheckpointSettings)
     assert config.model.unet.num_heads == 4
     assert rest == ["--output", "x", "--seed=1"]
 
 
 def test_config_as_two_arguments():
-    config, rest = read_config(["--config", "configs/sd15.py", "--config.sampling.steps", "7", "more"], None)
+    config, rest = read_config(
+        ["--config", "configs/sd15.py", "--config.sampling.steps", "7", "more"], CheckpointSettings
+    )
     assert config.sampling.steps == 7
     assert rest == ["more"]
 
@@ -32,19 +39,59 @@ def test_config_as_two_arguments():
 )
 def test_what_cannot_be_read_is_one_line(argv):
     with pytest.raises(InputError) as error:
-        read_config(argv, "configs/sd15.py")
+        read_config(argv, CheckpointSettings)
     assert "config" in str(error.value)
     assert len(str(error.value).splitlines()) == 1 and "Traceback" not in str(error.value)
 
 
-def test_defaults_are_found_from_any_folder(tmp_path, monkeypatch):
+def test_defaults_are_the_released_models_and_no_file_is_executed(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    for name in ("sd15", "coco"):
+        (tmp_path / "configs" / f"{name}.py").write_text("raise SystemExit('executed')\n")
     monkeypatch.chdir(tmp_path)
-    config, _ = read_config([], "configs/sd15.py")
-    assert ModelConfig.from_dict(config.model).unet.channel_mult == (1, 2, 4, 4)
+    run, _ = read_settings([], RunSettings)
+    assert run.model == ModelConfig() and run.model.unet.channel_mult == (1, 2, 4, 4)
+    assert run.sampling == SamplingConfig(negative_prompt=NEGATIVE_PROMPT)
+    assert run.train.trainable == TRAINABLE["paper"] and run.parallel.fsdp == 1
+
+
+CONFIGS = ["sd15", "coco", "coco_one_gpu", *(f"shapes:{stage}" for stage in shapes.STAGES)]
+
+
+def read_file(name: str, *flags: str) -> RunSettings:
+    file, _, stage = name.partition(":")
+    return read_settings([f"--config=configs/{file}.py" + f":{stage}" * bool(stage), *flags], RunSettings)[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_state_only_what_differs_from_the_defaults(name):
+    file, _, stage = name.partition(":")
+    module = importlib.import_module(f"configs.{file}")
+    stated = flatten(module.get_config(*[stage] * bool(stage)).to_dict())
+    defaults = flatten(RunSettings().to_config())
+    assert not [path for path, value in stated.items() if defaults[path] == value]
+    assert len(stated) > 0 and f"configs/{file}.py" in module.__doc__
+
+
+def test_what_the_paper_configs_say():
+    pod, gpu = read_file("coco"), read_file("coco_one_gpu")
+    assert pod.sampling == gpu.sampling == read_file("sd15").sampling
+    assert pod.model == gpu.model == ModelConfig()
+    assert (pod.train.steps, pod.train.batch_size, pod.train.start) == (100_000, 512, "checkpoints/sd15_base")
+    assert pod.train.optimizer == gpu.train.optimizer == OptimizerSettings(learning_rate=5e-5, warmup_steps=5000)
+    assert pod.data.examples == gpu.data.examples and pod.data.examples.image_size == 512
+    assert (pod.parallel.data, pod.parallel.fsdp, gpu.parallel.data, gpu.parallel.fsdp) == (-1, 16, 1, 1)
+    assert (pod.train.accumulate, gpu.train.accumulate, gpu.data.cache_latents) == (1, 64, True)
+
+
+def test_short_forms_in_flags():
+    run = read_file("coco", "--config.sampling.alpha=0.8", "--config.train.trainable=all")
+    assert run.sampling.alpha == pytest.approx((0.8, 0.0, 0.2))
+    assert run.train.trainable == TRAINABLE["all"]
 
 
 def test_a_key_that_nothing_reads():
-    config, _ = read_config([], "configs/sd15.py")
+    config, _ = read_config([], CheckpointSettings)
     model = config.model.to_dict()
     model["unet"]["num_head"] = 8
     with pytest.raises(InputError, match=r"config\.unet\.num_head: nothing reads this key"):
@@ -67,7 +114,7 @@ def test_a_key_that_nothing_reads():
     ],
 )
 def test_sizes_that_no_network_has(group, name, value, words):
-    model = read_config([], "configs/sd15.py")[0].model.to_dict()
+    model = read_config([], CheckpointSettings)[0].model.to_dict()
     model[group][name] = value
     with pytest.raises(InputError, match=f"{group}.{words}"):
         ModelConfig.from_dict(model)
@@ -104,5 +151,5 @@ def test_settings_out_of_range(values):
 )
 def test_a_flag_that_the_config_has_not(flag, line):
     with pytest.raises(InputError, match=f"^{re.escape(line)}") as error:
-        read_config([flag], "configs/sd15.py")
+        read_config([flag], CheckpointSettings)
     assert "\n" not in str(error.value)

@@ -51,8 +51,6 @@ REMAIN = {
     "projects/shapes/tests/test_study.py",
     "benchmarks/common.py",
     "benchmarks/official.py",
-    "configs/coco.py: get_config",
-    "configs/shapes.py: get_config",
     "examples/make_shapes.py: layouts",
     "tests/e2e/test_convert.py",
     "tests/e2e/test_evaluate_script.py",

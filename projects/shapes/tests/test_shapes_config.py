@@ -7,15 +7,20 @@ import pytest
 
 from configs import shapes
 from instdiff_jax.cli import train
-from instdiff_jax.config import read_config
+from instdiff_jax.cli.config_flags import read_settings
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel.mesh import make_mesh
+from instdiff_jax.training.settings import RunSettings
 from instdiff_jax.training.state import make_layout
 from instdiff_jax.tree import flatten
 
 
+def read_run(argv):
+    return read_settings(argv, RunSettings)[0]
+
+
 def stage(name):
-    return train.read_settings(read_config([f"--config=configs/shapes.py:{name}"], None)[0])
+    return read_run([f"--config=configs/shapes.py:{name}"])
 
 
 def trained(name):
@@ -34,7 +39,7 @@ def test_each_stage_trains_its_networks():
     assert set(layout.frozen) == {"autoencoder", "text_encoder"}
     assert "fuser" in layout.trainable["unet"]["mid_attn"]
     paper = ["--config=configs/shapes.py:adapters", "--config.train.trainable=paper"]
-    run = train.read_settings(read_config(paper, None)[0])
+    run = read_run(paper)
     layout = make_layout(run.model, run.train, run.parallel, make_mesh(run.parallel))
     names = ["/".join(path) for path in flatten(layout.trainable["unet"])]
     assert names and all("fuser" in name or "scaleu" in name for name in names)
