@@ -1,11 +1,12 @@
-"""The paper's tables at small scale: draws, measures and writes docs/results.md, its plots and results.json.
+"""The paper's tables at small scale: generates images, measures them, and writes docs/results.md, its plots and
+results.json.
 
     python -m projects.shapes.study
 
-Scenes are rendered with seeds that no training has seen. Pictures and finished rows' numbers are kept in the workdir:
-a study that was cut off, or is run again with more pictures, seeds or sections, does only what is missing. The first
-seed of every table comes before the second seed of any, and tables in the order of their importance; `--minutes` stops
-drawing after so long and writes the page from what there is. `study/rows.py` lists the rows.
+The scenes have seeds that no training data has. Images and numbers are kept in the workdir: an interrupted study, or
+one with more images, seeds or sections, does only what is missing. The most important tables come first, and the first
+seed of every table before the second of any. `--minutes` stops early and writes the page from what is done.
+`study/sections.py` lists the tables.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
-from projects.shapes.study.rows import COST, FEWER, NAMES, SECTIONS, Sizes, Task, make_tasks, row_keys
+from projects.shapes.study.rows import Task
+from projects.shapes.study.sections import COST, FEWER, NAMES, SECTIONS, Sizes, make_tasks, row_keys
 
-# Of a row that is done, in the terminal.
+# Metrics printed after each row.
 _PRINTED = ("box_AP50", "mask_IoU", "colour_accuracy", "FID")
 
 
@@ -31,36 +33,34 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--checkpoint", type=Path, default=Path("checkpoints/shapes"), help="a checkpoint folder, or a training workdir"
-    )
+    add("--checkpoint", type=Path, default=Path("checkpoints/shapes"), help="a checkpoint folder or a training workdir")
     add("--segmenter", type=Path, default=Path("checkpoints/shapes_segmenter"), help="folder of the detector")
-    add("--workdir", type=Path, default=Path("runs/study"), help="folder for scenes, pictures and numbers")
+    add("--workdir", type=Path, default=Path("runs/study"), help="folder for scenes, images and numbers")
     add(
         "--docs",
         type=Path,
         help="folder for results.md, results.json, figures/results_*.png (default: docs; WORKDIR/page with --sections)",
     )
-    add("--sections", default=",".join(NAMES), help="which tables, with commas (default: all)")
-    add("--count", type=int, default=500, help="pictures of a row and seed in the main tables (default 500)")
-    add("--seeds", type=int, default=3, help="seeds there (default 3)")
-    add("--small_count", type=int, default=100, help="pictures of a row and seed in the other tables (default 100)")
-    add("--small_seeds", type=int, default=2, help="seeds there (default 2)")
+    add("--sections", default=",".join(NAMES), help="tables, separated by commas (default: all)")
+    add("--count", type=int, default=500, help="images per row and seed in the main tables (default 500)")
+    add("--seeds", type=int, default=3, help="seeds in the main tables (default 3)")
+    add("--small_count", type=int, default=100, help="images per row and seed in the other tables (default 100)")
+    add("--small_seeds", type=int, default=2, help="seeds in the other tables (default 2)")
     add("--reference_count", type=int, default=500, help="real images that FID compares with (default 500)")
-    add("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
-    add("--steps", type=int, help="solver steps where a row does not say; default: the checkpoint's own")
-    add("--minutes", type=float, help="draw no longer than this")
+    add("--size", type=int, default=64, help="side of the images in pixels (default 64)")
+    add("--steps", type=int, help="solver steps, unless a row sets them (default: the checkpoint's)")
+    add("--minutes", type=float, help="stop after this many minutes")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
-    add("--max_rows", type=int, help="latents denoised at a time; less needs less memory")
+    add("--max_rows", type=int, help="latents denoised at a time; fewer need less memory")
     args = parser.parse_args(argv)
     if args.docs is None:
-        # A page of some sections would leave out what the whole one says.
+        # A page of some sections must not replace the complete one.
         args.docs = Path("docs") if args.sections == ",".join(NAMES) else args.workdir / "page"
     return args
 
 
 def check_args(args: argparse.Namespace) -> list[str]:
-    """The sections that are asked for, in the order of importance; raises before anything is read."""
+    """Returns the requested sections, most important first; InputError for bad flags."""
     wanted = [name for name in args.sections.split(",") if name]
     for name in wanted:
         if name not in NAMES:
@@ -76,21 +76,21 @@ def check_args(args: argparse.Namespace) -> list[str]:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Does all that is missing and writes the page."""
+    """Measures what is missing and writes the page."""
     sections, sizes = check_args(args), Sizes(args.count, args.seeds, args.small_count, args.small_seeds)
 
-    # Late, so that a wrong flag need not wait for jax.
+    # Imported here, so that a bad flag is reported without waiting for jax.
     import jax
 
     from instdiff_jax.evaluation.report import metrics_line
     from projects.shapes.study.cost import known_cost, measure_cost, option_costs
     from projects.shapes.study.report import write_study
     from projects.shapes.study.results import make_results
-    from projects.shapes.study.runs import Study, TimeUp
+    from projects.shapes.study.runs import Study, StudySettings, TimeUp
 
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    folders = args.checkpoint, args.segmenter, args.workdir
-    study = Study(*folders, args.size, args.reference_count, dtype, args.steps, args.max_rows)
+    names = ("checkpoint", "segmenter", "workdir", "size", "reference_count", "steps", "max_rows")
+    study = Study(StudySettings(**{name: getattr(args, name) for name in names}, dtype=dtype))
     tasks = make_tasks(sections, sizes, study.sampling)
     numbers = {key: found for key, task in tasks.items() if (found := study.done(task)) is not None}
     cost = known_cost(study) if COST in sections else None
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace, command: str) -> None:
             numbers[name, seed, count] = found
             shown = metrics_line({metric: found["metrics"].get(metric) for metric in _PRINTED})
             seconds = time.monotonic() - begin
-            what = f"{number}/{len(waiting)} {name}, seed {seed}, {count} pictures"
+            what = f"{number}/{len(waiting)} {name}, seed {seed}, {count} images"
             print(f"{what}: {shown} ({seconds:.0f} s)", flush=True)
         if COST in sections and cost is None:
             check_time()
@@ -127,11 +127,11 @@ def run(args: argparse.Namespace, command: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: see the top of this file."""
+    """The command line; see the top of this file."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(argv)
     with exit_on_input_error():
-        # How long a run may draw is no part of what makes the page: without it, one run does all.
+        # Without --minutes, so that the command on the page measures everything in one run.
         flags = re.sub(r"--minutes[= ]\S+ ?", "", shlex.join(argv))
         run(args, f"python -m projects.shapes.study {flags}".rstrip())
 

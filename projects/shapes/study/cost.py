@@ -1,6 +1,6 @@
-"""What sampling costs, part by part and by its options: time, UNet evaluations, operations, and memory.
+"""What sampling costs, by part and by option: time, UNet evaluations, FLOPs and memory.
 
-The programs are those that the pipeline runs, compiled for one full batch of pictures of four instances each.
+The measured programs are those of the pipeline, for one full batch of images with four instances each.
 """
 
 import functools
@@ -36,8 +36,9 @@ from instdiff_jax.models.unifusion import NUM_TOKENS
 from instdiff_jax.sampling import programs
 from instdiff_jax.sampling.pipeline import Pipeline
 from instdiff_jax.sampling.request import Job, plan
-from projects.shapes.study.rows import FIFTY, MIS, Row, Task
+from projects.shapes.study.rows import Row, Task
 from projects.shapes.study.runs import Study, machine
+from projects.shapes.study.sections import FIFTY, MIS
 
 Numbers = Mapping[tuple[str, int, int], Any]
 INSTANCES = 4
@@ -45,8 +46,8 @@ _SCENES = f"count_{INSTANCES}"
 
 
 def option_costs(study: Study, task: Task, numbers: Numbers) -> dict[str, float]:
-    """UNet evaluations of a picture, how many times fewer they are than with 50 steps, and the distance from the same
-    pictures in 50 steps where there are any.
+    """UNet evaluations per image, the speedup relative to 50 steps, and (if those images exist) the distance to the
+    images with 50 steps.
     """
     found = {"UNets": _evaluations(study, task.row)}
     found["speedup"] = _evaluations(study, FIFTY) / found["UNets"]
@@ -54,9 +55,9 @@ def option_costs(study: Study, task: Task, numbers: Numbers) -> dict[str, float]
     if (FIFTY.slug(study.sampling), *fifty[1:]) in numbers:
         scenes = study.split(task.row.scenes, task.count).scenes
         paths = [[picture_path(study.folder(one), scene) for scene in scenes] for one in (task, fifty)]
-        # Numbers may be kept without the pictures that they are of.
+        # Numbers may exist without their images.
         if all(path.exists() for column in paths for path in column):
-            ours, theirs = (np.stack([read_picture(path, study.size) for path in column]) for column in paths)
+            ours, theirs = (np.stack([read_picture(path, study.settings.size) for path in column]) for column in paths)
             found["distance"] = float(np.abs(ours.astype(float) - theirs).mean())
     return found
 
@@ -67,12 +68,12 @@ def _evaluations(study: Study, row: Row) -> float:
     pieces = plan(settings, table)
     images, guided = [ImageRows(0, 0, (0,) * INSTANCES)], settings.guidance_scale != 1
     every, fresh = count_evaluations(pieces, images, guided), count_fresh(pieces, images, settings.reuse, guided)
-    return fresh + (every - fresh) * finish_share(study.config, study.size)
+    return fresh + (every - fresh) * finish_share(study.config, study.settings.size)
 
 
 @functools.cache
 def finish_share(config: ModelConfig, size: int) -> float:
-    """Operations of an evaluation that reuses deep features, as a share of a whole one's."""
+    """FLOPs of an evaluation that reuses deep features, as a fraction of a full evaluation's."""
     unet, width, side = UNet(config.unet), config.unet.context_dim, size // config.latent_stride
     shapes = [(side, side, config.unet.in_channels), (), (config.text_encoder.max_length, width), (NUM_TOKENS, width)]
     inputs = [jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in shapes]
@@ -90,16 +91,16 @@ def finish_share(config: ModelConfig, size: int) -> float:
 
 
 def cost_file(study: Study) -> tuple[Path, dict[str, Any]]:
-    """Where the numbers are kept, and what they are of."""
-    key = {"checkpoint": study.fingerprint, "sampling": study.sampling.to_dict(), "size": study.size}
-    # Seconds are those of a machine: a study that goes on elsewhere measures again.
-    key |= {"dtype": study.dtype, "device": machine()["device"], "devices": jax.device_count()}
-    key |= {"max_rows": study.max_rows, "version": 2}
-    return study.workdir / "numbers" / "cost.json", json.loads(json.dumps(key))
+    """The file of the numbers, and all that they depend on."""
+    key = {"checkpoint": study.fingerprint, "sampling": study.sampling.to_dict(), "size": study.settings.size}
+    # Seconds depend on the machine: a study that continues elsewhere measures again.
+    key |= {"dtype": study.settings.dtype, "device": machine()["device"], "devices": jax.device_count()}
+    key |= {"max_rows": study.settings.max_rows, "version": 2}
+    return study.settings.workdir / "numbers" / "cost.json", json.loads(json.dumps(key))
 
 
 def known_cost(study: Study) -> dict[str, Any] | None:
-    """The numbers of an earlier run; None where there are none."""
+    """The numbers of an earlier run; None if there are none."""
     path, key = cost_file(study)
     try:
         cost = json.loads(path.read_text())
@@ -109,19 +110,19 @@ def known_cost(study: Study) -> dict[str, Any] | None:
 
 
 def measure_cost(study: Study) -> dict[str, Any]:
-    """Measures every part: each is compiled, run once to warm up, and timed once more.
+    """Measures every part: compiles it, runs it once to warm up, and times a second run.
 
     Returns:
-        `pictures` of the batch, and `parts`: a list of {part, seconds, evaluations, gflop: of one picture;
-        temporary_mb: of the batch's program}. The last two are whole calls, with MIS and without.
+        `pictures` (images in the batch), `instances`, and `parts`: a list of {part; seconds, evaluations and gflop per
+        image; temporary_mb of the batch's program}. The last two parts are whole calls, with MIS and without.
     """
     pipeline = study.pipeline()
-    canvas = (study.size, study.size)
+    canvas = (study.settings.size, study.settings.size)
     count = max(pipeline._max_rows(canvas) // (INSTANCES + 1), 1)
     scenes = study.split(_SCENES, count).scenes
     layouts = [make_layout(scene, "box") for scene in scenes]
     seeds = [image_seed(0, scene.image_id) for scene in scenes]
-    # A checkpoint may leave the multi-instance sampler out: what it costs is shown all the same.
+    # MIS is measured even if the checkpoint has it off.
     sampling = Row("", sampling=MIS).settings(study.sampling)
     settings = sampling.to_dict()
     job = Job(
@@ -172,7 +173,7 @@ def _parts(pipeline: Pipeline, job: Job, layouts: list[Layout]) -> list[dict[str
 
 
 def _text_and_tokens(pipeline: Pipeline, job: Job, layouts: dict[int, Layout], grid: tuple[int, int]) -> dict[str, Any]:
-    """Text encoder, UniFusion, and the keys and values of both in every block; what fills up a chunk is work, too."""
+    """Text encoder, UniFusion, and their keys and values in every block; the padding of a chunk is counted."""
 
     def make() -> Any:
         return pipeline._conditions(job, layouts, grid)[0]
@@ -202,7 +203,7 @@ def _text_and_tokens(pipeline: Pipeline, job: Job, layouts: dict[int, Layout], g
 def _piece(
     pipeline: Pipeline, job: Job, piece: Piece, conditions: dict[str, Any], images: list, side: int
 ) -> dict[str, Any]:
-    """One run of the sampler's loop."""
+    """One piece of the sampler's loop."""
     guided = job.settings.guidance_scale != 1
     rows = pack_rows(images, piece.rows, max_rows=pipeline._max_rows(job.size, job.masked))
     entries = rows.conditions[: rows.chunk, : 1 + (guided and piece.guided)]
@@ -220,7 +221,7 @@ def _piece(
 
     chunks = len(rows.image) // rows.chunk
     run = functools.partial(denoise, predict, use_fusers=piece.use_fusers)
-    # Counted for the loop's body; the rows that fill up a chunk are work, too.
+    # Counted for one step of the loop, with the padding of a chunk.
     flops = count_flops(run, params, start_state(noise), *args) * (piece.stop - piece.start) * chunks
     kinds = {"all": "MIS: all rows", "global": "MIS: global row", "instances": "MIS: instances", "image": "global row"}
     unguided = ", no guidance" if guided and not piece.guided else ""
@@ -234,7 +235,7 @@ def _piece(
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """Of one call after another that warms up."""
+    """Seconds of a call, after one to warm up."""
     call()
     start = time.perf_counter()
     call()

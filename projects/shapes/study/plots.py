@@ -1,4 +1,4 @@
-"""The study's plots, as PNG."""
+"""The study's plots, as PNG files."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ _COLOURS = ("#3366cc", "#cc5533", "#339966", "#8855aa")
 
 
 def draw_plots(results: Mapping[str, Any]) -> dict[str, bytes]:
-    """A plot for each section that has one and was measured: name of the section to the PNG."""
+    """The plots of the measured sections: name of the section to the bytes of its PNG."""
     makers = {
         "leakage": lambda table: _bars(table, ("colour_accuracy", "texture_accuracy", "colour_leak")),
         "instances": lambda table: _by_number(table, ("box_AP50", "colour_accuracy", "FID")),
@@ -28,7 +28,7 @@ def draw_plots(results: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _axes(metrics: Sequence[str]) -> tuple[Any, Sequence[Any]]:
-    # Without pyplot: no window system, no global figures.
+    # Without pyplot, which needs a window system and keeps global figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -45,7 +45,7 @@ def _axes(metrics: Sequence[str]) -> tuple[Any, Sequence[Any]]:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    # Without the library's version in the file: equal numbers give equal bytes.
+    # Without the library's version, so that equal numbers give equal bytes.
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -58,7 +58,7 @@ def _line(
     colour: str,
     style: str = "-",
 ) -> None:
-    """Means over seeds, with the range from lowest to highest as a band."""
+    """Draws means over seeds, with a band from lowest to highest."""
     points = sorted(((x, row["metrics"][metric]) for x, row in points if metric in row["metrics"]), key=lambda p: p[0])
     if not points:
         return
@@ -72,8 +72,8 @@ def _line(
 def _by_number(table: Mapping[str, Any], metrics: Sequence[str]) -> bytes:
     figure, axes = _axes(metrics)
     for axis, metric in zip(axes, metrics, strict=True):
-        drawn, real = (list(enumerate(table["rows"][first::2], 1)) for first in (0, 1))
-        _line(axis, metric, drawn, "drawn", _COLOURS[0])
+        generated, real = (list(enumerate(table["rows"][first::2], 1)) for first in (0, 1))
+        _line(axis, metric, generated, "generated", _COLOURS[0])
         _line(axis, metric, real, "real images", "#888888", "--")
         axis.set_xlabel("instances")
     axes[0].legend(fontsize=8)
@@ -121,7 +121,7 @@ def _bars(table: Mapping[str, Any], metrics: Sequence[str]) -> bytes:
     for axis, metric in zip(axes, metrics, strict=True):
         shown = [(k, row["metrics"][metric]) for k, row in enumerate(rows) if metric in row["metrics"]]
         means = [100 * m["mean"] for _, m in shown]
-        # A mean of equal numbers may lie beside them by a rounding.
+        # The mean of equal numbers may differ from them by rounding.
         errors = [
             [100 * max(m["mean"] - m["low"], 0) for _, m in shown],
             [100 * max(m["high"] - m["mean"], 0) for _, m in shown],

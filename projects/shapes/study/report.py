@@ -1,4 +1,4 @@
-"""The study as a page: docs/results.md, beside results.json and its plots. All of it follows from the results alone."""
+"""Writes the study's results: results.md, results.json and plots. All of them follow from the results alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,22 +9,21 @@ from instdiff_jax.evaluation.files import write_file
 from instdiff_jax.evaluation.report import label, lower_is_better, show, table_line
 from projects.shapes.study.plots import draw_plots
 
-# The paper's numbers and others' on COCO val2017, with YOLOv8m-seg as the detector: percentages, but for FID.
+# Published numbers on COCO val2017, with YOLOv8m-seg as the detector: FID, and percentages.
 _PAPER = (
     ("real images", "48.4", "65.2", "67.8", "", "", "", "", "", "", "", ""),
     ("InstanceDiffusion", "38.8", "55.4", "52.9", "23.9", "27.1", "50.0", "25.5", "81.1", "72.4", "54.4", "26.8"),
-    ("GLIGEN, run again by ROICtrl", "24.1", "42.6", "35.9", "", "", "", "", "", "", "26.3", "17.7"),
+    ("GLIGEN, as measured by ROICtrl", "24.1", "42.6", "35.9", "", "", "", "", "", "", "26.3", "17.7"),
 )
 _PAPER_HEAD = ("box AP", "box AP50", "box AR", "FID, box", "mask AP", "mask AP50", "FID, mask")
 _PAPER_HEAD += ("PiM point", "PiM scribble", "colour accuracy", "texture accuracy")
-_SHORT_NAMES = {"box_AP50": "AP50", "box_AP": "AP", "box_AR": "AR"}
 
 
 def write_study(results: Mapping[str, Any], docs: Path) -> None:
     """Writes results.json, figures/results_*.png and results.md into a folder.
 
     Args:
-        results: as `results.make_results` gives them.
+        results: as `results.make_results` returns them.
         docs: the folder.
     """
     write_file(docs / "results.json", (json.dumps(results, indent=1) + "\n").encode())
@@ -39,14 +38,14 @@ def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:
 
     Args:
         results: see `write_study`.
-        figures: names of the plots that there are.
+        figures: names of the plots that exist.
     """
     tables = results["tables"]
     parts = ["# Results", _introduction(results["made"])]
     if results["targets"]:
         parts += ["## Targets", _targets(results["targets"])]
     if results["comparisons"]:
-        parts += ["## Where it agrees with the paper, and where it differs", _comparisons(results["comparisons"])]
+        parts += ["## Agreement with the paper", _comparisons(results["comparisons"])]
     for name, table in tables.items():
         shown = _counted(table) if name == "instances" else _table(table)
         parts += [f"## {table['title']}", table["text"], _sizes(table), shown]
@@ -55,10 +54,9 @@ def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:
         if name == "formats":
             parts += [
                 "### The paper's numbers, on COCO",
-                "Of the full model on COCO val2017, from arXiv 2402.03290 (the last row: GLIGEN as the ROICtrl paper "
-                "ran it). Another model, other data, another detector: not to be compared number by number with the "
-                "table above; what compares is the order of rows and their share of the real images' row (there 85.0% "
-                "of AP50).",
+                "Results of the full model on COCO val2017, from arXiv 2402.03290 (last row: GLIGEN as measured in the "
+                "ROICtrl paper). Model, data and detector differ, so do not compare the numbers with the table above. "
+                "The order of the rows is comparable, and their ratio to the real images (85.0% of AP50 on COCO).",
                 _lines(("on COCO", *_PAPER_HEAD), _PAPER),
             ]
     if "cost" in results:
@@ -70,25 +68,25 @@ def _introduction(made: Mapping[str, Any]) -> str:
     machine, sizes, sampling = made["machine"], made["sizes"], made["sampling"]
     alpha = "/".join(f"{part:g}" for part in sampling["alpha"])
     side = made["size"]
-    return f"""The small model on held-out scenes of shapes, {side}×{side} pixels. All that this page shows
-was made by one command, which draws only what its workdir lacks:
+    return f"""The small model on held-out scenes of shapes, {side}×{side} pixels. One command made this page; it
+generates only images that its workdir lacks:
 
 ```bash
 {made["command"]}
 ```
 
-Machine: {machine["device"]}, {made["dtype"]}, jax {machine["jax"]}, Python {machine["python"]}. Sampling, where a row
-does not say otherwise: {sampling["sampler"]}, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]:g}, \
+Machine: {machine["device"]}, {made["dtype"]}, jax {machine["jax"]}, Python {machine["python"]}. Sampling, unless a row
+says otherwise: {sampling["sampler"]}, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]:g}, \
 alpha {alpha}, MIS {sampling["mis"]:g} ({sampling["merge"]}), masked attention {sampling["masked_attention"]}.
-Asked for: {sizes["count"]} pictures with {sizes["seeds"]} seeds in the main tables, {sizes["small_count"]} with \
-{sizes["small_seeds"]} in the others; above each table stands what was done.
+Requested: {sizes["count"]} images with {sizes["seeds"]} seeds in the main tables, {sizes["small_count"]} with \
+{sizes["small_seeds"]} in the others. The line above each table says how many were measured.
 
-The detector is the project's own segmentation network (`instdiff_jax/evaluation/segmenter.py`), as YOLOv8 is in the
-paper; what it makes of real images is the upper bound. AP, AR, IoU, PiM and accuracy in percent; accuracy is over all
-instances that were asked for, and one that is not found is wrong. FID is the Fréchet distance of that network's
-features to those of other real scenes of the same kind: it compares rows of equal numbers of pictures with each other,
-and real images have one above 0, too. A number is the mean over seeds, ± half the distance from the lowest to the
-highest; seeds change the noise, not the scenes."""
+The detector is this project's segmentation network (`projects/shapes/segmenter.py`), in place of the paper's YOLOv8.
+Its results on real images are the upper bound. AP, AR, IoU, PiM and accuracy are in percent. Accuracy is over all
+instances of the layouts; an instance that is not found counts as wrong. FID is the Fréchet distance between the
+network's features and those of other real scenes with the same settings. It depends on the number of images, so
+compare only rows with equal numbers; it is above 0 for real images too. Numbers are means over seeds, ± half the range.
+Seeds change the noise, not the scenes."""
 
 
 def _sizes(table: Mapping[str, Any]) -> str:
@@ -96,13 +94,13 @@ def _sizes(table: Mapping[str, Any]) -> str:
     if not done:
         return "Not measured."
     images = " or ".join(str(number) for number in sorted({images for images, _ in done}))
-    drawn = [row for row in table["rows"] if row["settings"]["pictures"] != "real"]
-    seeds = " or ".join(str(number) for number in sorted({row["seeds"] for row in drawn}))
-    return f"Pictures of a row and seed: {images}. Seeds: {seeds}."
+    generated = [row for row in table["rows"] if row["settings"]["pictures"] != "real"]
+    seeds = " or ".join(str(number) for number in sorted({row["seeds"] for row in generated}))
+    return f"Images per row and seed: {images}. Seeds: {seeds}."
 
 
 def show_metric(name: str, metric: Mapping[str, Any] | None) -> str:
-    """A number with its spread over seeds; – for one that was not measured."""
+    """A number with its spread over seeds; – if it was not measured."""
     if metric is None:
         return "–"
     spread = (metric["high"] - metric["low"]) / 2
@@ -129,14 +127,14 @@ def _table(table: Mapping[str, Any]) -> str:
 
 
 def _counted(table: Mapping[str, Any]) -> str:
-    """The table of numbers of instances: the real images' numbers stand in brackets beside the drawn ones'."""
+    """The table by number of instances, with the real images' numbers in brackets."""
     columns, cells = table["columns"], []
-    for drawn, real in zip(table["rows"][::2], table["rows"][1::2], strict=True):
-        line = [drawn["label"]]
+    for generated, real in zip(table["rows"][::2], table["rows"][1::2], strict=True):
+        line = [generated["label"]]
         for name in columns:
             bound = real["metrics"].get(name)
             line.append(
-                show_metric(name, drawn["metrics"].get(name))
+                show_metric(name, generated["metrics"].get(name))
                 + (f" ({show(name, bound['mean'])})" if bound is not None else "")
             )
         cells.append(line)
@@ -154,9 +152,9 @@ def _targets(targets: Sequence[Mapping[str, Any]]) -> str:
         reached = {None: "not measured", True: "yes", False: "no"}[item["reached"]]
         real = item["upper_bound"]
         if item["reached"] is False and not item["share_counts"] and real is not None and real < item["least"]:
-            reached = "no, nor do real images"
+            reached = "no; nor by real images"
         rows.append([item["target"], *map(percent, values), reached])
-    text = "In percent, on the main scenes (2 to 6 instances): boxes for the first two, then the format named."
+    text = "In percent, on the main scenes (2 to 6 instances). The first two use boxes, the others the format named."
     return f"{text}\n\n{_lines(head, rows)}"
 
 
@@ -172,25 +170,25 @@ def _comparisons(comparisons: Sequence[Mapping[str, Any]]) -> str:
         higher = [label(line["metric"]) for line in item["lines"] if line["verdict"] == "higher"]
         if lower:
             also = f", while {_listed(higher)} {_be(higher)} higher" if higher else ""
-            differ.append(f"“{item['claim']}” (with it {_listed(lower)} {_be(lower)} lower{also})")
+            differ.append(f"“{item['claim']}” ({_listed(lower)} {_be(lower)} lower with it{also})")
         elif higher:
             agree.append(f"“{item['claim']}”")
         elif verdicts:
             open_.append(f"“{item['claim']}”")
     sentences = []
     if agree:
-        sentences.append(f"As in the paper: {_listed(agree)}.")
+        sentences.append(f"In agreement with the paper: {_listed(agree)}.")
     if differ:
-        sentences.append(f"Other than in the paper: {_listed(differ)}.")
+        sentences.append(f"In contrast to the paper: {_listed(differ)}.")
     if open_:
-        sentences.append(f"Not to be told from chance here: {_listed(open_)}.")
-    head = ("claim of the paper", "number", "with", "without", "difference", "with it")
+        sentences.append(f"Not statistically significant: {_listed(open_)}.")
+    head = ("claim of the paper", "metric", "with", "without", "difference", "with it")
     if not rows:
         return "Not measured."
     text = (
-        "Each part's effect, on the same scenes with the same noise. The error is the standard error over scenes; "
-        "what is less than twice that counts as no difference. Found: the share of instances that the detector finds "
-        "where they should be (IoU of at least 0.5)."
+        "The effect of each part, on the same scenes with the same noise. ± is the standard error over scenes; a "
+        "difference under twice the standard error is not significant. Found: the share of instances that the "
+        "detector finds in the right place (IoU of at least 0.5)."
     )
     return "\n\n".join([" ".join(sentences), text, _lines(head, rows)])
 
@@ -217,10 +215,10 @@ def _cost(cost: Mapping[str, Any] | None) -> str:
         for part in cost["parts"]
     ]
     text = (
-        f"Of one picture with {cost['instances']} instances (boxes), in a batch of {cost['pictures']}: seconds of one "
-        "run after one to warm up, evaluations of the UNet for one latent, guidance included, operations (two a "
-        "multiply-add, rows that fill up a batch included). Memory is what the batch's compiled program needs beside "
-        "its arguments, from XLA's own analysis. A whole call also prepares layouts on the host."
+        f"Per image with {cost['instances']} instances (boxes), in a batch of {cost['pictures']}. Seconds are of one "
+        "run after a warm-up. UNet evaluations are of one latent, guidance included. A multiply-add is two FLOPs, "
+        "and padding rows are included. Memory is the temporary memory of the batch's compiled program, according to "
+        "XLA. A whole call also prepares layouts on the host."
     )
     head = ("part", "seconds", "UNet evaluations", "GFLOP", "temporary memory, MB")
     return f"{text}\n\n{_lines(head, rows)}"

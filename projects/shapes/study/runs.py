@@ -1,5 +1,6 @@
-"""Draws and measures the study's rows: pictures and numbers stay in its workdir, and are not made again."""
+"""Generates and measures the rows of the study. Images and numbers stay in the workdir and are not made twice."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -25,49 +26,63 @@ from projects.shapes.scenes import render_scene
 from projects.shapes.segmenter import Segmenter
 from projects.shapes.study.rows import SCENES, Row, Task
 
-# Another one when what numbers mean changes: older ones are measured again.
+# Increased when the meaning of the numbers changes, so that older ones are measured again.
 _VERSION = 1
-# Layouts in memory at a time; the fewer batches are cut short, the fewer programs are compiled.
+# Layouts in memory at a time. Many, as a shorter last batch compiles a program of its own.
 _BATCH = 1024
 
 Numbers = dict[str, Any]
 
 
 class TimeUp(Exception):
-    """Raised from the report of a picture: no more are to be drawn."""
+    """Raised after an image is generated, to stop there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudySettings:
+    """What a study measures.
+
+    Attributes:
+        checkpoint: a checkpoint folder or a training workdir.
+        segmenter: folder of the detector.
+        workdir: folder for scenes, images and numbers.
+        size: side of the images in pixels.
+        reference_count: number of real images that FID compares with.
+        dtype: of the pipeline.
+        steps: solver steps; None: the checkpoint's.
+        max_rows: latents denoised at a time; None: what suits the device.
+    """
+
+    checkpoint: Path
+    segmenter: Path
+    workdir: Path
+    size: int
+    reference_count: int
+    dtype: str
+    steps: int | None = None
+    max_rows: int | None = None
 
 
 class Study:
-    """Draws and measures rows; all of them share one pipeline, loaded when the first picture is to be drawn.
+    """Generates and measures rows with one pipeline, which is loaded for the first image.
 
     Attributes:
-        config: the checkpoint's sizes.
-        sampling: the checkpoint's settings, with the steps that were asked for.
-        size: side of the pictures in pixels.
-        dtype: of the pipeline.
+        settings: as given.
+        config: the checkpoint's model sizes.
+        sampling: the checkpoint's sampling settings, with the steps of `settings`.
         fingerprint: of the checkpoint.
-        workdir: where all is kept.
+        segmenter: fingerprint of the detector.
     """
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        segmenter: Path,
-        workdir: Path,
-        size: int,
-        reference_count: int,
-        dtype: str,
-        steps: int | None = None,
-        max_rows: int | None = None,
-    ):
-        """Opens the checkpoint's config and the segmenter; InputError where either is none."""
-        self.sampling = sampling_settings(checkpoint, {} if steps is None else {"steps": steps})
-        self.size, self.dtype, self.checkpoint = size, dtype, checkpoint
-        self.fingerprint = checkpoint_fingerprint(checkpoint)
-        self.config = read_settings(checkpoint)[0]
-        self._detector = Segmenter.from_folder(segmenter)
+    def __init__(self, settings: StudySettings):
+        """Reads the checkpoint's config and the detector; InputError if either is missing or invalid."""
+        self.settings = settings
+        changes = {} if settings.steps is None else {"steps": settings.steps}
+        self.sampling = sampling_settings(settings.checkpoint, changes)
+        self.fingerprint = checkpoint_fingerprint(settings.checkpoint)
+        self.config = read_settings(settings.checkpoint)[0]
+        self._detector = Segmenter.from_folder(settings.segmenter)
         self.segmenter = self._detector.fingerprint
-        self.workdir, self.reference_count, self.max_rows = workdir, reference_count, max_rows
         self._pipelines: dict[bool, Pipeline] = {}
         self._splits: dict[tuple[str, int], Split] = {}
         self._references: dict[str, Gaussian] = {}
@@ -75,22 +90,24 @@ class Study:
     def pipeline(self, scaleu: bool = True) -> Pipeline:
         """The pipeline, with or without ScaleU."""
         if True not in self._pipelines:
-            self._pipelines[True] = Pipeline.from_checkpoint(self.checkpoint, self.dtype, max_rows=self.max_rows)
-            if checkpoint_fingerprint(self.checkpoint) != self.fingerprint:
-                raise InputError(f"--checkpoint: {self.checkpoint}: has changed since the study began")
+            checkpoint, dtype = self.settings.checkpoint, self.settings.dtype
+            self._pipelines[True] = Pipeline.from_checkpoint(checkpoint, dtype, max_rows=self.settings.max_rows)
+            if checkpoint_fingerprint(checkpoint) != self.fingerprint:
+                raise InputError(f"--checkpoint: {checkpoint}: has changed since the study began")
             self._pipelines[False] = self._pipelines[True].without_scaleu()
         return self._pipelines[scaleu]
 
     def split(self, scenes: str, count: int) -> Split:
-        """The first scenes of a set, rendered if they are not there yet."""
+        """The first scenes of a set, rendered if necessary."""
         if (scenes, count) not in self._splits:
-            folder, kind = self.workdir / "scenes" / f"{scenes}_{count}_{self.size}", SCENES[scenes]
-            write_coco(folder, "held_out", count, kind.seed, self.size, kind.settings)
+            size, kind = self.settings.size, SCENES[scenes]
+            folder = self.settings.workdir / "scenes" / f"{scenes}_{count}_{size}"
+            write_coco(folder, "held_out", count, kind.seed, size, kind.settings)
             self._splits[scenes, count] = read_split(folder, "held_out")
         return self._splits[scenes, count]
 
     def done(self, task: Task) -> Numbers | None:
-        """A task's numbers from an earlier run; None where it is to be done."""
+        """A task's numbers from an earlier run; None if there are none."""
         path, key = self._numbers_file(task)
         try:
             numbers = json.loads(path.read_text())
@@ -98,24 +115,24 @@ class Study:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def run(self, task: Task, drawn: Callable[[], None]) -> Numbers:
-        """Draws what pictures are missing, measures all of the task's, and keeps the numbers.
+    def run(self, task: Task, report: Callable[[], None]) -> Numbers:
+        """Generates the missing images, measures all images of the task, and saves the numbers.
 
         Args:
-            task: what to do.
-            drawn: called after every picture; what it raises ends the drawing, and pictures made so far stay.
+            task: what to measure.
+            report: called after every image. If it raises, the images made so far stay.
 
         Returns:
-            `metrics` by name, and `of_picture`: sums over each picture's instances.
+            `metrics` by name, and `of_picture`: sums over the instances of each image.
         """
         row, group = task.row, SCENES[task.row.scenes].group
         folder = self.folder(task)
-        claim_folder(folder, self._settings(task), "--workdir")
+        claim_folder(folder, self._image_settings(task), "--workdir")
         together = [self.split(name, task.count).scenes for name, kind in SCENES.items() if kind.group == group]
-        # One scene of each set after another: batches are alike.
+        # The sets alternate, so that batches have similar sizes.
         scenes = [scene for some in itertools.zip_longest(*together) for scene in some if scene is not None]
-        if row.pictures == "real":
-            copy_real(scenes, folder, drawn)
+        if row.source == "real":
+            copy_real(scenes, folder, report)
         else:
             generate(
                 self.pipeline(row.scaleu),
@@ -125,7 +142,7 @@ class Study:
                 format=row.format,
                 drop=row.drop,
                 batch=_BATCH,
-                report=drawn,
+                report=report,
                 **row.settings(self.sampling).to_dict(),
             )
         path, key = self._numbers_file(task)
@@ -134,9 +151,9 @@ class Study:
         return numbers
 
     def folder(self, task: Task) -> Path:
-        """Where a task's pictures are."""
+        """Folder of a task's images."""
         slug = task.row.slug(self.sampling, SCENES[task.row.scenes].group)
-        return self.workdir / "pictures" / f"{slug}-seed_{task.seed}"
+        return self.settings.workdir / "pictures" / f"{slug}-seed_{task.seed}"
 
     def _measured(self, split: Split, folder: Path, row: Row) -> Numbers:
         features, reference = self._detector.features, self._reference(row.scenes)
@@ -145,43 +162,48 @@ class Study:
         return {"metrics": metrics, "of_picture": [_sums(picture, seen.kinds) for picture in seen.pictures]}
 
     def _reference(self, scenes: str) -> Gaussian:
-        """The features' Gaussian of other scenes like those of a set."""
+        """Gaussian of the features of other scenes with the settings of a set."""
         if scenes not in self._references:
             kind = SCENES[scenes]
-            numbers = range(self.reference_count)
-            images = [render_scene(kind.reference_seed, i, self.size, kind.settings).image for i in numbers]
+            numbers = range(self.settings.reference_count)
+            images = [render_scene(kind.reference_seed, i, self.settings.size, kind.settings).image for i in numbers]
             self._references[scenes] = fit_gaussian(self._detector.features(np.stack(images)))
         return self._references[scenes]
 
     def _numbers_file(self, task: Task) -> tuple[Path, Mapping[str, Any]]:
-        """Where a task's numbers are kept, and what they depend on."""
-        key = {"version": _VERSION, "pictures": self._settings(task), "segmenter": self._detector.fingerprint}
-        key |= {"scenes": task.row.scenes, "count": task.count, "reference_count": self.reference_count}
-        path = self.workdir / "numbers" / f"{task.row.slug(self.sampling)}-seed_{task.seed}-{task.count}.json"
+        """The file of a task's numbers, and all that they depend on."""
+        key = {"version": _VERSION, "pictures": self._image_settings(task), "segmenter": self._detector.fingerprint}
+        key |= {"scenes": task.row.scenes, "count": task.count, "reference_count": self.settings.reference_count}
+        path = self.settings.workdir / "numbers" / f"{task.row.slug(self.sampling)}-seed_{task.seed}-{task.count}.json"
         return path, json.loads(json.dumps(key))
 
-    def _settings(self, task: Task) -> dict[str, Any]:
-        """All that decides what a task's pictures look like."""
+    def _image_settings(self, task: Task) -> dict[str, Any]:
+        """All settings that a task's images depend on."""
         row, group = task.row, SCENES[task.row.scenes].group
         kinds = {name: kind for name, kind in SCENES.items() if kind.group == group}
-        settings: dict[str, Any] = {"pictures": row.pictures, "size": self.size}
+        settings: dict[str, Any] = {"pictures": row.source, "size": self.settings.size}
         settings["scenes"] = {name: {"seed": kind.seed} | kind.settings.to_dict() for name, kind in kinds.items()}
-        if row.pictures != "real":
-            settings |= {"checkpoint": self.fingerprint, "dtype": self.dtype, "seed": task.seed, "format": row.format}
+        if row.source != "real":
+            settings |= {
+                "checkpoint": self.fingerprint,
+                "dtype": self.settings.dtype,
+                "seed": task.seed,
+                "format": row.format,
+            }
             settings |= {"drop": row.drop, "scaleu": row.scaleu}
             settings["sampling"] = row.settings(self.sampling).to_dict()
         return settings
 
 
 def machine() -> dict[str, Any]:
-    """What numbers are made on here."""
+    """The device and versions that numbers are measured with."""
     device = jax.devices()[0]
     name = f"{os.cpu_count()} cores of {processor_name()}" if device.platform == "cpu" else device.device_kind
     return {"device": f"{name} ({platform.machine()})", "jax": jax.__version__, "python": platform.python_version()}
 
 
 def _sums(picture: Picture, kinds: Sequence[str]) -> dict[str, float]:
-    """One picture's numbers as sums over its instances: what paired comparisons of two rows are made of."""
+    """An image's numbers as sums over its instances, for paired comparisons of two rows."""
     measures, targets = picture.measures, picture.scene.asked
     sums: dict[str, float] = {"instances": len(targets), "found": sum(item.match is not None for item in measures)}
     for name, field in (("mask_IoU", "mask_iou"), ("PiM_point", "point_in"), ("PiM_scribble", "scribble_in")):
