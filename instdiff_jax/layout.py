@@ -3,49 +3,75 @@
 import dataclasses
 import json
 import logging
-import numbers
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from instdiff_jax.coco import Coco, count_names
 from instdiff_jax.errors import InputError, short
-from instdiff_jax.geometry.masks import decode_mask, encode_mask
+from instdiff_jax.files import read_json, write_text
+from instdiff_jax.geometry.checks import (
+    MAX_SIDE,
+    describe,
+    pair_up,
+    read_box,
+    read_integer,
+    read_mask,
+    read_point,
+    read_scribble,
+    read_text,
+    read_xywh,
+)
+from instdiff_jax.geometry.masks import RLE
 
 _logger = logging.getLogger(__name__)
 
 MAX_INSTANCES = 30
-MAX_SIDE = 8192
-_MAX_SCRIBBLE_POINTS = 10_000
-# Boxes are kept to this fraction of a pixel: then x0 + (x1 - x0) is exact, and xywh files round-trip.
-_BOX_GRID = 2.0**24
 
 WhenTooMany = Literal["error", "largest"]
 
 
+class _CompactMask:
+    """A dataclass field: a checked mask is kept as run lengths and decoded when it is read."""
+
+    def __get__(self, instance: "Instance | None", owner: type) -> Bool[np.ndarray, "H W"] | None:
+        if instance is None:
+            return None  # the field's default
+        mask = vars(instance)["mask"]
+        return mask.decode() if isinstance(mask, RLE) else mask
+
+    def __set__(self, instance: "Instance", mask: Any) -> None:
+        vars(instance)["mask"] = mask
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instance:
-    """A caption and where it belongs, in one or more formats; all coordinates are pixels of the canvas.
+    """A caption and its location in one or more formats; all coordinates are pixels of the canvas.
 
     Attributes:
         caption: the phrase that describes the instance.
         box: x0, y0, x1, y1.
         point: x, y.
         scribble: points along a path, at least two.
-        mask: which pixels of the canvas the instance covers.
-        category_name: a label that is carried along and not used.
+        mask: the pixels of the canvas that the instance covers. A layout keeps masks as run lengths.
+        category_name: a label that is kept and not used.
     """
 
     caption: str
     box: tuple[float, float, float, float] | None = None
     point: tuple[float, float] | None = None
     scribble: Float[np.ndarray, "n 2"] | None = None
-    mask: Bool[np.ndarray, "H W"] | None = None
+    mask: Bool[np.ndarray, "H W"] | None = _CompactMask()
     category_name: str = ""
+
+    @property
+    def rle(self) -> RLE | None:
+        """The mask as run lengths, without decoding it where a layout holds the instance."""
+        mask = vars(self)["mask"]
+        return mask if mask is None or isinstance(mask, RLE) else RLE.from_mask(mask)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Instance):
@@ -55,12 +81,23 @@ class Instance:
 
     @property
     def area(self) -> float:
-        """Area in pixels²: of the mask, else the box, else the scribble's extent; a point has none."""
-        if self.mask is not None:
-            return float(self.mask.sum())
+        """Area in pixels²: of the mask, else of the box, else of the scribble's extent; 0 for a point."""
+        if (rle := self.rle) is not None:
+            return float(rle.area)
         if self.box is not None:
             return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
         return float(np.ptp(self.scribble, axis=0).prod()) if self.scribble is not None else 0.0
+
+
+class _Names(NamedTuple):
+    """How a source names the instances and two of their fields, for error messages."""
+
+    instances: str = "instances"
+    box: str = "box"
+    mask: str = "mask"
+
+
+_PYTHON, _OFFICIAL, _COCO = _Names(), _Names("annos", "bbox"), _Names("annotations", "bbox", "segmentation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +108,7 @@ class Layout:
 
     Raises:
         InputError: on construction, naming the instance and field, for anything that is not valid: NaN, wrong types,
-            places outside the canvas, empty boxes and masks, masks of another size, no or too many instances.
+            locations outside the canvas, empty boxes and masks, masks of another size, no or too many instances.
     """
 
     caption: str
@@ -79,55 +116,36 @@ class Layout:
     height: int
     instances: tuple[Instance, ...]
     name: str = dataclasses.field(default="layout", compare=False)
-    max_instances: dataclasses.InitVar[WhenTooMany] = "error"
-    where: dataclasses.InitVar[str | None] = None
 
-    def __post_init__(self, max_instances: WhenTooMany, where: str | None):
-        """`where` is the file, for messages in the words of its JSON; without it they use the words of this class."""
-        source = self.name if where is None else where
-        listed, box_key = ("instances", "box") if where is None else ("annos", "bbox")
-        _text(self.caption, f"{source}: caption", empty=True)
-        for side in ("width", "height"):
-            value = getattr(self, side)
-            if not _is_integer(value) or not 1 <= value <= MAX_SIDE:
-                raise InputError(f"{source}: {side}: expected whole pixels from 1 to {MAX_SIDE}, got {short(value)}")
-            object.__setattr__(self, side, int(value))
+    def __post_init__(self):
+        where = f"{self.name}: instances"
+        width, height = _check_canvas(self.caption, self.width, self.height, self.name)
         if not isinstance(self.instances, (list, tuple)):
-            raise InputError(f"{source}: {listed}: expected a list of instances, got {short(self.instances)}")
-        instances = []
+            raise InputError(f"{where}: expected a list of instances, got {short(self.instances)}")
         for i, instance in enumerate(self.instances):
-            start = f"{source}: {listed}[{i}]"
-            if instance is None and where is not None:
-                _logger.warning("%s: left out: its box has no size and lies off the canvas", start)
-                continue
             if not isinstance(instance, Instance):
-                raise InputError(f"{start}: expected an Instance, got {type(instance).__name__}")
-            instances.append(_checked(instance, self.width, self.height, start, box_key))
-        if not instances:
-            raise InputError(f"{source}: {listed}: expected at least one instance with a location")
-        if max_instances not in ("error", "largest"):
-            raise InputError(f"{source}: max_instances: expected error or largest, got {short(max_instances)}")
-        if len(instances) > MAX_INSTANCES:
-            if max_instances == "error":
-                raise InputError(f"{source}: {listed}: expected at most {MAX_INSTANCES}, got {len(instances)}")
-            largest = sorted(range(len(instances)), key=lambda i: -instances[i].area)[:MAX_INSTANCES]
-            instances = [instances[i] for i in sorted(largest)]
-        object.__setattr__(self, "instances", tuple(instances))
+                raise InputError(f"{where}[{i}]: expected an Instance, got {type(instance).__name__}")
+        instances = [_checked(one, width, height, f"{where}[{i}]", _PYTHON) for i, one in enumerate(self.instances)]
+        checked = dict(width=width, height=height, instances=_limited(instances, "error", where))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
-    def from_json(cls, path: str | Path, max_instances: WhenTooMany = "error") -> Self:
-        """Reads a layout file in the official format; `name` becomes the file's stem.
+    def from_json(cls, path: str | Path, *, name: str | None = None, max_instances: WhenTooMany = "error") -> Self:
+        """Reads a layout file in the official format; `name` is the file's stem by default. See `from_dict`.
 
         Raises:
             InputError: for a file that cannot be read, or is not a valid layout.
         """
-        return cls.from_dict(read_json(path), str(path), Path(path).stem, max_instances)
+        name = Path(path).stem if name is None else name
+        return cls.from_dict(read_json(path), str(path), name=name, max_instances=max_instances)
 
     @classmethod
     def from_dict(
         cls,
         values: Mapping[str, Any],
         where: str = "layout",
+        *,
         name: str = "layout",
         max_instances: WhenTooMany = "error",
     ) -> Self:
@@ -143,68 +161,65 @@ class Layout:
             values: the object.
             where: the file, for error messages.
             name: label for outputs.
-            max_instances: what to do with more than 30: an error, or keep the largest.
+            max_instances: with more than 30 instances, raise an error or keep the largest.
+
+        Raises:
+            InputError: for an object that is not a valid layout.
         """
         if not isinstance(values, Mapping):
-            raise InputError(f"{where}: expected an object with caption, width, height and annos, got {_kind(values)}")
+            expected = "expected an object with caption, width, height and annos"
+            raise InputError(f"{where}: {expected}, got {describe(values)}")
         for key in ("caption", "width", "height", "annos"):
             if key not in values:
                 raise InputError(f"{where}: {key}: missing")
-        annos = values["annos"]
+        caption, annos = values["caption"], values["annos"]
+        width, height = _check_canvas(caption, values["width"], values["height"], where)
         if not isinstance(annos, (list, tuple)):
-            raise InputError(f"{where}: annos: expected a list of instances, got {_kind(annos)}")
-        size = values["height"], values["width"]
-        instances = [_read_anno(anno, size, f"{where}: annos[{i}]") for i, anno in enumerate(annos)]
-        return cls(values["caption"], values["width"], values["height"], tuple(instances), name, max_instances, where)
+            raise InputError(f"{where}: annos: expected a list of instances, got {describe(annos)}")
+        found = [_read_instance(anno, width, height, f"{where}: annos[{i}]", _OFFICIAL) for i, anno in enumerate(annos)]
+        return cls(caption, width, height, _limited(found, max_instances, f"{where}: annos"), name)
 
     @classmethod
     def from_coco(
         cls,
-        annotation_file: str | Path,
+        path: str | Path | Coco,
         image_id: int,
         captions_file: str | Path | None = None,
+        *,
+        name: str | None = None,
         max_instances: WhenTooMany = "error",
     ) -> Self:
         """Makes a layout of one image of a COCO annotation file; crowd regions are left out.
 
         An instance's caption is the annotation's `caption` if it has one, else its category's name. The global caption
-        is the image's first one in `captions_file`; without that file it counts the categories ("2 dog, 1 cat").
+        is the image's first one in the captions file; without that file it counts the categories ("2 dog, 1 cat").
+
+        Args:
+            path: the annotation file. For many images of a file pass one `Coco`, which reads it once.
+            image_id: of the image.
+            captions_file: COCO captions; of a `Coco`, its own.
+            name: label for outputs; the image's id by default.
+            max_instances: with more than 30 instances, raise an error or keep the largest.
 
         Raises:
-            InputError: for files that cannot be read or do not know the image, or an invalid annotation.
+            InputError: for files that cannot be read or do not have the image, or an invalid annotation.
         """
-        where = str(annotation_file)
-        data = read_json(annotation_file)
-        image = next((image for image in _records(data, "images", where) if image.get("id") == image_id), None)
-        if image is None:
-            raise InputError(f"{where}: images: no image has the id {short(image_id)}")
-        names = {short(category.get("id")): category.get("name") for category in _records(data, "categories", where)}
-        annos, labels, places = [], [], []
-        for i, annotation in enumerate(_records(data, "annotations", where)):
-            if annotation.get("image_id") != image_id or annotation.get("iscrowd"):
-                continue
-            category_id = short(annotation.get("category_id"))
-            if category_id not in names:
-                raise InputError(f"{where}: annotations[{i}].category_id: no category has the id {category_id}")
-            category = names[category_id]
-            anno = {key: annotation[key] for key in ("bbox", "point", "scribble") if key in annotation}
-            caption = annotation.get("caption") or category
-            annos.append(anno | {"caption": caption, "category_name": category, "mask": annotation.get("segmentation")})
-            labels.append(str(category))
-            places.append(i)
-        caption = ", ".join(f"{count} {label}" for label, count in Counter(labels).items())
-        if captions_file is not None:
-            captions = _records(read_json(captions_file), "annotations", str(captions_file))
-            caption = next((item.get("caption") for item in captions if item.get("image_id") == image_id), None)
-            if caption is None:
-                raise InputError(f"{captions_file}: annotations: no caption for image {short(image_id)}")
-        values = {"caption": caption, "width": image.get("width"), "height": image.get("height"), "annos": annos}
-        try:
-            return cls.from_dict(values, f"{where}: image {image_id}", str(image_id), max_instances)
-        except InputError as error:
-            # The file has no list of this image alone.
-            named = re.sub(r"\bannos\[(\d+)\]", lambda found: f"annotations[{places[int(found[1])]}]", str(error))
-            raise InputError(named) from error
+        coco = path if isinstance(path, Coco) else Coco(path, captions_file)
+        annotations = [one for one in coco.annotations(image_id) if not one.is_crowd]
+        if coco.captions_file is None:
+            caption = count_names(one.category for one in annotations)
+        else:
+            caption = coco.caption(image_id)
+        image = coco.image(image_id)
+        where = f"{coco.path}: image {image_id}"
+        width, height = _check_canvas(caption, image.width, image.height, where)
+        found = []
+        for one in annotations:
+            given = {key: one.values.get(key) for key in ("bbox", "point", "scribble", "segmentation")}
+            given |= {"caption": one.caption, "category_name": one.category}
+            found.append(_read_instance(given, width, height, one.where, _COCO))
+        instances = _limited(found, max_instances, f"{where}: annotations")
+        return cls(caption, width, height, instances, str(image_id) if name is None else name)
 
     def to_dict(self) -> dict[str, Any]:
         """The official JSON's object; `from_dict` gives an equal layout back."""
@@ -218,152 +233,86 @@ class Layout:
                 anno["point"] = [_plain(value) for value in instance.point]
             if instance.scribble is not None:
                 anno["scribble"] = [_plain(value) for value in instance.scribble.ravel().tolist()]
-            if instance.mask is not None:
-                anno["mask"] = encode_mask(instance.mask)
+            if (rle := instance.rle) is not None:
+                anno["mask"] = rle.to_dict()
             annos.append(anno)
         return {"caption": self.caption, "width": self.width, "height": self.height, "annos": annos}
 
-    def to_json(self) -> str:
-        """The layout as the text of an official JSON file."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The layout as the text of an official JSON file, also written to `path` if given.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), ensure_ascii=False)
+        if path is not None:
+            write_text(path, text + "\n")
+        return text
 
 
-def read_json(path: str | Path) -> Any:
-    """Parses a JSON file; InputError in one line where it cannot be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from error
+def _check_canvas(caption: Any, width: Any, height: Any, where: str) -> tuple[int, int]:
+    read_text(caption, f"{where}: caption", empty=True)
+    sides = (("width", width), ("height", height))
+    width, height = (read_integer(side, f"{where}: {name}", 1, MAX_SIDE, "whole pixels") for name, side in sides)
+    return width, height
 
 
-def _read_anno(anno: Any, size: tuple[Any, Any], start: str) -> Instance | None:
-    """One entry of annos in pixels, not yet checked against the canvas; None for an instance that is nowhere."""
-    if not isinstance(anno, Mapping):
-        raise InputError(f"{start}: expected an object, got {_kind(anno)}")
+def _read_instance(values: Any, width: int, height: int, where: str, names: _Names) -> Instance | None:
+    """One instance of a file, checked; None for one whose only location is a box without size off the canvas."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: expected an object, got {describe(values)}")
     given = {}
-    for key in ("bbox", "point", "scribble", "mask"):
-        value = anno.get(key)
+    for key in (names.box, "point", "scribble", names.mask):
+        value = values.get(key)
         given[key] = None if isinstance(value, (list, tuple)) and not len(value) else value
-    category = anno.get("category_name")
-    category = "" if category is None else category
-    caption = anno.get("caption")
-    box, scribble, mask = given["bbox"], given["scribble"], given["mask"]
-    has_size = all(_is_integer(side) and 1 <= side <= MAX_SIDE for side in size)
+    box, point, scribble, mask = given.values()
     if box is not None:
-        x, y, w, h = _numbers(box, 4, f"{start}.bbox", "[x, y, width, height]")
-        if w < 0 or h < 0:
-            raise InputError(f"{start}.bbox: expected a width and height that are not negative, got {short(box)}")
-        alone = all(given[key] is None for key in ("point", "scribble", "mask"))
-        if w == h == 0 and alone and has_size and (x >= size[1] or y >= size[0]):
-            return None
+        x, y, w, h = read_xywh(box, f"{where}.{names.box}")
         box = (x, y, x + w, y + h)
-    if isinstance(scribble, (list, tuple)) and not isinstance(scribble[0], (list, tuple)):
-        flat = _numbers(scribble, None, f"{start}.scribble", "[x1, y1, x2, y2, ...]")
-        if len(flat) % 2:
-            raise InputError(f"{start}.scribble: expected pairs of x and y, got {len(flat)} numbers")
-        scribble = [flat[k : k + 2] for k in range(0, len(flat), 2)]
-    if mask is not None and has_size:
-        mask = decode_mask(mask, *size, f"{start}.mask")
-    return Instance(category if caption is None else caption, box, given["point"], scribble, mask, category)
-
-
-def _checked(instance: Instance, width: int, height: int, start: str, box_key: str) -> Instance:
-    """The instance with plain types and its box clipped; InputError for what the canvas cannot hold."""
-    _text(instance.caption, f"{start}.caption")
-    _text(instance.category_name, f"{start}.category_name", empty=True)
-    box, point, scribble, mask = instance.box, instance.point, instance.scribble, instance.mask
-    if box is None and point is None and scribble is None and mask is None:
-        raise InputError(f"{start}: expected a location: a {box_key}, point, scribble or mask")
-    if box is not None:
-        where = f"{start}.{box_key}"
-        x0, y0, x1, y1 = _numbers(box, 4, where, "[x0, y0, x1, y1]")
-        if x1 < x0 or y1 < y0:
-            raise InputError(f"{where}: expected x0 <= x1 and y0 <= y1, got {short(box)}")
-        limits = (width, height, width, height)
-        edges = (round(edge * _BOX_GRID) / _BOX_GRID for edge in (x0, y0, x1, y1))
-        box = tuple(min(max(edge, 0.0), float(limit)) for edge, limit in zip(edges, limits))
-        if box[0] >= box[2] or box[1] >= box[3]:
-            raise InputError(f"{where}: expected some area on the canvas of {width}x{height} pixels, got none")
-    if point is not None:
-        point = tuple(_numbers(point, 2, f"{start}.point", "[x, y]"))
-        _on_canvas([point], width, height, f"{start}.point")
-    if scribble is not None:
-        scribble = _checked_scribble(scribble, width, height, f"{start}.scribble")
+        if w == h == 0 and point is scribble is mask is None and (x >= width or y >= height):
+            _logger.warning("%s: left out: its box has no size and is off the canvas", where)
+            return None
     if mask is not None:
-        mask = _checked_mask(mask, width, height, f"{start}.mask")
-    return Instance(instance.caption, box, point, scribble, mask, instance.category_name)
+        mask = RLE.from_coco(mask, height, width, f"{where}.{names.mask}")
+    scribble = pair_up(scribble, f"{where}.scribble")
+    category = "" if values.get("category_name") is None else values["category_name"]
+    caption = category if values.get("caption") is None else values["caption"]
+    return _checked(Instance(caption, box, point, scribble, mask, category), width, height, where, names)
 
 
-def _checked_scribble(scribble: Any, width: int, height: int, where: str) -> Float[np.ndarray, "n 2"]:
-    if not _is_list(scribble):
-        raise InputError(f"{where}: expected a list of points, got {_kind(scribble)}")
-    if not 2 <= len(scribble) <= _MAX_SCRIBBLE_POINTS:
-        raise InputError(f"{where}: expected 2 to {_MAX_SCRIBBLE_POINTS} points, got {len(scribble)}")
-    pairs = [_numbers(pair, 2, f"{where}[{k}]", "[x, y]") for k, pair in enumerate(scribble)]
-    _on_canvas(pairs, width, height, where)
-    return np.array(pairs, np.float64)
+def _checked(instance: Instance, width: int, height: int, where: str, names: _Names) -> Instance:
+    """The instance with plain types and its box clipped; InputError for a location that is not on the canvas."""
+    caption = read_text(instance.caption, f"{where}.caption")
+    category = read_text(instance.category_name, f"{where}.category_name", empty=True)
+    box, point, scribble, mask = instance.box, instance.point, instance.scribble, vars(instance)["mask"]
+    if box is None and point is None and scribble is None and mask is None:
+        raise InputError(f"{where}: expected a location: a {names.box}, point, scribble or {names.mask}")
+    if box is not None:
+        box = read_box(box, width, height, f"{where}.{names.box}")
+    if point is not None:
+        point = read_point(point, width, height, f"{where}.point")
+    if scribble is not None:
+        scribble = read_scribble(scribble, width, height, f"{where}.scribble")
+    if mask is not None:
+        mask = read_mask(mask, width, height, f"{where}.{names.mask}")
+    return Instance(caption, box, point, scribble, mask, category)
 
 
-def _checked_mask(mask: Any, width: int, height: int, where: str) -> Bool[np.ndarray, "H W"]:
-    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "biu":
-        raise InputError(f"{where}: expected an array of booleans, got {_kind(mask)}")
-    if mask.shape != (height, width):
-        raise InputError(f"{where}: expected the canvas' shape [{height}, {width}], got {list(mask.shape)}")
-    if mask.dtype != bool and not ((mask == 0) | (mask == 1)).all():
-        raise InputError(f"{where}: expected values 0 and 1")
-    if not mask.any():
-        raise InputError(f"{where}: expected at least one pixel, the mask is empty")
-    return mask.astype(bool)
-
-
-def _numbers(values: Any, count: int | None, where: str, expected: str) -> list[float]:
-    """Finite floats from a list, tuple or array of numbers; booleans are not numbers."""
-    if not _is_list(values) or count is not None and len(values) != count:
-        raise InputError(f"{where}: expected {expected}, got {short(values)}")
-    for value in values:
-        # The comparison also refuses NaN, infinities and integers too large for a float.
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not -1e9 <= value <= 1e9:
-            raise InputError(f"{where}: expected {expected}, finite numbers, got {short(value)}")
-    return [float(value) for value in values]
-
-
-def _on_canvas(points: Sequence[Sequence[float]], width: int, height: int, where: str) -> None:
-    for x, y in points:
-        if not (0 <= x <= width and 0 <= y <= height):
-            raise InputError(f"{where}: expected points on the canvas of {width}x{height} pixels, got [{x:g}, {y:g}]")
-
-
-def _text(value: Any, where: str, empty: bool = False) -> None:
-    if not isinstance(value, str):
-        raise InputError(f"{where}: expected text, got {_kind(value)}")
-    if not empty and not value.strip():
-        raise InputError(f"{where}: expected text that is not empty")
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
-        raise InputError(f"{where}: expected valid Unicode, got half a surrogate pair")
-
-
-def _records(data: Any, key: str, where: str) -> list[Mapping]:
-    """A list of objects of a COCO file."""
-    records = data.get(key) if isinstance(data, Mapping) else None
-    if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
-        raise InputError(f"{where}: {key}: expected a list of objects, as in a COCO annotation file")
-    return records
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or isinstance(value, np.ndarray) and value.ndim > 0
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def _limited(found: Sequence[Instance | None], max_instances: str, where: str) -> tuple[Instance, ...]:
+    """The instances without those left out: 1 to 30, in order."""
+    instances = [instance for instance in found if instance is not None]
+    if not instances:
+        raise InputError(f"{where}: expected at least one instance with a location")
+    if max_instances not in ("error", "largest"):
+        raise InputError(f"{where}: max_instances: expected error or largest, got {short(max_instances)}")
+    if len(instances) > MAX_INSTANCES:
+        if max_instances == "error":
+            raise InputError(f"{where}: expected at most {MAX_INSTANCES}, got {len(instances)}")
+        largest = sorted(range(len(instances)), key=lambda i: -instances[i].area)[:MAX_INSTANCES]
+        instances = [instances[i] for i in sorted(largest)]
+    return tuple(instances)
 
 
 def _plain(value: float) -> int | float:
-    """Whole numbers as int, which is how the official files write them."""
+    """Whole numbers as int, as the official files have them."""
     return int(value) if value == int(value) else float(value)
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {short(value)}"

@@ -92,6 +92,7 @@ class Layouts:
 
 def find_layouts(args: argparse.Namespace) -> Layouts:
     """The layouts asked for; InputError where there are none, or two would write to one place."""
+    from instdiff_jax.coco import Coco
     from instdiff_jax.layout import Layout
 
     too_many = "largest" if args.keep_largest else "error"
@@ -100,7 +101,8 @@ def find_layouts(args: argparse.Namespace) -> Layouts:
             raise InputError("--layout: expected none beside --coco")
         if not args.image_id:
             raise InputError("--image_id: expected the ids of images of --coco")
-        found = [Layout.from_coco(args.coco, number, args.captions, too_many) for number in args.image_id]
+        coco = Coco(args.coco, args.captions)
+        found = [Layout.from_coco(coco, number, max_instances=too_many) for number in args.image_id]
         pairs = [(layout.name, lambda layout=layout: layout) for layout in found]
     else:
         for name in ("image_id", "captions"):
@@ -116,7 +118,7 @@ def find_layouts(args: argparse.Namespace) -> Layouts:
                 files += found
             else:
                 files.append(path)
-        pairs = [(path.stem, lambda path=path: Layout.from_json(path, too_many)) for path in files]
+        pairs = [(path.stem, lambda path=path: Layout.from_json(path, max_instances=too_many)) for path in files]
     twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
     if twice:
         raise InputError(f"--layout: two layouts would write to {args.output / twice[0]}; expected different names")
@@ -246,7 +248,7 @@ def earlier_layouts(args: argparse.Namespace, path: Path, record: dict[str, Any]
         InputError: where the pictures there were made with other settings.
     """
     from instdiff_jax.errors import short
-    from instdiff_jax.layout import read_json
+    from instdiff_jax.files import read_json
 
     record, layouts = json.loads(json.dumps(record)), []
     for there in find_records(args.output):
@@ -276,7 +278,7 @@ def seeds_of_latents(args: argparse.Namespace) -> dict[str, list[int]]:
 
     A run without --save_latents leaves an earlier run's file where it is, and is not what made it.
     """
-    from instdiff_jax.layout import read_json
+    from instdiff_jax.files import read_json
 
     records = [read_json(path) for path in find_records(args.output)]
     entries = [entry for record in records if isinstance(record, dict) for entry in record.get("layouts", [])]

@@ -4,13 +4,13 @@ Follows the released training data code (paper, section 3, "training details").
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int, UInt32
 
+from instdiff_jax.coco import count_names
 from instdiff_jax.config import Settings
 from instdiff_jax.data.dataset import AnnotatedInstance, Record
 from instdiff_jax.data.images import Crop
@@ -200,7 +200,7 @@ def write_caption(record: Record, categories: Sequence[str], config: DataConfig,
     if not kept:
         return ""
     if record.detection and config.count_categories and categories:
-        counted = ", ".join(f"{count} {name}" for name, count in Counter(categories).items())
+        counted = count_names(categories)
         return f"{counted}. {caption}" if caption else counted
     return caption
 

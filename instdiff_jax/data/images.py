@@ -5,8 +5,8 @@ ours does it once.
 """
 
 import dataclasses
+import functools
 import io
-from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -43,7 +43,7 @@ class Crop:
     size: int
     flip: bool = False
 
-    @cached_property
+    @functools.cached_property
     def halvings(self) -> list[tuple[int, int]]:
         """Sizes on the way down: halved while the short side is at least twice the canvas."""
         sizes, side = [], (self.width, self.height)
@@ -52,7 +52,7 @@ class Crop:
             sizes.append(side)
         return sizes
 
-    @cached_property
+    @functools.cached_property
     def resized(self) -> tuple[int, int]:
         """Width and height before the crop."""
         width, height = self.halvings[-1] if self.halvings else (self.width, self.height)
@@ -120,7 +120,8 @@ class Crop:
         return rows, columns
 
 
+@functools.lru_cache(maxsize=256)
 def _nearest(source: int, target: int) -> Int[np.ndarray, " target"]:
-    """The source index of every target index; PIL itself makes the table, so that ties fall as they do there."""
+    """The source index of every target index, read-only; PIL itself makes the table, so that ties fall as there."""
     line = Image.fromarray(np.arange(source, dtype=np.int32)[None])
     return np.asarray(line.resize((target, 1), Image.Resampling.NEAREST))[0]

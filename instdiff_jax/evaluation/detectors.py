@@ -11,8 +11,8 @@ from jaxtyping import Bool, UInt8
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.detect import Detection, Detector
 from instdiff_jax.evaluation.split import Split
+from instdiff_jax.files import read_json
 from instdiff_jax.geometry.masks import decode_mask
-from instdiff_jax.layout import read_json
 
 NAMES = "shapes:FOLDER, predictions:FILE.json or transformers:NAME"
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.split import Scene
-from instdiff_jax.layout import read_json
+from instdiff_jax.files import read_json
 
 
 def write_file(path: Path, data: bytes) -> None:

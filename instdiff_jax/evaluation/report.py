@@ -7,7 +7,7 @@ from typing import Any
 
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.measure import Numbers, Outcome, Picture
-from instdiff_jax.layout import read_json
+from instdiff_jax.files import read_json
 
 # What is not a fraction to show as a percentage.
 _COUNTS = ("images", "instances")

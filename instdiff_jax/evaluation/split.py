@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from pycocotools import mask as coco_mask
 
+from instdiff_jax.coco import Coco, CocoAnnotation, CocoImage, count_names, split_files
 from instdiff_jax.data.images import Crop, load_image
-from instdiff_jax.errors import InputError, short
+from instdiff_jax.errors import InputError
+from instdiff_jax.geometry.checks import MAX_SIDE
 from instdiff_jax.geometry.masks import decode_mask, encode_mask
-from instdiff_jax.geometry.points import SCRIBBLE_POINTS, order_by_origin, sample_scribble
-from instdiff_jax.layout import MAX_INSTANCES, MAX_SIDE, read_json
+from instdiff_jax.geometry.points import sample_scribble
+from instdiff_jax.layout import MAX_INSTANCES
 
 # Side of the canvas in pixels where the split's images do not say one themselves: the released model's.
 DEFAULT_SIZE = 512
@@ -149,108 +150,108 @@ def read_split(
     Raises:
         InputError: for files that are no COCO annotations, broken annotations, and no scenes.
     """
-    coco_dir = Path(coco_dir)
-    path = coco_dir / "annotations" / f"instances_{name}.json"
-    data = read_json(path)
-    images, annotations = _rows(data, "images", path), _rows(data, "annotations", path)
-    if not images:
-        raise InputError(f"{path}: images: empty, expected at least one")
-    for i, image in enumerate(images):
-        _check_image(image, f"{path}: images[{i}]")
-    ids = [image["id"] for image in images]
-    if len(set(ids)) < len(ids):
-        raise InputError(f"{path}: images: two have the id {Counter(ids).most_common(1)[0][0]}")
-    categories = _categories(_rows(data, "categories", path), path)
-    of_image: dict[int, list[tuple[str, dict]]] = {image_id: [] for image_id in ids}
-    for i, row in enumerate(annotations):
-        where = f"{path}: annotations[{i}]"
-        category_id = row.get("category_id")
-        if type(category_id) is not int or category_id not in categories:
-            raise InputError(f"{where}.category_id: no category has the id {short(category_id)}")
-        if type(row.get("image_id")) is not int or row["image_id"] not in of_image:
-            raise InputError(f"{where}.image_id: no image has the id {short(row.get('image_id'))}")
-        of_image[row["image_id"]].append((where, row))
-    if size is None:
-        sides = {side for image in images for side in (image["width"], image["height"])}
-        size = sides.pop() if len(sides) == 1 else DEFAULT_SIZE
-    captions, caption_file = {}, coco_dir / "annotations" / f"captions_{name}.json"
-    if caption_file.exists():
-        for row in _rows(read_json(caption_file), "annotations", caption_file):
-            if isinstance(row.get("caption"), str) and row["caption"].strip():
-                captions.setdefault(row.get("image_id"), " ".join(row["caption"].split()))
-    folders = [coco_dir / name, coco_dir / "images" / name]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-
+    files = split_files(Path(coco_dir), name)
+    coco = Coco(files.instances, files.captions if files.captions.exists() else None)
+    images = _read_images(coco)
+    size = _canvas_side(images) if size is None else size
     scenes, left_out = [], 0
     for image in images:
         if len(scenes) == count:
             break
-        targets = _targets(image, of_image[image["id"]], categories, size, min_area)
+        targets = _targets(image, coco.annotations(image.id), size, min_area)
         if attributes is not None:
-            targets = _with_attributes(targets, attributes, image["id"])
+            targets = _with_attributes(targets, attributes, image.id)
         labels = [target.category for target in targets if target.asked]
         if not labels:
             left_out += 1
             continue
-        counted = ", ".join(f"{number} {label}" for label, number in Counter(labels).items())
-        width, height = image["width"], image["height"]
-        caption = captions.get(image["id"], counted)
-        scenes.append(Scene(image["id"], folder / image["file_name"], width, height, size, caption, targets))
+        caption = coco.captions.get(image.id, [count_names(labels)])[0]
+        file = files.images / image.file_name
+        scenes.append(Scene(image.id, file, image.width, image.height, size, caption, targets))
     if not scenes:
-        raise InputError(f"{path}: expected an image with an instance of {min_area:.0%} of the canvas, found none")
-    digest = hashlib.sha256(path.read_bytes())
-    if caption_file.exists():
-        digest.update(caption_file.read_bytes())
+        expected = f"expected an image with an instance of {min_area:.0%} of the canvas"
+        raise InputError(f"{coco.path}: {expected}, found none")
+    fingerprint = _fingerprint(coco, attributes)
+    ids = frozenset(coco.image_ids)
+    return Split(tuple(scenes), coco.categories, ids, size, fingerprint, files.images, left_out)
+
+
+def _read_images(coco: Coco) -> list[CocoImage]:
+    """All images of the file; InputError for what evaluation cannot use, anywhere in the file."""
+    if not coco.image_ids:
+        raise InputError(f"{coco.path}: images: empty, expected at least one")
+    for item in coco.unused:
+        if item.kind != "caption":
+            raise InputError(f"{coco.path}: {item.reason}")
+    if len(set(coco.categories.values())) < len(coco.categories):
+        raise InputError(f"{coco.path}: categories: expected names that differ")
+    images = [coco.image(image_id) for image_id in coco.image_ids]
+    for image in images:
+        coco.annotations(image.id)
+        if image.file_name is None:
+            raise InputError(f"{coco.path}: image {image.id}: file_name: expected text, got nothing")
+    return images
+
+
+def _canvas_side(images: Sequence[CocoImage]) -> int:
+    """The images' own side where all are squares of one size, else 512."""
+    sides = {side for image in images for side in (image.width, image.height)}
+    return sides.pop() if len(sides) == 1 and max(sides) <= MAX_SIDE else DEFAULT_SIZE
+
+
+def _fingerprint(coco: Coco, attributes: str | None) -> str:
+    digest = hashlib.sha256(coco.path.read_bytes())
+    if coco.captions_file is not None:
+        digest.update(Path(coco.captions_file).read_bytes())
     if attributes is not None:
         digest.update(attributes.encode())
-    return Split(tuple(scenes), categories, frozenset(ids), size, digest.hexdigest()[:32], folder, left_out)
+    return digest.hexdigest()[:32]
 
 
-def _targets(
-    image: Mapping[str, Any],
-    annotations: Sequence[tuple[str, Mapping[str, Any]]],
-    categories: Mapping[int, str],
-    size: int,
-    min_area: float,
-) -> tuple[Target, ...]:
+def _targets(image: CocoImage, annotations: Sequence[CocoAnnotation], size: int, min_area: float) -> tuple[Target, ...]:
     """An image's instances on the canvas, in the file's order; those of which nothing is left are left out."""
-    width, height = image["width"], image["height"]
-    crop = Crop(width, height, size)
-    rows, columns = crop.grid(size)
-    boxes = [_box(row.get("bbox"), f"{where}.bbox") for where, row in annotations]
-    corners, areas = crop.boxes(np.array(boxes, np.float64))
-    crowd = np.array([bool(row.get("iscrowd")) for _, row in annotations], bool)
+    crop = Crop(image.width, image.height, size)
+    corners, areas = crop.boxes(np.array([annotation.box for annotation in annotations], np.float64))
+    crowd = np.array([annotation.is_crowd for annotation in annotations], bool)
     able = ~crowd & (areas > 0) & (areas >= min_area * size * size)
     largest = [i for i in np.argsort(-areas, kind="stable") if able[i]][:MAX_INSTANCES]
-    targets = []
-    for i, (where, row) in enumerate(annotations):
-        if areas[i] <= 0:
-            continue
-        mask = None
-        if row.get("segmentation"):
-            mask = decode_mask(row["segmentation"], height, width, f"{where}.segmentation")[np.ix_(rows, columns)]
-        has_mask = mask is not None and mask.any()
-        place = mask if has_mask else _filled(corners[i], size)
-        rng = np.random.default_rng([_POINTS_SEED, image["id"], i])
-        ys, xs = np.nonzero(place)
-        k = rng.integers(len(xs))
-        category = categories[row["category_id"]]
-        caption = row.get("caption")
-        attributes = row.get("attributes") if isinstance(row.get("attributes"), Mapping) else {}
-        targets.append(
-            Target(
-                category=category,
-                caption=caption if isinstance(caption, str) and caption.strip() else category,
-                box=tuple(float(edge) for edge in corners[i]),
-                rle=encode_mask(mask) if has_mask else None,
-                point=(float(xs[k]), float(ys[k])),
-                scribble=order_by_origin(sample_scribble(place, rng)).astype(np.float64),
-                attributes={key: value for key, value in attributes.items() if isinstance(value, str)},
-                asked=i in largest,
-            )
-        )
-    assert all(target.scribble.shape == (SCRIBBLE_POINTS, 2) for target in targets)
-    return tuple(targets)
+    return tuple(
+        _target(image, annotation, crop, corners[i], i, i in largest)
+        for i, annotation in enumerate(annotations)
+        if areas[i] > 0
+    )
+
+
+def _target(
+    image: CocoImage,
+    annotation: CocoAnnotation,
+    crop: Crop,
+    corners: Float[np.ndarray, "4"],
+    number: int,
+    asked: bool,
+) -> Target:
+    """One instance on the canvas; `number` is its place among the image's, which the random points follow from."""
+    mask, segmentation = None, annotation.values.get("segmentation")
+    if segmentation:
+        where = f"{annotation.where}.segmentation"
+        mask = decode_mask(segmentation, image.height, image.width, where)[np.ix_(*crop.grid(crop.size))]
+    has_mask = mask is not None and mask.any()
+    place = mask if has_mask else _filled(corners, crop.size)
+    rng = np.random.default_rng([_POINTS_SEED, image.id, number])
+    ys, xs = np.nonzero(place)
+    k = rng.integers(len(xs))
+    attributes = annotation.values.get("attributes")
+    attributes = attributes if isinstance(attributes, Mapping) else {}
+    return Target(
+        category=annotation.category,
+        caption=annotation.caption,
+        box=tuple(float(edge) for edge in corners),
+        rle=encode_mask(mask) if has_mask else None,
+        point=(float(xs[k]), float(ys[k])),
+        scribble=sample_scribble(place, rng).astype(np.float64),
+        attributes={key: value for key, value in attributes.items() if isinstance(value, str)},
+        asked=asked,
+    )
 
 
 def _with_attributes(targets: Sequence[Target], kind: str, image_id: int) -> tuple[Target, ...]:
@@ -267,42 +268,6 @@ def _filled(corners: Float[np.ndarray, "4"], size: int) -> Bool[np.ndarray, "siz
     mask = np.zeros((size, size), bool)
     mask[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)] = True
     return mask
-
-
-def _box(box: Any, where: str) -> list[float]:
-    is_box = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)
-    if not is_box or min(box[2:]) < 0:
-        raise InputError(f"{where}: expected [x, y, width, height] in pixels, got {short(box)}")
-    return box
-
-
-def _check_image(image: Mapping[str, Any], where: str) -> None:
-    if type(image.get("id")) is not int or image["id"] < 0:
-        raise InputError(f"{where}.id: expected a whole number that is not negative, got {short(image.get('id'))}")
-    for side in ("width", "height"):
-        if type(image.get(side)) is not int or not 1 <= image[side] <= MAX_SIDE:
-            raise InputError(
-                f"{where}.{side}: expected whole pixels from 1 to {MAX_SIDE}, got {short(image.get(side))}"
-            )
-    if not isinstance(image.get("file_name"), str):
-        raise InputError(f"{where}.file_name: expected text, got {short(image.get('file_name'))}")
-
-
-def _categories(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[int, str]:
-    for i, row in enumerate(rows):
-        if type(row.get("id")) is not int or not isinstance(row.get("name"), str) or not row["name"].strip():
-            raise InputError(f"{path}: categories[{i}]: expected a whole number id and a name, got {short(row)}")
-    names = {row["id"]: row["name"] for row in rows}
-    if len(set(names.values())) < len(rows):
-        raise InputError(f"{path}: categories: expected ids and names that differ")
-    return names
-
-
-def _rows(data: Any, key: str, path: Path) -> list[dict[str, Any]]:
-    rows = data.get(key) if isinstance(data, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: {key}: expected a list of objects, as in a COCO annotation file")
-    return rows
 
 
 def crop_box(image: UInt8[np.ndarray, "H W 3"], box: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:

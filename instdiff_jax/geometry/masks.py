@@ -1,7 +1,8 @@
 """Masks: decoding and encoding COCO's formats, the box around a mask, and maps."""
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -12,6 +13,58 @@ from instdiff_jax.errors import InputError, short
 
 # A vertex further out than this many canvas sides is an error; the rasterizer would need unbounded memory for it.
 _POLYGON_MARGIN = 4
+
+
+class RLE(NamedTuple):
+    """A mask as compressed run lengths of COCO: some hundred bytes, whatever the size of the canvas.
+
+    Attributes:
+        size: height and width in pixels.
+        counts: the run lengths, compressed as in COCO's files.
+    """
+
+    size: tuple[int, int]
+    counts: str
+
+    @classmethod
+    def from_mask(cls, mask: Bool[np.ndarray, "H W"]) -> Self:
+        """Encodes a mask."""
+        return cls._of(coco_mask.encode(np.asfortranarray(mask, np.uint8)))
+
+    @classmethod
+    def from_coco(cls, mask: Any, height: int, width: int, where: str) -> Self:
+        """Reads any of COCO's formats, and makes no array of pixels; see `decode_mask` for the arguments."""
+        if isinstance(mask, Mapping):
+            runs = _read_runs(mask, height, width, where)
+            if (runs[1:] == 0).any():  # not as an encoder writes them: equal masks should have equal counts
+                return cls.from_mask(_fill_runs(runs, height, width))
+            return cls._of(coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width))
+        return cls._of(_merge_polygons(mask, height, width, where))
+
+    @classmethod
+    def _of(cls, rle: dict[str, Any]) -> Self:
+        height, width = rle["size"]
+        return cls((int(height), int(width)), rle["counts"].decode("ascii"))
+
+    @property
+    def area(self) -> int:
+        """The number of pixels."""
+        return int(coco_mask.area({"size": self.size, "counts": self.counts.encode()}))
+
+    def decode(self) -> Bool[np.ndarray, "H W"]:
+        """The mask, read-only. The last 32 masks are kept: those of one layout are decoded once."""
+        return _decode(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mask for a JSON file: `{"size": [h, w], "counts": str}`."""
+        return {"size": list(self.size), "counts": self.counts}
+
+
+@functools.lru_cache(maxsize=32)
+def _decode(rle: RLE) -> Bool[np.ndarray, "H W"]:
+    mask = decode_mask(rle.to_dict(), *rle.size, "mask")
+    mask.flags.writeable = False
+    return mask
 
 
 def decode_mask(mask: Any, height: int, width: int, where: str) -> Bool[np.ndarray, "H W"]:
@@ -28,16 +81,13 @@ def decode_mask(mask: Any, height: int, width: int, where: str) -> Bool[np.ndarr
         InputError: for anything that is not one of the three, or a mask of another size.
     """
     if isinstance(mask, Mapping):
-        return _decode_rle(mask, height, width, where)
-    if isinstance(mask, (list, tuple)):
-        return _decode_polygons(mask, height, width, where)
-    raise InputError(f"{where}: expected an RLE object or a list of polygons, got {type(mask).__name__}")
+        return _fill_runs(_read_runs(mask, height, width, where), height, width)
+    return coco_mask.decode(_merge_polygons(mask, height, width, where)).astype(bool)
 
 
 def encode_mask(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
     """A mask as compressed RLE, ready for JSON: `{"size": [h, w], "counts": str}`."""
-    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+    return RLE.from_mask(mask).to_dict()
 
 
 def box_from_mask(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, " 4"] | None:
@@ -56,8 +106,8 @@ def resize_map(mask: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "si
     return np.asarray(image, bool)
 
 
-def _decode_rle(rle: Mapping, height: int, width: int, where: str) -> Bool[np.ndarray, "H W"]:
-    """Decodes run lengths with our own code: pycocotools writes past its buffer where runs exceed the size."""
+def _read_runs(rle: Mapping, height: int, width: int, where: str) -> Int[np.ndarray, " runs"]:
+    """Checked run lengths, read by our own code: pycocotools writes past its buffer where runs exceed the size."""
     counts, size = rle.get("counts"), rle.get("size")
     if "counts" not in rle or "size" not in rle:
         raise InputError(f"{where}: expected RLE with the keys size and counts, got {short(list(rle))}")
@@ -75,6 +125,10 @@ def _decode_rle(rle: Mapping, height: int, width: int, where: str) -> Bool[np.nd
         raise InputError(f"{where}.counts: expected a string or a list of run lengths, got {type(counts).__name__}")
     if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
         raise InputError(f"{where}.counts: broken RLE, expected runs that sum to {height * width} pixels")
+    return runs
+
+
+def _fill_runs(runs: Int[np.ndarray, " runs"], height: int, width: int) -> Bool[np.ndarray, "H W"]:
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
@@ -97,7 +151,10 @@ def _unpack_counts(counts: str | bytes, where: str) -> Int[np.ndarray, " runs"]:
     return values
 
 
-def _decode_polygons(polygons: list, height: int, width: int, where: str) -> Bool[np.ndarray, "H W"]:
+def _merge_polygons(polygons: Any, height: int, width: int, where: str) -> dict[str, Any]:
+    """The RLE of polygons, as pycocotools has it."""
+    if not isinstance(polygons, (list, tuple)):
+        raise InputError(f"{where}: expected an RLE object or a list of polygons, got {type(polygons).__name__}")
     if polygons and all(_is_number(value) for value in polygons):
         polygons = [polygons]
     if not polygons:
@@ -113,7 +170,7 @@ def _decode_polygons(polygons: list, height: int, width: int, where: str) -> Boo
         if not all(-reach <= value <= reach for value in polygon):
             raise InputError(f"{field}: expected coordinates on the canvas of {width}x{height} pixels")
     rles = coco_mask.frPyObjects([[float(value) for value in polygon] for polygon in polygons], height, width)
-    return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+    return coco_mask.merge(rles)
 
 
 def _is_number(value: Any) -> bool:
