@@ -128,6 +128,21 @@ class UniFusionConfig(Sizes):
     trunk_dims: tuple[int, ...] = (96, 192, 384, 768)
     map_size: int = 512
 
+    @property
+    def trunk_stride(self) -> int:
+        """Pixels per side of a feature of the trunk: its stem divides by 4, every further stage by 2."""
+        return 4 * 2 ** (len(self.trunk_dims) - 1)
+
+    @property
+    def map_features(self) -> int:
+        """Number of the trunk's features, which are split among the map tokens."""
+        return self.trunk_dims[-1] * (self.map_size // self.trunk_stride) ** 2
+
+    @property
+    def map_token_dim(self) -> int:
+        """Width of a map token before its MLP."""
+        return self.map_features // NUM_MAP_TOKENS
+
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig(Sizes):
@@ -202,11 +217,11 @@ class ModelConfig(Sizes):
                 raise InputError(f"{where}.{group}: expected a multiple of the norms' {GROUPS} groups, got {width}")
         if len(self.unifusion.trunk_depths) != len(self.unifusion.trunk_dims):
             raise InputError(f"{where}.unifusion.trunk_depths: expected as many numbers as in trunk_dims")
-        features = self.unifusion.trunk_dims[-1] * (self.unifusion.map_size // 32) ** 2
+        features = self.unifusion.map_features
         if features % NUM_MAP_TOKENS or not features:
             raise InputError(
-                f"{where}.unifusion.trunk_dims, map_size: expected the last number times (map_size // 32)² to be a "
-                f"multiple of {NUM_MAP_TOKENS}, got {features}"
+                f"{where}.unifusion.trunk_dims, map_size: expected the last number times "
+                f"(map_size // {self.unifusion.trunk_stride})² to be a multiple of {NUM_MAP_TOKENS}, got {features}"
             )
         schedule = self.schedule
         if schedule.timesteps < 2:

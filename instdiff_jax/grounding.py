@@ -1,11 +1,10 @@
 """Groundings: a layout as arrays of 30 slots, the same for sampling and for training."""
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt32
+from jaxtyping import Float, UInt32
 
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
@@ -14,7 +13,6 @@ from instdiff_jax.geometry.points import MASK_POINTS, SCRIBBLE_POINTS, mask_poin
 from instdiff_jax.layout import MAX_INSTANCES, Instance, Layout
 
 Format = Literal["auto", "box", "point", "scribble", "mask"]
-Orientation = Literal["official", "correct", "strict"]
 
 # The four formats, in the order of UniFusion's tokens: the array that holds each, and its numbers per slot.
 ARRAYS = {"box": "boxes", "point": "points", "scribble": "scribbles", "mask": "mask_points"}
@@ -29,16 +27,6 @@ KEPT = {
     "mask": ("box", "point", "mask"),
 }
 FORMAT_CHOICES = ("auto", *KEPT)
-
-# What "strict" masked attention takes for the place of an instance without a box, as fractions of the canvas: so far
-# around its point, of which no size is known, or around the points of its scribble, which cover a thing.
-POINT_REACH, SCRIBBLE_REACH = 0.125, 0.08
-
-# Of a cell of the latent grid, how much an instance's mask must cover for the cell to be its place.
-COVER = 0.25
-
-# Bit of a word that means "seen by all" in instance-masked attention.
-EVERYWHERE = np.uint32(1 << 31)
 
 
 class Grounding(TypedDict):
@@ -176,100 +164,3 @@ def instance_groundings(grounding: Grounding) -> list[Grounding]:
 def stack(groundings: Sequence[Grounding]) -> Grounding:
     """Groundings as one, with a leading batch axis."""
     return {key: np.stack([grounding[key] for grounding in groundings]) for key in groundings[0]}
-
-
-def region_words(
-    grounding: Grounding, height: int, width: int, orientation: Orientation, num_map_tokens: int = 64
-) -> tuple[UInt32[np.ndarray, " h*w"], UInt32[np.ndarray, " tokens"]]:
-    """Who may see whom in instance-masked attention, as one 32-bit word per token (paper section 3.1).
-
-    Bit i stands for instance i's region: its box, edges rounded half to even on the latent grid. A visual token with
-    word q attends to a token with word k where (q | EVERYWHERE) & k is not zero, and always to itself.
-
-    Args:
-        grounding: of one layout.
-        height: of the latent grid.
-        width: of the latent grid.
-        orientation: "official" fills x along rows and y along columns, as the released code does. "correct" fills the
-            box itself; a box that rounds to nothing keeps the cell it lies in, and instances without a box (point or
-            scribble only) are not masked. "strict" is "correct" for models trained so: an instance with a mask has the
-            cells of which it covers `COVER`, one without box and mask those within `SCRIBBLE_REACH` of its scribble
-            or `POINT_REACH` of its point, and all four tokens of an instance are masked.
-        num_map_tokens: tokens after the four times 30 of the slots.
-
-    Returns:
-        Words of the visual tokens, row by row, and of the grounding tokens in UniFusion's order. Box and mask tokens
-        have their slot's bit, or 0 for a slot that is hidden; all others are seen everywhere. Where no instance has a
-        region, or box and mask are both dropped ("strict" then takes points alone), everything is seen everywhere.
-    """
-    tokens = np.full(4 * MAX_INSTANCES + num_map_tokens, EVERYWHERE, np.uint32)
-    visual = np.zeros((height, width), np.uint32)
-    masked = np.zeros(MAX_INSTANCES, np.uint32)
-    strict, boxes_count = orientation == "strict", bool(grounding["has_box"].any() or grounding["has_mask"].any())
-    for slot in np.flatnonzero(grounding["valid"]):
-        bit = np.uint32(1 << int(slot))
-        cells = _region(grounding, slot, height, width, orientation, boxes_count)
-        if cells is not None:
-            visual[cells] |= bit
-            masked[slot] = bit
-        elif orientation != "official":
-            masked[slot] = EVERYWHERE
-    if not visual.any() or not (boxes_count or strict):
-        return np.full(height * width, EVERYWHERE, np.uint32), tokens
-    for kind in range(4) if strict else (0, 3):
-        tokens[kind * MAX_INSTANCES : (kind + 1) * MAX_INSTANCES] = masked
-    return visual.ravel(), tokens
-
-
-def _region(
-    grounding: Grounding, slot: int, height: int, width: int, orientation: Orientation, boxes_count: bool
-) -> Bool[np.ndarray, "h w"] | tuple[slice, slice] | None:
-    """The cells of one slot, as an index of the grid; None where it has no place. See `region_words`."""
-    strict, box = orientation == "strict", grounding["boxes"][slot]
-    if strict and (covered := _covered(grounding, slot, height, width)) is not None:
-        return covered
-    if (strict and not boxes_count) or not (box[2] > box[0] and box[3] > box[1]):
-        return _near(grounding, slot, height, width) if strict else None
-    if orientation == "official":
-        return _cells(box[[0, 2]], height), _cells(box[[1, 3]], width)
-    return _cells(box[[1, 3]], height, keep_one=True), _cells(box[[0, 2]], width, keep_one=True)
-
-
-def _covered(grounding: Grounding, slot: int, height: int, width: int) -> Bool[np.ndarray, "h w"] | None:
-    """The cells of which a slot's mask covers `COVER`, at least those it covers most; None without a mask."""
-    if not grounding["has_mask"][slot]:
-        return None
-    mask = (grounding["maps"] >> np.uint32(slot)) & np.uint32(1)
-    if not mask.any():
-        return None
-    down, across = (_overlaps(count, len(mask)) for count in (height, width))
-    cover = down @ mask.astype(np.float32) @ across.T
-    return cover >= min(COVER, cover.max() * (1 - 1e-5))
-
-
-@functools.lru_cache(maxsize=64)
-def _overlaps(count: int, of: int) -> Float[np.ndarray, "count of"]:
-    """Which share of each of `count` cells along a side every one of `of` pixels along the same side takes."""
-    cells, pixels = np.arange(count)[:, None] / count, np.arange(of) / of
-    shared = np.minimum(cells + 1 / count, pixels + 1 / of) - np.maximum(cells, pixels)
-    return (np.maximum(shared, 0) * count).astype(np.float32)
-
-
-def _near(grounding: Grounding, slot: int, height: int, width: int) -> Bool[np.ndarray, "h w"] | None:
-    """The cells whose centres lie near a slot's scribble, or else its point; None without either."""
-    points = [grounding[name][slot].reshape(-1, 2) for name in ("scribbles", "points")]
-    present = [grounding["has_scribble"][slot] and points[0].any(), grounding["has_point"][slot]]
-    if not any(present):
-        return None
-    places, reach = (points[0], SCRIBBLE_REACH) if present[0] else (points[1], POINT_REACH)
-    centres = np.stack(np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height), axis=-1)
-    return (np.abs(centres[:, :, None] - places).max(axis=-1) <= reach).any(axis=-1)
-
-
-def _cells(edges: Float[np.ndarray, " 2"], count: int, keep_one: bool = False) -> slice:
-    """The cells of a grid between two edges given as fractions, rounded half to even."""
-    first, last = (int(edge) for edge in np.round(edges * count))
-    if keep_one and first == last:
-        first = min(int(edges.mean() * count), count - 1)
-        last = first + 1
-    return slice(first, last)

@@ -24,7 +24,7 @@ from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.data.latents import LatentCache
 from instdiff_jax.data.phrases import PhraseTable
 from instdiff_jax.errors import InputError
-from instdiff_jax.grounding import Orientation, region_words
+from instdiff_jax.models.regions import Orientation, region_bits
 
 TokenizeFunction = Callable[[list[str]], Int[np.ndarray, "n length"]]
 Batch = dict[str, Any]
@@ -109,7 +109,7 @@ class BatchReader:
         result = {"caption_ids": np.asarray(self.tokenize([caption])[0], np.int32)}
         if self.masked is not None:
             orientation, side = self.masked
-            visual, tokens = region_words(grounding, side, side, orientation)
+            visual, tokens = region_bits(grounding, side, side, orientation)
             result["regions"] = {"visual": visual, "tokens": tokens}
         # Slots that no image fills need not go to the devices.
         result["grounding"] = {k: x if k in _WHOLE else x[: config.max_instances] for k, x in grounding.items()}
@@ -176,7 +176,7 @@ def make_loader(
         [n, h, w, z]; grounding, of k = `config.max_instances` slots: boxes [n, k, 4], points [n, k, 2], scribbles
         [n, k, 40], mask_points [n, k, 512], phrase_embeddings [n, k, width], valid, has_box, has_point, has_scribble,
         has_mask [n, k], has_map [n], float32, and maps uint32 [n, map_size, map_size], bit i for slot i; with `masked`
-        also regions: visual uint32 [n, side²] and tokens [n, 184], see `grounding.region_words`.
+        also regions: visual uint32 [n, side²] and tokens [n, 184], see `regions.region_bits`.
 
     Raises:
         InputError: for rows outside the batch, or a setting out of its range.

@@ -1,9 +1,9 @@
-"""The KL autoencoder between pictures and the latents in which diffusion runs.
+"""The KL autoencoder: images to the latents in which diffusion runs, and back.
 
-Rombach et al. 2022, section 3.1 and appendix G, as Stable Diffusion 1.5 holds it. One latent pixel stands for 8×8
-pixels where `ch_mult` has four levels.
+Rombach et al. 2022, section 3.1 and appendix G, with the layers of Stable Diffusion 1.5. With four levels in `ch_mult`
+a latent pixel stands for 8×8 pixels.
 
-Axes: b batch, H W picture, h w latents, z latent channels, c channels, L level (0 is the full picture).
+Axes: b batch, H W image, h w latents, z latent channels, c channels; level 0 is the full image.
 """
 
 import functools
@@ -16,39 +16,37 @@ from instdiff_jax.config import AutoencoderConfig
 from instdiff_jax.models.attention import attention
 from instdiff_jax.models.layers import Conv, GroupNorm, upsample_nearest
 
-# Every GroupNorm of the autoencoder; the UNet's res blocks have 1e-5.
+# Of every GroupNorm here; the UNet's res blocks have 1e-5.
 EPS = 1e-6
 
 
 class Autoencoder(nn.Module):
-    """Pictures to the posterior of their latents, and latents to pictures.
+    """Images to the posterior of their latents, and latents to images.
 
-    Initialise with `method="reconstruct"`, which touches every parameter. Each picture goes through on its own, so
-    that a caller short of memory may pass a batch slice by slice.
+    Initialise with `method="reconstruct"`, which uses every parameter. Images do not depend on one another, so a caller
+    short of memory may pass a batch in slices.
     """
 
     config: AutoencoderConfig
     dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self.encoder = _Encoder(self.config, **dtypes)
-        self.decoder = _Decoder(self.config, **dtypes)
-        self.quant_conv = nn.Dense(2 * self.config.z_channels, **dtypes)
-        self.post_quant_conv = nn.Dense(self.config.z_channels, **dtypes)
+        self.encoder = _Encoder(self.config, dtype=self.dtype)
+        self.decoder = _Decoder(self.config, dtype=self.dtype)
+        self.quant_conv = nn.Dense(2 * self.config.z_channels, dtype=self.dtype)
+        self.post_quant_conv = nn.Dense(self.config.z_channels, dtype=self.dtype)
 
     def encode(self, image: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
-        """Mean and log-variance of the latents' posterior, raw: neither scaled nor clamped.
+        """Mean and log-variance of the latents' posterior, neither scaled nor clamped.
 
         Args:
-            image: pictures in [−1, 1], both sides multiples of 2^(levels − 1) pixels.
+            image: in [−1, 1]; both sides must be multiples of 2^(levels − 1) pixels.
         """
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(image.astype(self.dtype))), 2, axis=-1)
         return mean, log_variance
 
     def decode(self, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
-        """Pictures, about in [−1, 1] and not clamped, of scaled latents."""
+        """Images, roughly in [−1, 1] and not clamped, from scaled latents."""
         unscaled = latents.astype(jnp.float32) / self.config.scale_factor
         return self.decoder(self.post_quant_conv(unscaled.astype(self.dtype)))
 
@@ -74,71 +72,67 @@ def sample_posterior(
 
 
 class _Encoder(nn.Module):
-    """Pictures to unprojected moments: each level's blocks, a downsampling between levels, the middle."""
+    """Images to unprojected moments: every level's blocks with downsampling in between, then the middle."""
 
     config: AutoencoderConfig
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w moments"]:
-        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = functools.partial(Conv, kernel_size=(3, 3), **dtypes)
+        config = self.config
+        conv = functools.partial(Conv, kernel_size=(3, 3), dtype=self.dtype)
         x = conv(config.ch, name="conv_in")(x)
         for level, mult in enumerate(config.ch_mult):
             for i in range(config.num_res_blocks):
-                x = _ResBlock(config.ch * mult, name=f"down_{level}_block_{i}", **dtypes)(x)
+                x = _ResBlock(config.ch * mult, name=f"down_{level}_block_{i}", dtype=self.dtype)(x)
             if level < len(config.ch_mult) - 1:
-                # The official code pads right and bottom only; "SAME" would do so on even sides alone.
+                # The official code pads right and bottom only; "SAME" does so for even sides only.
                 padding = ((0, 1), (0, 1))
                 x = conv(x.shape[-1], strides=2, padding=padding, name=f"down_{level}_downsample")(x)
-        x = _ResBlock(x.shape[-1], name="mid_block_1", **dtypes)(x)
-        x = _Attention(name="mid_attn", **dtypes)(x)
-        x = _ResBlock(x.shape[-1], name="mid_block_2", **dtypes)(x)
-        x = nn.silu(GroupNorm(EPS, name="norm_out", **dtypes)(x))
+        x = _ResBlock(x.shape[-1], name="mid_block_1", dtype=self.dtype)(x)
+        x = _Attention(name="mid_attn", dtype=self.dtype)(x)
+        x = _ResBlock(x.shape[-1], name="mid_block_2", dtype=self.dtype)(x)
+        x = nn.silu(GroupNorm(EPS, name="norm_out", dtype=self.dtype)(x))
         return conv(2 * config.z_channels, name="conv_out")(x)
 
 
 class _Decoder(nn.Module):
-    """Latents to pictures: the middle, then each level's blocks from the deepest up, an upsampling between levels."""
+    """Latents to images: the middle, then every level's blocks from the deepest up, with upsampling in between."""
 
     config: AutoencoderConfig
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
-        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = functools.partial(Conv, kernel_size=(3, 3), **dtypes)
+        config = self.config
+        conv = functools.partial(Conv, kernel_size=(3, 3), dtype=self.dtype)
         x = conv(config.ch * config.ch_mult[-1], name="conv_in")(x)
-        x = _ResBlock(x.shape[-1], name="mid_block_1", **dtypes)(x)
-        x = _Attention(name="mid_attn", **dtypes)(x)
-        x = _ResBlock(x.shape[-1], name="mid_block_2", **dtypes)(x)
+        x = _ResBlock(x.shape[-1], name="mid_block_1", dtype=self.dtype)(x)
+        x = _Attention(name="mid_attn", dtype=self.dtype)(x)
+        x = _ResBlock(x.shape[-1], name="mid_block_2", dtype=self.dtype)(x)
         for level, mult in reversed(list(enumerate(config.ch_mult))):
             for i in range(config.num_res_blocks + 1):
-                x = _ResBlock(config.ch * mult, name=f"up_{level}_block_{i}", **dtypes)(x)
+                x = _ResBlock(config.ch * mult, name=f"up_{level}_block_{i}", dtype=self.dtype)(x)
             if level > 0:
                 x = conv(x.shape[-1], name=f"up_{level}_upsample")(upsample_nearest(x))
-        x = nn.silu(GroupNorm(EPS, name="norm_out", **dtypes)(x))
+        x = nn.silu(GroupNorm(EPS, name="norm_out", dtype=self.dtype)(x))
         return conv(3, name="conv_out")(x)
 
 
 class _ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a linear map of x where the channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a linear map of x where the number of channels changes."""
 
     channels: int
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h w out"]:
-        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        hidden = nn.silu(GroupNorm(EPS, name="norm1", **dtypes)(x))
-        hidden = Conv(self.channels, (3, 3), name="conv1", **dtypes)(hidden)
-        hidden = nn.silu(GroupNorm(EPS, name="norm2", **dtypes)(hidden))
-        hidden = Conv(self.channels, (3, 3), name="conv2", **dtypes)(hidden)
+        hidden = nn.silu(GroupNorm(EPS, name="norm1", dtype=self.dtype)(x))
+        hidden = Conv(self.channels, (3, 3), name="conv1", dtype=self.dtype)(hidden)
+        hidden = nn.silu(GroupNorm(EPS, name="norm2", dtype=self.dtype)(hidden))
+        hidden = Conv(self.channels, (3, 3), name="conv2", dtype=self.dtype)(hidden)
         if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, name="skip", **dtypes)(x)
+            x = nn.Dense(self.channels, name="skip", dtype=self.dtype)(x)
         return x + hidden
 
 
@@ -146,12 +140,10 @@ class _Attention(nn.Module):
     """Self-attention over all pixels with one head as wide as the channels."""
 
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         batch, _, _, channels = x.shape
-        normed = GroupNorm(EPS, name="norm", **dtypes)(x).reshape(batch, -1, channels)
-        q, k, v = (nn.Dense(channels, name=name, **dtypes)(normed)[:, :, None] for name in "qkv")
-        return x + nn.Dense(channels, name="out", **dtypes)(attention(q, k, v).reshape(x.shape))
+        normed = GroupNorm(EPS, name="norm", dtype=self.dtype)(x).reshape(batch, -1, channels)
+        q, k, v = (nn.Dense(channels, name=name, dtype=self.dtype)(normed)[:, :, None] for name in "qkv")
+        return x + nn.Dense(channels, name="out", dtype=self.dtype)(attention(q, k, v).reshape(x.shape))

@@ -1,6 +1,6 @@
-"""The CLIP text encoder whose states are the UNet's context and the phrases' embeddings.
+"""The CLIP text encoder: its states are the UNet's context and the phrases' embeddings.
 
-Radford et al. 2021, section 2.4, in the form of CLIP ViT-L/14: pre-norm transformer, causal attention, quick-GELU.
+Radford et al. 2021, section 2.4, as in CLIP ViT-L/14: pre-norm transformer, causal attention, quick-GELU.
 
 Axes: b batch, n tokens, c width, h heads, d width of one head; q and k number tokens as queries and as keys.
 """
@@ -15,11 +15,10 @@ from instdiff_jax.models.layers import LayerNorm
 
 
 class CLIPTextEncoder(nn.Module):
-    """Token ids to the states of the last layer and one pooled state for each row."""
+    """Token ids to the states of the last layer and one pooled state per row."""
 
     config: TextEncoderConfig
     dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b n"]) -> tuple[Float[Array, "b n c"], Float[Array, "b c"]]:
@@ -28,29 +27,29 @@ class CLIPTextEncoder(nn.Module):
         Padding needs no mask: it follows the first end token, and attention is causal.
 
         Args:
-            ids: rows of at most `max_length` ids, each with an end token (id vocab_size − 1). Nothing is truncated.
+            ids: rows of at most `max_length` ids, each with an end token, which has the highest id of its tokenizer.
 
         Returns:
-            The states after the final LayerNorm, and of these the state at each row's first end token, neither
-            projected nor normalised.
+            The states after the final LayerNorm, and the state at each row's first end token, neither projected nor
+            normalised.
 
         Raises:
             ValueError: for rows longer than `max_length`.
         """
-        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        config = self.config
         length = ids.shape[1]
         if length > config.max_length:
             raise ValueError(f"ids: expected at most {config.max_length} tokens a row, got {length}")
 
         def embed(count: int, std: float, name: str) -> nn.Embed:
             init = nn.initializers.normal(std)
-            return nn.Embed(count, config.hidden_size, embedding_init=init, name=name, **dtypes)
+            return nn.Embed(count, config.hidden_size, embedding_init=init, name=name, dtype=self.dtype)
 
         x = embed(config.vocab_size, 0.02, "token_embedding")(ids)
         x = x + embed(config.max_length, 0.01, "position_embedding")(jnp.arange(length)[None])
         for i in range(config.num_layers):
-            x = _Layer(config.num_heads, config.intermediate_size, name=f"layer_{i}", **dtypes)(x)
-        x = LayerNorm(name="final_norm", **dtypes)(x)
+            x = _Layer(config.num_heads, config.intermediate_size, name=f"layer_{i}", dtype=self.dtype)(x)
+        x = LayerNorm(name="final_norm", dtype=self.dtype)(x)
         # The end token has the highest id of its tokenizer, which may have fewer ids than the embedding.
         first_end = jnp.argmax(ids, axis=1)
         pooled = jnp.take_along_axis(x, first_end[:, None, None], axis=1)[:, 0]
@@ -63,28 +62,27 @@ class _Layer(nn.Module):
     num_heads: int
     intermediate_size: int
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = x + _CausalAttention(self.num_heads, name="attn", **dtypes)(LayerNorm(name="norm1", **dtypes)(x))
-        return x + _Mlp(self.intermediate_size, name="mlp", **dtypes)(LayerNorm(name="norm2", **dtypes)(x))
+        y = LayerNorm(name="norm1", dtype=self.dtype)(x)
+        x = x + _CausalAttention(self.num_heads, name="attn", dtype=self.dtype)(y)
+        y = LayerNorm(name="norm2", dtype=self.dtype)(x)
+        return x + _Mlp(self.intermediate_size, name="mlp", dtype=self.dtype)(y)
 
 
 class _CausalAttention(nn.Module):
-    """Self-attention in which a token sees itself and what is before it; softmax in float32."""
+    """Self-attention to the token itself and those before it; softmax in float32."""
 
     num_heads: int
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         batch, length, width = x.shape
 
         def dense(name: str) -> nn.Dense:
-            return nn.Dense(width, name=name, dtype=self.dtype, param_dtype=self.param_dtype)
+            return nn.Dense(width, name=name, dtype=self.dtype)
 
         q, k, v = (dense(name)(x).reshape(batch, length, self.num_heads, -1) for name in "qkv")
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -98,12 +96,10 @@ class _Mlp(nn.Module):
 
     intermediate_size: int
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        hidden = nn.Dense(self.intermediate_size, name="in", **dtypes)(x)
-        # OpenAI's CLIP was trained with this approximation of GELU; the exact one gives other states.
+        hidden = nn.Dense(self.intermediate_size, name="in", dtype=self.dtype)(x)
+        # OpenAI trained CLIP with this approximation of GELU.
         hidden = hidden * nn.sigmoid(1.702 * hidden)
-        return nn.Dense(x.shape[-1], name="out", **dtypes)(hidden)
+        return nn.Dense(x.shape[-1], name="out", dtype=self.dtype)(hidden)

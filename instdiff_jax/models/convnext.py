@@ -2,7 +2,7 @@
 
 Liu et al. 2022, "A ConvNet for the 2020s", section 2 and figure 4: ConvNeXt without the final norm and head.
 
-Axes: b batch, H W picture, h w features, c channels.
+Axes: b batch, H W image, h w features, c channels.
 """
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ EPS = 1e-6
 
 
 class ConvNeXt(nn.Module):
-    """Pictures to features, 4 pixels a side smaller after the stem and 2 after every further stage.
+    """Images to features: the stem divides each side by 4, every further stage by 2.
 
     Attributes:
         depths: number of blocks of each stage.
@@ -25,36 +25,34 @@ class ConvNeXt(nn.Module):
     depths: tuple[int, ...]
     dims: tuple[int, ...]
     dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b H W in"]) -> Float[Array, "b h w c"]:
-        """Features of the last stage: four stages leave H/32 × W/32."""
-        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        """Features of the last stage; with four stages, h = H/32 and w = W/32."""
         x = x.astype(self.dtype)
         for i, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True)):
             side = 4 if i == 0 else 2
-            norm = LayerNorm(EPS, name=f"downsample_{i}_norm", **dtypes)
-            conv = nn.Conv(dim, (side, side), strides=side, padding="VALID", name=f"downsample_{i}_conv", **dtypes)
+            norm = LayerNorm(EPS, name=f"downsample_{i}_norm", dtype=self.dtype)
+            conv = nn.Conv(
+                dim, (side, side), strides=side, padding="VALID", name=f"downsample_{i}_conv", dtype=self.dtype
+            )
             x = norm(conv(x)) if i == 0 else conv(norm(x))
             for j in range(depth):
-                x = _Block(name=f"stage_{i}_block_{j}", **dtypes)(x)
+                x = _Block(name=f"stage_{i}_block_{j}", dtype=self.dtype)(x)
         return x
 
 
 class _Block(nn.Module):
-    """x + gamma · linear(GELU(linear(norm(depthwise conv(x))))): a wide linear pair per pixel."""
+    """x + gamma · linear(GELU(linear(norm(depthwise conv(x))))), four times as wide inside."""
 
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         channels = x.shape[-1]
-        hidden = nn.Conv(channels, (7, 7), feature_group_count=channels, name="dwconv", **dtypes)(x)
-        hidden = LayerNorm(EPS, name="norm", **dtypes)(hidden)
-        hidden = nn.gelu(nn.Dense(4 * channels, name="pw1", **dtypes)(hidden), approximate=False)
-        hidden = nn.Dense(channels, name="pw2", **dtypes)(hidden)
-        gamma = self.param("gamma", nn.initializers.constant(1e-6), (channels,), self.param_dtype)
+        hidden = nn.Conv(channels, (7, 7), feature_group_count=channels, name="dwconv", dtype=self.dtype)(x)
+        hidden = LayerNorm(EPS, name="norm", dtype=self.dtype)(hidden)
+        hidden = nn.gelu(nn.Dense(4 * channels, name="pw1", dtype=self.dtype)(hidden), approximate=False)
+        hidden = nn.Dense(channels, name="pw2", dtype=self.dtype)(hidden)
+        gamma = self.param("gamma", nn.initializers.constant(1e-6), (channels,))
         return x + gamma.astype(self.dtype) * hidden

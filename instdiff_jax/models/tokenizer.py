@@ -12,16 +12,16 @@ from instdiff_jax.errors import InputError
 
 _logger = logging.getLogger(__name__)
 
-# A byte-level vocabulary holds every byte twice, alone and at the end of a word, or it cannot spell.
+# A byte-level vocabulary has every byte twice: inside a word and at its end.
 _SMALLEST_VOCABULARY = 512
 
 
 class Tokenizer:
-    """transformers' CLIP tokenizer, from a local folder or the hub's local cache: no network, no weights.
+    """transformers' CLIP tokenizer, from a local folder or the hub's local cache; it needs no network.
 
     Attributes:
-        max_length: ids in a row, begin and end included.
-        eos_id: id that ends a text and pads it. It is the highest id, so that argmax finds the end of a text.
+        max_length: ids in a row, start and end token included.
+        eos_id: id of the end token, which also pads. It is the highest id, so that argmax finds the end of a text.
     """
 
     def __init__(self, name: str | Path, vocab_size: int, max_length: int = 77):
@@ -29,14 +29,14 @@ class Tokenizer:
 
         Args:
             name: a folder with vocab.json and merges.txt (or tokenizer.json), or a hub name that is in the local cache.
-            vocab_size: entries of the text encoder's embedding; the tokenizer must not have more.
+            vocab_size: of the text encoder; the tokenizer's ids must be below it.
             max_length: ids in a row.
 
         Raises:
-            InputError: naming the tokenizer, where it is not there or does not fit.
+            InputError: naming the tokenizer, if it is not there or does not fit.
         """
-        # Imported here: it takes a second, and reading layouts or training does not need it.
-        # It would say that PyTorch is missing, which tokenizers do not need.
+        # Imported here: it takes a second, and only this class needs it.
+        # transformers would warn that PyTorch is missing, which tokenizers do not need.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import CLIPTokenizer
 
@@ -48,7 +48,7 @@ class Tokenizer:
                 f"tokenizer {name}: expected a folder with vocab.json and merges.txt, or a name in the hub's local"
                 f" cache ({type(error).__name__})"
             ) from error
-        # Without its files transformers makes an empty tokenizer and says nothing.
+        # If the files are missing, transformers silently makes an empty tokenizer.
         if len(self._tokenizer) < _SMALLEST_VOCABULARY:
             raise InputError(f"tokenizer {name}: no vocabulary there; expected vocab.json and merges.txt")
         highest = max(self._tokenizer.get_vocab().values())
@@ -59,18 +59,18 @@ class Tokenizer:
             raise InputError(f"tokenizer {name}: expected the end token's id to be {highest}, got {self.eos_id}")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Int32[np.ndarray, "n length"]:
-        """Ids of prompts, padded with the end token; what is too long is cut, and a warning names it."""
+        """Ids of prompts, padded with the end token. A prompt that is too long is cut, with a warning."""
         return self._encode(prompts, "prompt")
 
     def encode_phrases(self, phrases: Sequence[str]) -> Int32[np.ndarray, "n length"]:
-        """Ids of instances' phrases, padded with the end token; what is too long is cut, and a warning names it.
+        """Ids of instances' captions, padded with the end token. One that is too long is cut, with a warning.
 
-        The official code crashes at phrases of more than 77 tokens.
+        The official code crashes there.
         """
         return self._encode(phrases, "phrase")
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files, so that a checkpoint folder needs no other."""
+        """Writes the tokenizer's files to a folder."""
         self._tokenizer.save_pretrained(str(folder))
 
     def _encode(self, texts: Sequence[str], kind: str) -> Int32[np.ndarray, "n length"]:

@@ -1,6 +1,13 @@
-"""UniFusion: the places and phrases of up to 30 instances become 184 grounding tokens (paper section 3.1).
+"""UniFusion: instance captions and locations become grounding tokens (paper, "UniFusion": instance tokenizer).
 
-Axes: b batch, n slots (at most 30), t map tokens (64), s side of the instance maps, e width of text and tokens.
+    g_i = MLP([τ(c_i), γ(p_i)])
+
+c_i is the caption of instance i and τ(c_i) its pooled CLIP state; p_i are the points of its location in one format and
+γ is a Fourier mapping. Each format has its own MLP. Where an instance has no caption, or no location in a format, a
+learned null vector stands in. Each slot gives four tokens: box, point, scribble, mask (its points). A ConvNeXt over all
+masks at once gives 64 more.
+
+Axes: b batch, n slots (at most 30), s side of the maps, t map tokens (64), e width of text and tokens, k features.
 """
 
 import flax.linen as nn
@@ -18,9 +25,9 @@ NUM_FREQUENCIES = 16
 
 
 def fourier_features(x: Float[Array, "*b k"]) -> Float[Array, "*b 32*k"]:
-    """[sin(f·x), cos(f·x)] over all coordinates for each of 16 frequencies f = 100^(i/16) in turn.
+    """γ: [sin(f·x), cos(f·x)] of all coordinates for each of 16 frequencies f = 100^(i/16).
 
-    As released: no 2π, and the sines of all coordinates stand before their cosines.
+    As released: without 2π, and the sines of all coordinates before their cosines.
     """
     frequencies = jnp.asarray(100.0 ** (np.arange(NUM_FREQUENCIES) / NUM_FREQUENCIES), jnp.float32)
     angles = x[..., None, :] * frequencies[:, None]
@@ -29,13 +36,9 @@ def fourier_features(x: Float[Array, "*b k"]) -> Float[Array, "*b 32*k"]:
 
 
 def unpack_maps(maps: UInt32[Array, "b s s"]) -> Float[Array, "b s s 30"]:
-    """One channel of 0 and 1 per slot from the packed maps."""
+    """The packed maps as one channel of 0 and 1 per slot."""
     bits = (maps[..., None] >> jnp.arange(MAX_INSTANCES, dtype=jnp.uint32)) & jnp.uint32(1)
     return bits.astype(jnp.float32)
-
-
-def _add_slot(x: Float[Array, "b n *k"]) -> Float[Array, "b n+1 *k"]:
-    return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2))
 
 
 class TokenMLP(nn.Module):
@@ -44,14 +47,12 @@ class TokenMLP(nn.Module):
     hidden: int
     features: int
     dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n k"]) -> Float[Array, "b n e"]:
-        settings = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = nn.silu(nn.Dense(self.hidden, name="in", **settings)(x))
-        x = nn.silu(nn.Dense(self.hidden, name="mid", **settings)(x))
-        return nn.Dense(self.features, name="out", **settings)(x)
+        x = nn.silu(nn.Dense(self.hidden, name="in", dtype=self.dtype)(x))
+        x = nn.silu(nn.Dense(self.hidden, name="mid", dtype=self.dtype)(x))
+        return nn.Dense(self.features, name="out", dtype=self.dtype)(x)
 
 
 class UniFusion(nn.Module):
@@ -60,61 +61,65 @@ class UniFusion(nn.Module):
     config: UniFusionConfig
     context_dim: int = 768
     dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @property
-    def map_features(self) -> int:
-        """Width of a map token before its MLP."""
-        return self.config.trunk_dims[-1] * (self.config.map_size // 32) ** 2 // NUM_MAP_TOKENS
 
     @nn.compact
     def __call__(self, grounding: Grounding, use_maps: bool = True) -> Float[Array, "b 184 e"]:
-        """Makes the tokens.
+        """Computes the tokens.
 
         Args:
-            use_maps: static; False leaves the ConvNeXt trunk out of the program, right where `has_map`
-                is 0 in the whole batch.
+            grounding: of a batch of layouts.
+            use_maps: static; False leaves the ConvNeXt trunk out of the program. It may be False where `has_map` is 0
+                in the whole batch.
         """
-        settings = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         slots = grounding["valid"].shape[1]
         if slots < MAX_INSTANCES:
-            # Empty slots have the same tokens: one of them is computed.
+            # Empty slots all have the same tokens: one of them is computed.
             grounding = {k: x if k in ("maps", "has_map") else _add_slot(x) for k, x in grounding.items()}
-
-        def null(name: str, size: int) -> Float[Array, " size"]:
-            return self.param(f"null_{name}", nn.initializers.zeros, (size,), self.param_dtype)
-
         valid = grounding["valid"][..., None]
-        text = jnp.where(valid > 0, grounding["phrase_embeddings"], null("text", self.context_dim))
+        text = jnp.where(valid > 0, grounding["phrase_embeddings"], self._null("text", self.context_dim))
         tokens = []
         for format, array in ARRAYS.items():
-            name = "mask_points" if format == "mask" else format
-            size = COORDINATES[format] * 2 * NUM_FREQUENCIES
+            name = "mask_points" if format == "mask" else format  # as parameters are called
             features = fourier_features(grounding[array])
-            features = jnp.where(grounding[f"has_{format}"][..., None] > 0, features, null(name, size))
-            both = jnp.concatenate([text, features], axis=-1).astype(self.dtype)
-            made = TokenMLP(self.config.mid_dim, self.context_dim, name=f"mlp_{name}", **settings)(both)
-            if slots < MAX_INSTANCES:
-                empty = (made.shape[0], MAX_INSTANCES - slots, self.context_dim)
-                made = jnp.concatenate([made[:, :slots], jnp.broadcast_to(made[:, slots:], empty)], axis=1)
-            tokens.append(made)
+            null = self._null(name, COORDINATES[format] * 2 * NUM_FREQUENCIES)
+            features = jnp.where(grounding[f"has_{format}"][..., None] > 0, features, null)
+            made = self._mlp(name, jnp.concatenate([text, features], axis=-1))
+            tokens.append(_repeat_last_slot(made, slots) if slots < MAX_INSTANCES else made)
+        return jnp.concatenate([*tokens, self._map_tokens(grounding, use_maps)], axis=1)
 
-        shape = (grounding["boxes"].shape[0], NUM_MAP_TOKENS, self.map_features)
-        features = jnp.broadcast_to(null("map", self.map_features), shape)
+    def _null(self, name: str, size: int) -> Float[Array, " size"]:
+        return self.param(f"null_{name}", nn.initializers.zeros, (size,))
+
+    def _mlp(self, name: str, features: Float[Array, "b n k"]) -> Float[Array, "b n e"]:
+        mlp = TokenMLP(self.config.mid_dim, self.context_dim, self.dtype, name=f"mlp_{name}")
+        return mlp(features.astype(self.dtype))
+
+    def _map_tokens(self, grounding: Grounding, use_maps: bool) -> Float[Array, "b 64 e"]:
+        width = self.config.map_token_dim
+        shape = (grounding["boxes"].shape[0], NUM_MAP_TOKENS, width)
+        features = jnp.broadcast_to(self._null("map", width), shape)
         if use_maps:
             present = grounding["has_map"][:, None, None] > 0
             features = jnp.where(present, self._map_features(grounding["maps"]), features)
-        # Added after the null replacement: null map tokens have a position too.
-        position = self.param("pos_embedding", nn.initializers.normal(0.02), shape[1:], self.param_dtype)
-        features = (features + position).astype(self.dtype)
-        tokens.append(TokenMLP(self.config.mid_dim, self.context_dim, name="mlp_map", **settings)(features))
-        return jnp.concatenate(tokens, axis=1)
+        # Added to null map tokens as well, as in the official code.
+        position = self.param("pos_embedding", nn.initializers.normal(0.02), shape[1:])
+        return self._mlp("map", features + position)
 
     def _map_features(self, maps: UInt32[Array, "b s s"]) -> Float[Array, "b t k"]:
-        settings = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        image = nn.Conv(3, (3, 3), name="map_conv", **settings)(unpack_maps(maps).astype(self.dtype))
-        image = ConvNeXt(self.config.trunk_depths, self.config.trunk_dims, name="trunk", **settings)(image)
-        # The official code reshapes (channels, height, width) row-major into (features, tokens). This
-        # mixes space and channels, but the released weights expect it.
-        flat = jnp.moveaxis(image, -1, 1).reshape(image.shape[0], self.map_features, NUM_MAP_TOKENS)
+        image = nn.Conv(3, (3, 3), name="map_conv", dtype=self.dtype)(unpack_maps(maps).astype(self.dtype))
+        image = ConvNeXt(self.config.trunk_depths, self.config.trunk_dims, name="trunk", dtype=self.dtype)(image)
+        # The official code reshapes (channels, height, width) row-major into (features, tokens). This mixes space and
+        # channels, but the released weights expect it.
+        flat = jnp.moveaxis(image, -1, 1).reshape(image.shape[0], self.config.map_token_dim, NUM_MAP_TOKENS)
         return jnp.swapaxes(flat, 1, 2)
+
+
+def _add_slot(x: Float[Array, "b n *k"]) -> Float[Array, "b n+1 *k"]:
+    """Adds an empty slot."""
+    return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _repeat_last_slot(tokens: Float[Array, "b n+1 e"], slots: int) -> Float[Array, "b 30 e"]:
+    """All slots' tokens from those of `slots` slots and of one empty slot."""
+    empty = jnp.broadcast_to(tokens[:, slots:], (tokens.shape[0], MAX_INSTANCES - slots, tokens.shape[2]))
+    return jnp.concatenate([tokens[:, :slots], empty], axis=1)

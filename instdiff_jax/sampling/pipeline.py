@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt8
 
-from instdiff_jax import grounding as groundings
 from instdiff_jax.config import ModelConfig, SamplingConfig, with_preset
 from instdiff_jax.diffusion.multi_instance import ImageRows, Inpaint, Mark, sample_rows
 from instdiff_jax.diffusion.schedule import q_sample
@@ -30,6 +29,7 @@ from instdiff_jax.grounding import Format
 from instdiff_jax.layout import MAX_SIDE, Layout
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
+from instdiff_jax.models.regions import region_bits
 from instdiff_jax.models.tokenizer import Tokenizer
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import NUM_TOKENS, UniFusion
@@ -398,8 +398,8 @@ class Pipeline:
         conditions = programs.make_conditions(self._networks, self._params, listed.entries, hidden, pooled, sharding)
         if settings.masked_attention != "none":
             kind, entries = settings.masked_attention, listed.entries
-            words = [groundings.region_words(entry.grounding, *grid, kind) for entry in entries]
-            visual, tokens = (np.stack(column) for column in zip(*words, strict=True))
+            bits = [region_bits(entry.grounding, *grid, kind) for entry in entries]
+            visual, tokens = (np.stack(column) for column in zip(*bits, strict=True))
             conditions["regions"] = {"visual": visual, "tokens": tokens}
         return conditions, listed.rows
 

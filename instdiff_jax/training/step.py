@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.diffusion.schedule import q_sample, velocity_weights
-from instdiff_jax.models.attention import Regions
 from instdiff_jax.models.autoencoder import sample_posterior
+from instdiff_jax.models.regions import Regions
 from instdiff_jax.parallel.mesh import BATCH, DATA, FSDP, REPLICATED, gather, sum_gradients
 from instdiff_jax.training.optimizer import apply_gradients, global_norm, learning_rate
 from instdiff_jax.training.settings import TrainSettings

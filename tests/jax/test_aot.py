@@ -14,7 +14,7 @@ from instdiff_jax.aot import programs
 from instdiff_jax.aot.report import memory_table
 from instdiff_jax.cli import aot
 from instdiff_jax.errors import InputError, exit_on_input_error
-from instdiff_jax.models import attention, layers
+from instdiff_jax.models import layers
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
 from instdiff_jax.training.settings import TrainSettings
 
@@ -291,7 +291,7 @@ def test_rows_must_be_shared_evenly(monkeypatch):
 
 def test_attention_chooses_its_chunks_for_the_devices_it_is_traced_for(monkeypatch):
     abstract = SimpleNamespace(abstract_device=SimpleNamespace(platform="tpu"))
-    monkeypatch.setattr(attention.jax.sharding, "get_abstract_mesh", lambda: abstract)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: abstract)
     assert layers.platform() == "tpu"
     monkeypatch.undo()
     assert layers.platform() == jax.default_backend()

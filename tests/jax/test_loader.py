@@ -21,7 +21,7 @@ from instdiff_jax.data.latents import LatentCache, cache_latents
 from instdiff_jax.data.loader import BatchReader, DevicePrefetch, make_loader
 from instdiff_jax.data.phrases import phrase_table
 from instdiff_jax.errors import InputError
-from instdiff_jax.grounding import region_words
+from instdiff_jax.models.regions import region_bits
 
 SIZE = 64
 CONFIG = DataConfig(image_size=SIZE, map_size=SIZE)
@@ -230,7 +230,7 @@ def test_regions_are_those_of_the_groundings(data_dir, settings, orientation):
     assert "regions" not in next(make_loader(dataset, CONFIG, **settings))
     for i in range(settings["batch_size"]):
         grounding = {name: value[i] for name, value in batch["grounding"].items()}
-        visual, tokens = region_words(grounding, 8, 8, orientation)
+        visual, tokens = region_bits(grounding, 8, 8, orientation)
         np.testing.assert_array_equal(batch["regions"]["visual"][i], visual)
         np.testing.assert_array_equal(batch["regions"]["tokens"][i], tokens)
 

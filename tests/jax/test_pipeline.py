@@ -146,7 +146,7 @@ def test_progress_counts_to_its_end(pipeline):
 def test_nothing_compiles_again(pipeline, monkeypatch):
     """A new prompt, layout, step count, α, mis and solver run the programs there are: three of the UNet at most."""
     before = multi_instance.denoise._cache_size()
-    fresh = dataclasses.replace(pipeline._predict_noise.unet, kernel="plain")  # no other test's programs
+    fresh = pipeline._predict_noise.unet.clone(name="fresh")  # no other test's programs
     monkeypatch.setattr(pipeline, "_predict_noise", NoisePredictor(fresh))
     pipeline([make_layout(3, mask=True)], seeds=[0], steps=6, alpha=0.8, mis=0.4)
     assert multi_instance.denoise._cache_size() == before + 3

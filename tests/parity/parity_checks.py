@@ -22,11 +22,12 @@ from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.diffusion.multi_instance import ImageRows, sample_rows
 from instdiff_jax.diffusion.solvers import solver_table
-from instdiff_jax.grounding import EVERYWHERE, instance_groundings, region_words, stack
-from instdiff_jax.models.attention import Fuser
+from instdiff_jax.grounding import instance_groundings, stack
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
+from instdiff_jax.models.fuser import Fuser
 from instdiff_jax.models.layers import timestep_embedding
+from instdiff_jax.models.regions import EVERYWHERE, region_bits
 from instdiff_jax.models.scaleu import scale_low_frequencies
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion, fourier_features
@@ -101,7 +102,7 @@ FUSER_KEYS = {
 
 def _fuser() -> float:
     data = parity("primitives")
-    fuser = Fuser(64, 4, jnp.float32, jnp.float32)
+    fuser = Fuser(64, 4, jnp.float32)
     x, objs = data["fuser_x"], data["fuser_objs"]
 
     def run(module, x, objs):
@@ -215,7 +216,7 @@ def _masked_attention(entry: str) -> float:
     data = parity("unet_small_masked_attention")
     grounding = common.grounding_arrays(data, common.DROPPED["box"])
     one = {key: value[0] for key, value in grounding.items()}
-    visual, tokens = region_words(one, 64, 64, "official")
+    visual, tokens = region_bits(one, 64, 64, "official")
     if entry == "eps_unmasked":
         visual, tokens = np.full_like(visual, EVERYWHERE), np.full_like(tokens, EVERYWHERE)
     regions = dict(visual=visual[None], tokens=tokens[None])

@@ -15,7 +15,8 @@ from instdiff_jax.data.examples import DataConfig, locate, select_instances
 from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.diffusion import schedule as schedules
 from instdiff_jax.geometry.points import mask_points
-from instdiff_jax.grounding import null_grounding, region_words
+from instdiff_jax.grounding import null_grounding
+from instdiff_jax.models.regions import region_bits
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import init_state, split_params
 from instdiff_jax.training.step import compile_step, make_train_step
@@ -50,7 +51,7 @@ def _regions() -> float:
     for slot, box in enumerate(data["boxes"]):
         grounding["boxes"][slot] = box
         grounding["valid"][slot] = grounding["has_box"][slot] = 1
-    visual, _ = region_words(grounding, 64, 64, "official")
+    visual, _ = region_bits(grounding, 64, 64, "official")
     slots = np.arange(len(data["boxes"]), dtype=np.uint32)[:, None]
     return relative_error(((visual >> slots) & 1).reshape(-1, 64, 64), data["att_masks"])
 

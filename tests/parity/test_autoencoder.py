@@ -146,11 +146,11 @@ def test_bfloat16_stays_close_to_float32():
 
 
 def test_parameter_count_and_dtype_of_the_released_autoencoder():
-    model = Autoencoder(model_config("full").autoencoder, param_dtype=jnp.bfloat16)
+    model = Autoencoder(model_config("full").autoencoder)
     init = functools.partial(model.init, method="reconstruct")
     leaves = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
     assert sum(leaf.size for leaf in leaves) == 83_653_863
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
 
 
 def test_decoding_a_large_picture_holds_no_array_of_all_logits():

@@ -82,7 +82,7 @@ def test_bfloat16_stays_close_to_float32():
 
 def test_parameter_count_and_dtype_of_the_released_trunk():
     config = model_config("full").unifusion
-    trunk = ConvNeXt(config.trunk_depths, config.trunk_dims, param_dtype=jnp.bfloat16)
+    trunk = ConvNeXt(config.trunk_depths, config.trunk_dims)
     leaves = jax.tree.leaves(jax.eval_shape(trunk.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
     assert sum(leaf.size for leaf in leaves) == 27_818_592
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}

@@ -16,7 +16,7 @@ from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.diffusion.schedule import alphas_cumprod, velocity_weights
 from instdiff_jax.errors import InputError
-from instdiff_jax.grounding import EVERYWHERE, region_words
+from instdiff_jax.models.regions import EVERYWHERE, region_bits
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import Networks, init_state, make_networks, split_params
 from instdiff_jax.training.step import (
@@ -169,14 +169,14 @@ def test_a_weights_limit_bounds_it(limit):
 
 
 def test_masked_attention_in_training():
-    """Regions that are everywhere change nothing; an instance's words reach the pixels of its box alone."""
+    """Regions that are everywhere change nothing; an instance's bits reach the pixels of its box alone."""
     model = dataclasses.replace(tiny_model(), unet=dataclasses.replace(tiny_model().unet, attention_resolutions=(1,)))
     settings = tiny_settings(masked_attention="correct", batch_size=2)
     networks, batch = make_networks(model, settings), tiny_batch(0, 2)
     batch["grounding"]["boxes"] = np.tile(np.float32([0, 0, 0.5, 0.5]), (2, 30, 1))
-    words = [region_words({k: v[i] for k, v in batch["grounding"].items()}, 8, 8, "correct") for i in range(2)]
-    regions = {"visual": np.stack([w[0] for w in words]), "tokens": np.stack([w[1] for w in words])}
-    everywhere = jax.tree.map(lambda word: np.full_like(word, EVERYWHERE), regions)
+    bits = [region_bits({k: v[i] for k, v in batch["grounding"].items()}, 8, 8, "correct") for i in range(2)]
+    regions = {"visual": np.stack([w[0] for w in bits]), "tokens": np.stack([w[1] for w in bits])}
+    everywhere = jax.tree.map(lambda bits: np.full_like(bits, EVERYWHERE), regions)
     params = numpy_params(make_run(model, settings).layout.params)
     keys = jax.random.split(jax.random.key(0), 2)
 

@@ -1,6 +1,7 @@
 """The UNet, its fuser, ScaleU and attention against the official code's numbers."""
 
 import dataclasses
+import functools
 import importlib
 import types
 
@@ -15,9 +16,9 @@ from parity_checks import params_of
 import common
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import UNetConfig
-from instdiff_jax.models import attention as attention_module
 from instdiff_jax.models import layers
-from instdiff_jax.models.attention import attention
+from instdiff_jax.models.attention import attention, choose_kernel
+from instdiff_jax.models.kernels import chunked, cudnn, plain
 from instdiff_jax.models.scaleu import scale_low_frequencies
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import fourier_features
@@ -51,28 +52,27 @@ def test_scaleu_takes_each_bin_once(shape):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("d", [40, 160])
-def test_chunked_attention_equals_plain(monkeypatch, masked, d):
-    monkeypatch.setitem(attention.__globals__["_LOGITS"], "cpu", 8192)
+def test_chunked_attention_equals_plain(masked, d):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, d), dtype=np.float32)) for n in (96, 130, 130))
-    words = ()
+    bits = ()
     if masked:
-        words = tuple(jnp.asarray(rng.integers(0, 8, (2, n)), jnp.uint32) for n in (96, 130))
-    plain = attention(q, k, v, *words, kernel="plain")
-    chunked = attention(q, k, v, *words, kernel="chunked")
-    assert common.relative_error(chunked, plain) < 2e-6
+        bits = tuple(jnp.asarray(rng.integers(0, 8, (2, n)), jnp.uint32) for n in (96, 130))
+    in_chunks = functools.partial(chunked.attention, max_logits=8192)
+    expected = plain.attention(q, k, v, *bits)
+    assert common.relative_error(in_chunks(q, k, v, *bits), expected) < 2e-6
     if masked:
-        assert common.relative_error(attention(q, k, v, kernel="plain"), plain) > 0.1
+        assert common.relative_error(plain.attention(q, k, v), expected) > 0.1
 
     def loss(kernel):
-        return lambda q: attention(q, k, v, *words, kernel=kernel).sum()
+        return lambda q: kernel(q, k, v, *bits).sum()
 
-    assert common.relative_error(jax.grad(loss("chunked"))(q), jax.grad(loss("plain"))(q)) < 1e-4
+    assert common.relative_error(jax.grad(loss(in_chunks))(q), jax.grad(loss(plain.attention))(q)) < 1e-4
 
 
 @pytest.mark.parametrize("keys", [64, 77, 192, 440])
 def test_gradients_are_finite_where_nothing_suits_a_query(keys):
-    """The kernel that this machine picks, with logits near -100, as a trained model's caption tokens have them."""
+    """The kernel chosen on this machine, with logits near -100, as a trained model's caption tokens have them."""
     rng, width = np.random.default_rng(0), 32
     q, k, v, weights = (
         jnp.asarray(rng.standard_normal((2, n, 2, width)) / 10, jnp.bfloat16) for n in (64, keys, keys, 64)
@@ -80,10 +80,10 @@ def test_gradients_are_finite_where_nothing_suits_a_query(keys):
     q, k = q.at[..., 0].set(1), k.at[..., 0].set(-100 * width**0.5)
 
     def total(kernel):
-        return lambda q, k, v: (attention(q, k, v, kernel=kernel) * weights).astype(jnp.float32).sum()
+        return lambda q, k, v: (kernel(q, k, v) * weights).astype(jnp.float32).sum()
 
-    ours, plain = (jax.grad(total(kernel), argnums=(0, 1, 2))(q, k, v) for kernel in ("auto", "plain"))
-    for a, b in zip(ours, plain, strict=True):
+    ours, expected = (jax.grad(total(kernel), argnums=(0, 1, 2))(q, k, v) for kernel in (attention, plain.attention))
+    for a, b in zip(ours, expected, strict=True):
         assert np.isfinite(np.asarray(a, np.float32)).all()
         assert common.relative_error(a.astype(jnp.float32), b.astype(jnp.float32)) < 0.05
 
@@ -126,7 +126,7 @@ def test_positions_tell_where_a_latent_lies():
     tokens = jnp.zeros((1, 1, 8))
 
     def features(unet, x):
-        return unet._enter(x, jnp.zeros(1))[0]
+        return unet.embed(x, jnp.zeros(1))[0]
 
     def run(unet, x):
         return unet(x, jnp.zeros(1), unet.condition(tokens, tokens), 1.0)
@@ -195,15 +195,20 @@ def test_convolutions_on_cpus_are_the_same_sum(shape):
 
 @pytest.mark.parametrize(
     "capability, kernel",
-    [("9.0", "cudnn"), ("8.0", "cudnn"), ("10.3", "cudnn"), ("7.5", "chunked"), ("gfx942", "chunked")],
+    [("9.0", cudnn), ("8.0", cudnn), ("10.3", cudnn), ("7.5", chunked), ("gfx942", chunked)],
 )
 def test_the_flash_kernel_is_for_gpus_that_have_it(monkeypatch, capability, kernel):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
-    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.bfloat16)) == kernel
-    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 64), jnp.float32)) == "chunked"
-    assert attention_module._pick_kernel(jnp.zeros((1, 4, 2, 160), jnp.bfloat16)) == "chunked"
-    assert attention_module._pick_kernel(jnp.zeros((1, 5, 2, 64), jnp.bfloat16)) == "chunked"
+
+    def choose(queries, dtype=jnp.bfloat16, platform="gpu"):
+        return choose_kernel(platform, queries, (1, 77, *queries[2:]), jnp.dtype(dtype), masked=False)
+
+    assert choose((1, 4, 2, 64)) is kernel.attention
+    assert choose((1, 4, 2, 64), jnp.float32) is chunked.attention
+    assert choose((1, 4, 2, 160)) is chunked.attention
+    assert choose((1, 5, 2, 64)) is chunked.attention
+    assert choose((1, 4, 2, 64), platform="tpu") is chunked.attention
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -211,10 +216,10 @@ def test_the_gradient_of_the_flash_kernel_is_taken_only_where_it_is_finite(monke
     """Not at 64 keys more than a multiple of 128, to which 63 and 191 are made; the rest is the kernel's own."""
     asked = []
 
-    def stand_in(q, k, v, query_words, key_words):
+    def stand_in(q, k, v, query_bits, key_bits):
         @jax.custom_vjp
         def run(q, k, v):
-            return attention_module.attention(q, k, v, query_words, key_words, kernel="plain")
+            return plain.attention(q, k, v, query_bits, key_bits)
 
         run.defvjp(
             lambda *given: (run(*given), given),
@@ -222,38 +227,38 @@ def test_the_gradient_of_the_flash_kernel_is_taken_only_where_it_is_finite(monke
         )
         return run(q, k, v)
 
-    monkeypatch.setattr(attention_module, "_flash", stand_in)
+    monkeypatch.setattr(cudnn, "flash", stand_in)
     rng = np.random.default_rng(0)
     for keys, own in {63: False, 64: False, 192: False, 77: True, 128: True, 440: True}.items():
         q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, 8)), jnp.float32) for n in (32, keys, keys))
-        words = [jnp.asarray(rng.integers(0, 8, (2, n)), jnp.uint32) for n in (32, keys)] if masked else [None, None]
+        bits = [jnp.asarray(rng.integers(0, 8, (2, n)), jnp.uint32) for n in (32, keys)] if masked else [None, None]
 
         def run(kernel, argnums=(0, 1, 2)):
             def total(q, k, v):
-                return jnp.square(attention_module.attention(q, k, v, *words, kernel=kernel)).sum()
+                return jnp.square(kernel(q, k, v, *bits)).sum()
 
             return jax.jit(jax.value_and_grad(total, argnums))(q, k, v)
 
         asked.clear()
-        (value, grads), (expected, plain) = run("cudnn"), run("plain")
+        (value, grads), (expected, expected_grads) = run(cudnn.attention), run(plain.attention)
         assert value == expected and bool(asked) == own
-        for a, b in zip(grads, plain, strict=True):
+        for a, b in zip(grads, expected_grads, strict=True):
             assert not a.any() if own else common.relative_error(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("keys, masked", [(77, False), (78, False), (77, True)])
 def test_the_flash_kernel_has_a_gradient_for_any_number_of_keys(monkeypatch, keys, masked):
     """Traced alone, as on a GPU: a caption has 77 tokens, and cuDNN's gradient takes even numbers."""
-    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91100)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    internals = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(internals, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(internals, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(internals, "is_cuda_compute_capability_equal", lambda capability: False)
     b, n, h, d = 2, 64, 4, 40
     q, k = jnp.zeros((b, n, h, d), jnp.bfloat16), jnp.zeros((b, keys, h, d), jnp.bfloat16)
-    words = [jnp.ones((b, count), jnp.uint32) for count in (n, keys)] if masked else [None, None]
+    bits = [jnp.ones((b, count), jnp.uint32) for count in (n, keys)] if masked else [None, None]
 
     def total(q, k, v):
-        return attention_module.attention(q, k, v, *words, kernel="cudnn").astype(jnp.float32).sum()
+        return cudnn.attention(q, k, v, *bits).astype(jnp.float32).sum()
 
     shapes = [x.shape for x in jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), q, k, k)]
     assert shapes == [q.shape, k.shape, k.shape]

@@ -17,10 +17,10 @@ from instdiff_jax.grounding import (
     instance_groundings,
     make_grounding,
     null_grounding,
-    region_words,
     stack,
 )
 from instdiff_jax.layout import Instance, Layout
+from instdiff_jax.models.regions import region_bits
 
 
 @pytest.mark.parametrize("drop", [("box",), ("point", "scribble"), ("mask",), ("box", "scribble", "mask")])
@@ -158,5 +158,5 @@ def test_any_valid_layout_becomes_a_valid_grounding(layout, format, height, widt
     grounding = make_grounding(layout, SMALL_CONFIG, format)
     check_grounding(grounding, 64)
     for orientation in ("official", "correct", "strict"):
-        visual, tokens = region_words(grounding, height, width, orientation)
+        visual, tokens = region_bits(grounding, height, width, orientation)
         assert visual.shape == (height * width,) and tokens.shape == (184,)

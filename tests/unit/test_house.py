@@ -20,7 +20,6 @@ MANY_PARAMETERS: dict[str, str] = {}
 REMAIN = {
     "tests/unit/test_layout.py",
     "instdiff_jax/evaluation/detectors.py imports projects",
-    "instdiff_jax.parallel.mesh imports instdiff_jax.checkpoint.rename",
     "instdiff_jax.sampling.loading imports instdiff_jax.training.export",
     "instdiff_jax/checkpoint/folder.py",
     "instdiff_jax/cli/evaluate.py: run",

@@ -5,13 +5,9 @@ import pytest
 from layout_cases import CONFIG, SMALL_CONFIG
 
 from common import parity
-from instdiff_jax.grounding import (
-    EVERYWHERE,
-    make_grounding,
-    null_grounding,
-    region_words,
-)
+from instdiff_jax.grounding import make_grounding, null_grounding
 from instdiff_jax.layout import Instance, Layout
+from instdiff_jax.models.regions import EVERYWHERE, region_bits
 
 
 def box_grounding(boxes):
@@ -28,7 +24,7 @@ def test_official_regions_parity(name):
     boxes, expected = data["boxes"], data["att_masks"]
     if name != "attention_masks":
         boxes, expected = boxes[0][data["masks"][0] > 0], expected[0]
-    visual, tokens = region_words(box_grounding(boxes), 64, 64, "official")
+    visual, tokens = region_bits(box_grounding(boxes), 64, 64, "official")
     for slot in range(len(boxes)):
         np.testing.assert_array_equal((visual >> np.uint32(slot) & 1).reshape(64, 64), expected[slot])
         assert tokens[slot] == tokens[90 + slot] == np.uint32(1 << slot)
@@ -52,7 +48,7 @@ def test_words_allow_the_same_pairs_as_the_official_mask():
     rng = np.random.default_rng(0)
     for _ in range(5):
         corners = np.sort(rng.uniform(0, 1, (7, 2, 2)), axis=1).reshape(7, 4)
-        visual, tokens = region_words(box_grounding(corners), 16, 16, "official")
+        visual, tokens = region_bits(box_grounding(corners), 16, 16, "official")
         att_masks = np.zeros((30, 16, 16), bool)
         for slot, box in enumerate(corners.astype(np.float32)):
             x0, y0, x1, y1 = (int(np.round(edge * 16)) for edge in box)
@@ -63,19 +59,19 @@ def test_words_allow_the_same_pairs_as_the_official_mask():
 
 
 def test_correct_orientation_on_a_canvas_that_is_not_square():
-    visual, _ = region_words(box_grounding([(0.25, 0.5, 0.5, 1.0)]), 64, 96, "correct")
+    visual, _ = region_bits(box_grounding([(0.25, 0.5, 0.5, 1.0)]), 64, 96, "correct")
     expected = np.zeros((64, 96), bool)
     expected[32:64, 24:48] = True
     np.testing.assert_array_equal(visual.reshape(64, 96) == 1, expected)
-    visual, _ = region_words(box_grounding([(0.25, 0.5, 0.5, 1.0)]), 64, 96, "official")
+    visual, _ = region_bits(box_grounding([(0.25, 0.5, 0.5, 1.0)]), 64, 96, "official")
     expected = np.zeros((64, 96), bool)
     expected[16:32, 48:96] = True
     np.testing.assert_array_equal(visual.reshape(64, 96) == 1, expected)
 
 
 def test_strict_masks_every_token_of_an_instance():
-    visual, tokens = region_words(box_grounding([(0.25, 0.5, 0.5, 1.0), (0, 0, 0.25, 0.25)]), 8, 8, "strict")
-    correct, _ = region_words(box_grounding([(0.25, 0.5, 0.5, 1.0), (0, 0, 0.25, 0.25)]), 8, 8, "correct")
+    visual, tokens = region_bits(box_grounding([(0.25, 0.5, 0.5, 1.0), (0, 0, 0.25, 0.25)]), 8, 8, "strict")
+    correct, _ = region_bits(box_grounding([(0.25, 0.5, 0.5, 1.0), (0, 0, 0.25, 0.25)]), 8, 8, "correct")
     np.testing.assert_array_equal(visual, correct)
     for kind in range(4):
         assert tokens[30 * kind : 30 * kind + 3].tolist() == [1, 2, 0]
@@ -90,7 +86,7 @@ def test_strict_takes_the_neighbourhood_of_points_where_there_is_no_box():
     grounding["points"][1] = 0.9, 0.9
     grounding["scribbles"][1] = np.linspace((0.1, 0.9), (0.9, 0.9), 20).ravel()
     grounding["has_scribble"][:2] = 1
-    visual, tokens = region_words(grounding, 16, 16, "strict")
+    visual, tokens = region_bits(grounding, 16, 16, "strict")
     words = visual.reshape(16, 16)
     point = np.zeros((16, 16), bool)
     point[2:6, 6:10] = True  # cells whose centres lie within 1/8 of (0.5, 0.25)
@@ -100,7 +96,7 @@ def test_strict_takes_the_neighbourhood_of_points_where_there_is_no_box():
     np.testing.assert_array_equal(words & 2 > 0, scribble)
     # The third instance has no place: seen everywhere.
     assert tokens[:3].tolist() == tokens[30:33].tolist() == [1, 2, EVERYWHERE]
-    assert (region_words(grounding, 16, 16, "correct")[0] == EVERYWHERE).all()
+    assert (region_bits(grounding, 16, 16, "correct")[0] == EVERYWHERE).all()
 
 
 def test_strict_takes_the_cells_of_a_mask_instead_of_its_box():
@@ -111,7 +107,7 @@ def test_strict_takes_the_cells_of_a_mask_instead_of_its_box():
     mask[50, 60] = True  # and a pixel far away: less than a quarter of its cell, but in the box
     layout = Layout("", 64, 64, (Instance("a mask", mask=mask), Instance("a box", box=(0, 0, 8, 8))))
     grounding = make_grounding(layout, SMALL_CONFIG)
-    visual, tokens = region_words(grounding, 16, 16, "strict")
+    visual, tokens = region_bits(grounding, 16, 16, "strict")
     expected = np.zeros((16, 16), bool)
     expected[4:13, 4:9] = True
     expected[12, 8] = False
@@ -122,8 +118,8 @@ def test_strict_takes_the_cells_of_a_mask_instead_of_its_box():
     box = np.zeros((16, 16), bool)
     box[4:13, 4:15] = True
     for other in (
-        region_words(make_grounding(layout, SMALL_CONFIG, drop=("mask",)), 16, 16, "strict"),
-        region_words(grounding, 16, 16, "correct"),
+        region_bits(make_grounding(layout, SMALL_CONFIG, drop=("mask",)), 16, 16, "strict"),
+        region_bits(grounding, 16, 16, "correct"),
     ):
         np.testing.assert_array_equal(other[0].reshape(16, 16) & 1 > 0, box)
 
@@ -135,7 +131,7 @@ def test_strict_keeps_a_cell_of_every_mask_on_any_grid(side):
         mask = np.zeros((64, 64), bool)
         mask[pixel] = True
         layout = Layout("", 64, 64, (Instance("one", mask=mask), Instance("all", mask=np.ones((64, 64), bool))))
-        visual, _ = region_words(make_grounding(layout, SMALL_CONFIG), side, side, "strict")
+        visual, _ = region_bits(make_grounding(layout, SMALL_CONFIG), side, side, "strict")
         assert (visual & 2 > 0).all()
         rows, columns = np.nonzero(visual.reshape(side, side) & 1)
         assert 1 <= len(rows) <= max(1, (side / 64 + 2) ** 2)
@@ -148,23 +144,23 @@ def test_strict_leaves_boxes_out_where_box_and_mask_are_dropped():
     grounding["has_box"][:] = 0
     grounding["points"][0] = 0.5, 0.5
     grounding["has_point"][0] = 1
-    visual, _ = region_words(grounding, 16, 16, "strict")
+    visual, _ = region_bits(grounding, 16, 16, "strict")
     assert (visual == 1).sum() == 16
 
 
 def test_tiny_boxes_keep_one_cell_when_correct():
     for box in [(0.5, 0.5, 0.501, 0.501), (0.999, 0.999, 1, 1), (0, 0, 1e-4, 1e-4), (0.3, 0, 0.301, 1)]:
-        visual, tokens = region_words(box_grounding([box]), 64, 64, "correct")
+        visual, tokens = region_bits(box_grounding([box]), 64, 64, "correct")
         assert (visual == 1).sum() in (1, 64) and tokens[0] == 1
 
 
 def test_instances_without_a_region():
     layout = Layout("", 64, 64, (Instance("a box", box=(0, 0, 32, 64)), Instance("a point", point=(40, 9))))
     grounding = make_grounding(layout, CONFIG)
-    visual, tokens = region_words(grounding, 64, 64, "correct")
+    visual, tokens = region_bits(grounding, 64, 64, "correct")
     assert tokens[0] == tokens[90] == 1 and tokens[1] == tokens[91] == EVERYWHERE and not tokens[2] and not tokens[92]
     assert (visual.reshape(64, 64)[:, :32] == 1).all() and not visual.reshape(64, 64)[:, 32:].any()
-    _, tokens = region_words(grounding, 64, 64, "official")
+    _, tokens = region_bits(grounding, 64, 64, "official")
     assert tokens[0] == 1 and tokens[1] == tokens[91] == 0
 
 
@@ -177,6 +173,6 @@ def test_nothing_is_masked_without_regions_or_when_box_and_mask_are_dropped(orie
         make_grounding(Layout("", 64, 64, (Instance("a point", point=(40, 9)),)), CONFIG),
         {**box_grounding([(0, 0, 0.5, 0.5)]), "has_box": np.zeros(30, np.float32)},
     ):
-        visual, tokens = region_words(grounding, 8, 8, orientation, num_map_tokens=4)
+        visual, tokens = region_bits(grounding, 8, 8, orientation, num_map_tokens=4)
         assert (visual == EVERYWHERE).all() and (tokens == EVERYWHERE).all()
         assert visual.shape == (64,) and tokens.shape == (124,) and visual.dtype == tokens.dtype == np.uint32
