@@ -1,1 +1,1 @@
-"""Measures of how well pictures obey their layouts; `python -m instdiff_jax evaluate` composes them."""
+"""Measures how well images follow their layouts; `instdiff evaluate` puts it together."""

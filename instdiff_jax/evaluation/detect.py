@@ -1,4 +1,4 @@
-"""What a detector is: pictures in, named instances with masks out. Which detectors there are is in `detectors.py`."""
+"""What a detector is: it takes images and finds instances with a category, a box and a mask."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -6,16 +6,18 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from instdiff_jax.geometry.masks import box_from_mask
+
 
 class Detection(NamedTuple):
-    """One instance that a detector found in a picture.
+    """One instance that a detector found in an image.
 
     Attributes:
-        category: name of a COCO category; of the shapes dataset: the shape's name.
-        score: confidence, higher is surer.
+        category: name of a category of the split.
+        score: confidence; higher is more certain.
         box: x, y, width, height in pixels.
-        mask: True where the instance is seen.
-        attributes: kind to value, {"colour": "red", "texture": "striped"}; empty from a detector that knows none.
+        mask: True where the instance is visible.
+        attributes: kind to value, {"colour": "red", "texture": "striped"}; empty if the detector knows none.
     """
 
     category: str
@@ -27,17 +29,30 @@ class Detection(NamedTuple):
 
 @runtime_checkable
 class Detector(Protocol):
-    """Finds instances; a detector may also have `features`, see `Featurizer`."""
+    """Finds instances.
+
+    A detector may also have `features` (see `Featurizer`), `has_masks` (False if its masks mean nothing) and
+    `fingerprint` (a string that identifies it by content).
+    """
 
     def detect(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[list[Detection]]:
-        """The instances of each picture."""
+        """The instances in each image."""
         ...
 
 
 @runtime_checkable
 class Featurizer(Protocol):
-    """Describes pictures by the vectors that the Fréchet distance compares."""
+    """Describes images by vectors, which the Fréchet distance compares."""
 
     def features(self, images: UInt8[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b d"]:
-        """One vector a picture."""
+        """One vector per image."""
         ...
+
+
+def xywh_of_mask(mask: Bool[np.ndarray, "H W"]) -> tuple[float, float, float, float]:
+    """The box x, y, width, height around a mask in pixels; zeros for an empty mask."""
+    corners = box_from_mask(mask)
+    if corners is None:
+        return 0.0, 0.0, 0.0, 0.0
+    x0, y0, x1, y1 = map(float, corners)
+    return x0, y0, x1 - x0, y1 - y0

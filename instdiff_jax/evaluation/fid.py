@@ -1,9 +1,11 @@
-"""The Fréchet distance between two sets of pictures, in whatever features describe them.
+"""The Fréchet distance between two sets of images, in any features.
 
-FID (Heusel et al. 2017) has it in the features of an Inception network; with other features the numbers compare
-only with each other.
+FID (Heusel et al. 2017) uses the features of an Inception network. Distances in other features can only be compared
+with each other.
 """
 
+import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +22,10 @@ class Gaussian(NamedTuple):
 
 
 def fit_gaussian(features: Float[np.ndarray, "n d"], where: str = "features") -> Gaussian:
-    """The Gaussian of features (covariance over n - 1); InputError for fewer than two, or numbers not finite."""
+    """Fits a Gaussian (covariance over n - 1); InputError for fewer than two rows or non-finite numbers."""
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
-        raise InputError(f"{where}: expected finite numbers of shape [2 or more pictures, d], got {features.shape}")
+        raise InputError(f"{where}: expected finite numbers of shape [2 or more images, d], got {features.shape}")
     mean = features.mean(axis=0)
     centred = features - mean
     return Gaussian(mean, centred.T @ centred / (len(features) - 1))
@@ -32,8 +34,8 @@ def fit_gaussian(features: Float[np.ndarray, "n d"], where: str = "features") ->
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m₁ − m₂|² + tr(S₁ + S₂ − 2 (S₁ S₂)^½), at least 0.
 
-    (S₁ S₂)^½ has the trace of (S₁^½ S₂ S₁^½)^½, a root of a symmetric matrix: eigenvalues alone, and no imaginary
-    part to drop as from a general matrix's root. Covariances without full rank are allowed.
+    (S₁ S₂)^½ has the same trace as (S₁^½ S₂ S₁^½)^½, the root of a symmetric matrix: it needs eigenvalues only and
+    has no imaginary part to drop. Covariances need not have full rank.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"features: expected the same number in both sets, got {len(a.mean)} and {len(b.mean)}")
@@ -43,3 +45,24 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     shared = np.sqrt(np.maximum(np.linalg.eigvalsh((product + product.T) / 2), 0)).sum()
     distance = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared
     return max(float(distance), 0.0)
+
+
+def distance_to(drawn: Float[np.ndarray, "n d"], real: Gaussian, fewest: int) -> tuple[float, list[str]]:
+    """The distance of generated images to real ones, and a remark if they are too few for it (`fewest`)."""
+    distance = frechet_distance(fit_gaussian(drawn), real)
+    if fewest > drawn.shape[1]:
+        return distance, []
+    return distance, [f"FID: {fewest} images for {drawn.shape[1]} features; it is biased upwards with so few."]
+
+
+def fid_of_file(path: str | Path) -> tuple[float, list[str]]:
+    """The Fréchet distance of precomputed features: an .npz with arrays `generated` and `real`, each [n, d]."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            drawn, real = (np.asarray(arrays[name], np.float64) for name in ("generated", "real"))
+            if drawn.ndim != 2:
+                raise ValueError(f"generated has shape {drawn.shape}, not [n, d]")
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"--features: {path}: expected an .npz with arrays generated and real ({error})") from error
+    gaussian = fit_gaussian(real, f"--features: {path}: real")
+    return distance_to(drawn, gaussian, min(len(drawn), len(real)))

@@ -1,5 +1,6 @@
-"""Detectors and CLIP of the transformers library, which run in PyTorch. Nothing is downloaded: folders, or models that
-are in the hub's cache already.
+"""Detectors and CLIP of the transformers library, in PyTorch.
+
+Models come from a folder or from the hub's cache. Nothing is downloaded.
 """
 
 import hashlib
@@ -11,27 +12,28 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from instdiff_jax.errors import InputError
-from instdiff_jax.evaluation.detect import Detection
-from instdiff_jax.evaluation.detectors import box_around
+from instdiff_jax.evaluation.detect import Detection, xywh_of_mask
 
 
 class HubDetector:
-    """An object detector (boxes) or an instance segmentation model (masks too); labels are matched by name.
+    """An object detection model (boxes) or an instance segmentation model (boxes and masks).
+
+    Its labels are matched to the split's categories by name.
 
     Attributes:
-        has_masks: whether it is of the second kind.
+        has_masks: whether it is a segmentation model.
     """
 
     def __init__(self, model: Any, processor: Any, has_masks: bool, threshold: float = 0.01):
         """
         Args:
-            threshold: less sure detections are left out; low, because average precision wants them all.
+            threshold: detections with a lower score are left out; low, since average precision uses them all.
         """
         self._model, self._processor, self.has_masks, self._threshold = model.eval(), processor, has_masks, threshold
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Loads a model; InputError where it is not on this machine, or is no detector."""
+        """Loads a model; InputError if it is not on this machine or is not a detector."""
         transformers = _transformers("--detector")
         with _Loading("--detector", name):
             config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
@@ -50,7 +52,7 @@ class HubDetector:
 
     @property
     def fingerprint(self) -> str:
-        """Of what decides its detections, wherever it lies: weights, labels, and what is done to pictures."""
+        """Hash of all that decides its detections: weights, labels and preprocessing."""
         import torch
 
         digest = hashlib.sha256(f"{self._model.config.id2label} {self._processor.to_json_string()}".encode())
@@ -61,7 +63,7 @@ class HubDetector:
         return digest.hexdigest()[:32]
 
     def detect(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[list[Detection]]:
-        """The instances of each picture."""
+        """The instances in each image."""
         import torch
 
         inputs = self._processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
@@ -82,7 +84,7 @@ class HubDetector:
             mask = np.asarray(item["segmentation"][k], bool)
             if mask.any():
                 name = self._model.config.id2label[info["label_id"]]
-                detections.append(Detection(name, float(info["score"]), box_around(mask), mask))
+                detections.append(Detection(name, float(info["score"]), xywh_of_mask(mask), mask))
         return detections
 
     def _from_boxes(self, item: dict[str, Any], size: tuple[int, int]) -> list[Detection]:
@@ -96,14 +98,14 @@ class HubDetector:
 
 
 class Clip:
-    """A CLIP model: pictures and texts as unit vectors whose product says how well they go together."""
+    """A CLIP model: embeds images and texts as unit vectors; their product is the CLIP score."""
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any):
         self._model, self._processor, self._tokenizer = model.eval(), processor, tokenizer
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """Loads a model; InputError where it is not on this machine, or is no CLIP."""
+        """Loads a model; InputError if it is not on this machine or is not a CLIP model."""
         transformers = _transformers("--clip")
         with _Loading("--clip", name):
             model = transformers.CLIPModel.from_pretrained(name, local_files_only=True)
@@ -112,12 +114,12 @@ class Clip:
         return cls(model, processor, tokenizer)
 
     def embed_images(self, images: list[UInt8[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "n d"]:
-        """Unit vectors of pictures of any size."""
+        """Unit vectors of images of any size."""
         inputs = self._processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
         return self._unit(self._model.get_image_features, inputs)
 
     def embed_texts(self, texts: list[str]) -> Float[np.ndarray, "n d"]:
-        """Unit vectors of texts, cut to the model's length."""
+        """Unit vectors of texts, truncated to the model's length."""
         length = self._model.config.text_config.max_position_embeddings
         inputs = self._tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return self._unit(self._model.get_text_features, inputs)
@@ -142,7 +144,7 @@ def _transformers(flag: str) -> Any:
 
 
 class _Loading:
-    """Turns what can go wrong with somebody else's model into one line."""
+    """Turns any error of loading a model into one line."""
 
     def __init__(self, flag: str, name: str):
         self._flag, self._name = flag, name
@@ -151,7 +153,7 @@ class _Loading:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # Also what safetensors raises of a broken file, which is an Exception and nothing more.
+        # Exception: safetensors raises a class of its own for a broken file.
         if isinstance(error, Exception) and not isinstance(error, MemoryError):
             reason = str(error).split("\n")[0][:200]
             raise InputError(f"{self._flag}: {self._name}: cannot be loaded from this machine: {reason}") from error

@@ -1,7 +1,7 @@
-"""How well detections fit what was asked for: COCO's average precision, IoU, points in masks, attributes.
+"""How well detections match the requested instances: COCO's average precision, IoU, points in masks, attributes.
 
-Paper (arXiv 2402.03290), section 4: a detector finds instances in the pictures, and what was asked for is the ground
-truth. Every number is a fraction from 0 to 1; None where there is nothing to measure.
+Paper (arXiv 2402.03290), section 4: a detector finds instances in the generated images, and the layout is the ground
+truth. Every metric is a fraction from 0 to 1, or None if there is nothing to measure.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ MATCH_IOU = 0.5
 
 
 class Found(NamedTuple):
-    """A detection with its mask as compressed RLE, which takes a thousandth of the memory.
+    """A detection with its mask as compressed RLE, a thousand times smaller.
 
     Attributes:
         category, score, box, attributes: as in `Detection`.
-        rle: the mask; None from a detector without masks.
+        rle: the mask; None if the detector has no masks.
     """
 
     category: str
@@ -44,14 +44,14 @@ class Found(NamedTuple):
 
 
 class TargetMeasure(NamedTuple):
-    """One instance that was asked for, against the detections of its category that are sure enough.
+    """One requested instance, compared with the detections of its category that have a high enough score.
 
     Attributes:
-        box_iou: the best over the detections; 0 without any.
-        mask_iou: the same of masks; None where the annotation or the detector has none.
+        box_iou: the best IoU over the detections; 0 without any.
+        mask_iou: the same for masks; None if the annotation or the detector has none.
         point_in: whether the point lies in a detected mask.
-        scribble_in: share of the scribble's points that do.
-        match: the best-fitting detection, where it fits well enough (IoU of 0.5); None: not found.
+        scribble_in: fraction of the scribble's points in a detected mask.
+        match: the detection with the best IoU if that is at least 0.5; None: not found.
     """
 
     box_iou: float
@@ -64,12 +64,12 @@ class TargetMeasure(NamedTuple):
 def measure_targets(
     targets: Sequence[Target], detections: Sequence[Found], min_score: float, has_masks: bool = True
 ) -> list[TargetMeasure]:
-    """Measures each target alone: one detection may be the best of several targets.
+    """Measures each target by itself: one detection may match several targets.
 
     Args:
-        targets: of one picture.
-        detections: in that picture.
-        min_score: less sure detections do not count here. (Average precision counts all.)
+        targets: of one image.
+        detections: in that image.
+        min_score: detections with a lower score are ignored (but count for average precision).
         has_masks: whether the detector finds masks.
     """
     measures = []
@@ -95,7 +95,7 @@ def measure_targets(
 
 
 def points_in_mask(points: Sequence[Sequence[float]], mask: np.ndarray | None) -> float:
-    """PiM: the share of points x, y (pixels) that lie in the mask; 0 without a mask."""
+    """PiM: the fraction of points x, y (pixels) in the mask; 0 without a mask."""
     if mask is None:
         return 0.0
     columns, rows = np.floor(np.asarray(points, np.float64)).astype(int).T
@@ -104,15 +104,17 @@ def points_in_mask(points: Sequence[Sequence[float]], mask: np.ndarray | None) -
 
 
 def _ious(detected: list, target: Any) -> Float[np.ndarray, " n"]:
-    """IoU of each with the target: boxes x, y, width, height or RLE masks."""
+    """IoU of each detection with the target: boxes x, y, width, height, or RLE masks."""
     return coco_mask.iou(detected, [target], [0])[:, 0] if detected else np.zeros(0)
 
 
 def attribute_accuracy(
     targets: Sequence[Target], measures: Sequence[TargetMeasure], kinds: Sequence[str]
 ) -> dict[str, float | None]:
-    """Per kind KIND_accuracy, over all targets that have one (not found is wrong), and KIND_accuracy_found, over those
-    found. With several kinds also all_attributes_accuracy: targets with every one of theirs right.
+    """Accuracy of attributes.
+
+    For each kind: KIND_accuracy over all targets that have the attribute (not found counts as wrong) and
+    KIND_accuracy_found over those found. With several kinds also all_attributes_accuracy: all of a target's are right.
     """
     numbers: dict[str, float | None] = {}
     pairs = list(zip(targets, measures, strict=True))
@@ -135,19 +137,21 @@ def attribute_accuracy(
 
 
 def attribute_leakage(
-    pictures: Sequence[tuple[Sequence[Target], Sequence[TargetMeasure]]], kinds: Sequence[str]
+    images: Sequence[tuple[Sequence[Target], Sequence[TargetMeasure]]], kinds: Sequence[str]
 ) -> dict[str, float | None]:
-    """Per kind KIND_leak: of instances that were found with a wrong attribute, the share whose attribute is that of
-    another instance that the same picture was asked for.
+    """Leakage of attributes between instances.
+
+    For each kind, KIND_leak: of the instances found with a wrong attribute, the fraction whose attribute is that of
+    another requested instance of the image.
 
     Args:
-        pictures: each one's targets and their measures.
+        images: the targets of each image, and their measures.
         kinds: of attributes.
     """
     numbers: dict[str, float | None] = {}
     for kind in kinds:
         leaked = []
-        for targets, measures in pictures:
+        for targets, measures in images:
             wanted = [target.attributes.get(kind) for target in targets]
             for value, measure in zip(wanted, measures, strict=True):
                 seen = None if measure.match is None else measure.match.attributes.get(kind)
@@ -158,13 +162,13 @@ def attribute_leakage(
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of what is not None; None of nothing."""
+    """Mean of the values that are not None; None if there are none."""
     kept = [float(value) for value in values if value is not None]
     return float(np.mean(kept)) if kept else None
 
 
 class Precision(NamedTuple):
-    """COCO's averages, and the AP of each category that occurs."""
+    """COCO's averages, and the AP of each category in the ground truth."""
 
     AP: float | None
     AP50: float | None
@@ -179,9 +183,9 @@ def average_precision(
     """COCO's AP over IoU 0.50:0.95, at 0.50 and 0.75, and AR, at 100 detections and all areas (pycocotools).
 
     Args:
-        scenes: the ground truth; targets that were not asked for are crowds to COCO: neither found nor missed.
-        detections: of each scene's picture; other categories than those given do not count.
-        kind: "bbox", or "segm" (targets without a mask are crowds then).
+        scenes: the ground truth; targets that were not requested are COCO's crowds: neither found nor missed.
+        detections: in each scene's image; other categories than those given are ignored.
+        kind: "bbox", or "segm", for which targets without a mask are crowds.
         categories: names.
     """
     number_of = {name: k for k, name in enumerate(categories, 1)}
@@ -199,7 +203,7 @@ def average_precision(
                 row = {"image_id": number, "category_id": number_of[detection.category], "score": detection.score}
                 x, y, w, h = detection.box
                 found.append(row | {"bbox": [x, y, w, h], "segmentation": detection.rle, "area": w * h, "iscrowd": 0})
-    # Sizes are asked for even where masks are RLE already.
+    # COCO wants sizes even for masks in RLE.
     images = [{"id": k, "width": scene.size, "height": scene.size} for k, scene in enumerate(scenes, 1)]
     listed = [{"id": k, "name": name} for name, k in number_of.items()]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -208,7 +212,7 @@ def average_precision(
         evaluation.params.maxDets = [100]
         evaluation.evaluate()
         evaluation.accumulate()
-    # precision: IoU threshold, recall threshold, category, area, detections; -1 for categories that do not occur.
+    # precision: IoU threshold, recall threshold, category, area, detections; -1 for categories without ground truth.
     precision, recall = evaluation.eval["precision"][..., 0, 0], evaluation.eval["recall"][..., 0, 0]
     each = {name: _mean(precision[:, :, k]) for k, name in enumerate(categories)}
     return Precision(

@@ -1,4 +1,4 @@
-"""An evaluation's numbers as JSON and as Markdown, by themselves and as shares of an upper bound's."""
+"""An evaluation's numbers as JSON and Markdown, also relative to an upper bound."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,26 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from instdiff_jax.errors import InputError
-from instdiff_jax.evaluation.measure import Numbers, Outcome, Picture
+from instdiff_jax.evaluation.image import EvaluatedImage
+from instdiff_jax.evaluation.measure import Numbers, Outcome
 from instdiff_jax.files import read_json
 
-# What is not a fraction to show as a percentage.
+# Metrics that are not fractions, so not shown as percentages.
 _COUNTS = ("images", "instances")
 _DECIMALS = {"UNets": 1, "speedup": 1, "distance": 1, "FID": 2, "CLIP_global": 3, "CLIP_local": 3}
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less of a metric is better."""
+    """Whether a smaller value of a metric is better."""
     return name in ("FID", "UNets", "distance") or name.endswith("_leak")
 
 
 def make_report(outcome: Outcome, settings: Mapping[str, Any], upper: Mapping[str, Any] | None = None) -> dict:
-    """The report as JSON holds it: settings, metrics, breakdowns, notes and every picture's numbers.
+    """The content of report.json: settings, metrics, breakdowns, notes and the numbers of each image.
 
     Args:
         outcome: what was measured.
-        settings: what of; `annotations` (fingerprint) tells whether an upper bound is of the same split.
-        upper: the report of an upper bound, as `read_report` gives it; adds `ratio`, metric to share of it.
+        settings: of the measurement; `annotations` (a fingerprint) identifies the split.
+        upper: the report of an upper bound, from `read_report`; adds `ratio`, the metrics divided by its.
     """
     report = {
         "settings": dict(settings),
@@ -33,7 +34,7 @@ def make_report(outcome: Outcome, settings: Mapping[str, Any], upper: Mapping[st
         "by_count": [{"instances_asked": label} | numbers for label, numbers in outcome.by_count],
         "by_category": outcome.by_category,
         "notes": outcome.notes,
-        "pictures": [_picture_row(picture) for picture in outcome.pictures],
+        "pictures": [_image_row(image) for image in outcome.images],
     }
     if upper is not None:
         bound = upper["metrics"]
@@ -46,27 +47,27 @@ def make_report(outcome: Outcome, settings: Mapping[str, Any], upper: Mapping[st
     return report
 
 
-def _picture_row(picture: Picture) -> dict[str, Any]:
+def _image_row(image: EvaluatedImage) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "image_id": picture.scene.image_id,
-        "caption": picture.scene.caption,
-        "score": picture.score,
-        "CLIP_global": picture.clip_global,
+        "image_id": image.scene.image_id,
+        "caption": image.scene.caption,
+        "score": image.score,
+        "CLIP_global": image.clip_global,
         "instances": [],
     }
-    for k, target in enumerate(picture.scene.asked):
+    for k, target in enumerate(image.scene.asked):
         instance: dict[str, Any] = {
             "caption": target.caption,
             "category": target.category,
             "box": target.xywh,
             "attributes": dict(target.attributes),
         }
-        if picture.measures:
-            item = picture.measures[k]
+        if image.measures:
+            item = image.measures[k]
             instance |= {name: getattr(item, name) for name in ("box_iou", "mask_iou", "point_in", "scribble_in")}
             instance["found"] = None if item.match is None else dict(item.match.attributes)
-        if picture.clip_local:
-            instance["CLIP_local"] = picture.clip_local[k]
+        if image.clip_local:
+            instance["CLIP_local"] = image.clip_local[k]
         row["instances"].append(instance)
     return row
 
@@ -75,7 +76,7 @@ def read_report(path: str | Path, annotations: str) -> dict[str, Any]:
     """Reads a report.json to compare with.
 
     Raises:
-        InputError: for a file that is none, or of other annotations than those of this fingerprint.
+        InputError: if it is not a report, or not of the annotations with this fingerprint.
     """
     report = read_json(path)
     metrics = report.get("metrics") if isinstance(report, dict) else None
@@ -87,7 +88,7 @@ def read_report(path: str | Path, annotations: str) -> dict[str, Any]:
 
 
 def check_same_images(path: str | Path, upper: Mapping[str, Any], image_ids: Sequence[int]) -> None:
-    """Raises InputError where an upper bound was measured on other images."""
+    """Raises InputError if an upper bound was measured on other images."""
     rows = upper.get("pictures")
     rows = rows if isinstance(rows, list) else []
     theirs = {row.get("image_id") for row in rows if isinstance(row, dict)}
@@ -96,12 +97,12 @@ def check_same_images(path: str | Path, upper: Mapping[str, Any], image_ids: Seq
 
 
 def check_same_measures(path: str | Path, upper: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises InputError where an upper bound was measured in another way than `settings`, a report's own, say."""
+    """Raises InputError if an upper bound was measured differently from `settings`, those of this run."""
     theirs = upper["settings"]
     if theirs.get("pictures") != "real":
-        raise InputError(f"{path}: settings.pictures: expected real as --real has it, got {theirs.get('pictures')}")
+        raise InputError(f"{path}: settings.pictures: expected real (--real), got {theirs.get('pictures')}")
     names = ["size", "min_area", "min_score", "detector_fingerprint"]
-    # Without CLIP on both sides there is no share of its score.
+    # CLIP matters only if both have its score.
     names += ["clip"] if settings["clip"] and theirs.get("clip") else []
     for name in names:
         if theirs.get(name) != settings[name]:
@@ -114,12 +115,12 @@ def check_same_measures(path: str | Path, upper: Mapping[str, Any], settings: Ma
 
 
 def label(name: str) -> str:
-    """A metric's name for people."""
+    """A metric's name for tables."""
     return name.replace("_", " ")
 
 
 def show(name: str, value: float | None) -> str:
-    """A metric's value for people: fractions as percentages, as papers print them."""
+    """A metric's value for tables: fractions as percentages, as in papers."""
     if value is None:
         return "–"
     if name in _COUNTS:
@@ -129,9 +130,9 @@ def show(name: str, value: float | None) -> str:
 
 
 def tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The report's tables: title, head, rows of cells."""
+    """The report's tables: title, head and rows of cells."""
     bound, ratio = report.get("upper_bound"), report.get("ratio", {})
-    head = ["", "value"] + ([] if bound is None else ["upper bound", "share of it"])
+    head = ["", "value"] + ([] if bound is None else ["upper bound", "relative"])
     rows = []
     for name, value in report["metrics"].items():
         row = [label(name), show(name, value)]
@@ -172,7 +173,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def flat(settings: Mapping[str, Any], start: str = "") -> list[tuple[str, str]]:
-    """Settings as pairs of a dotted name and a text."""
+    """Settings as pairs of dotted name and text."""
     pairs = []
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -183,10 +184,10 @@ def flat(settings: Mapping[str, Any], start: str = "") -> list[tuple[str, str]]:
 
 
 def table_line(cells: Sequence[str]) -> str:
-    """A line of a Markdown table."""
+    """One row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def metrics_line(metrics: Numbers) -> str:
-    """The numbers on one line, for a terminal."""
+    """The numbers on one line."""
     return ", ".join(f"{label(name)} {show(name, value)}" for name, value in metrics.items())

@@ -126,7 +126,7 @@ def test_an_upper_bound_is_measured_in_the_same_way(place, tmp_path, capsys):
 
     report = json.loads(bound.read_text())
     bound.write_text(json.dumps(report | {"settings": report["settings"] | {"pictures": "drawn from layouts"}}))
-    assert differs() == "pictures: expected real as --real has it, got drawn from layouts"
+    assert differs() == "pictures: expected real (--real), got drawn from layouts"
     bound.write_text(json.dumps(report))
     assert "min_score: expected 0.5 as in this run, got 0.25; measure the bound" in differs("--min_score", 0.5)
     assert "size: expected 64 as in this run, got 32" in differs("--size", 64)
@@ -146,13 +146,13 @@ def test_killed_half_way_and_resumed(place, tmp_path, capsys, monkeypatch):
     flags = ["--checkpoint", place / "checkpoint", "--detector", f"shapes:{place / 'segmenter'}", "--steps", 2]
     flags += ["--format", "mixed", "--mis", 0, "--alpha", 1]  # one program a batch
 
-    def write(path, pixels, whole=generate.write_picture):
+    def write(path, pixels, whole=generate.write_image):
         if len(made) == 2:
             raise KeyboardInterrupt
         whole(path, pixels)
         made.append(path)
 
-    monkeypatch.setattr(generate, "write_picture", write)
+    monkeypatch.setattr(generate, "write_image", write)
     with pytest.raises(KeyboardInterrupt):
         run(place, output, *flags)
     assert sorted(output.rglob("*.png")) == sorted(made) and not (output / "report.json").exists()
@@ -161,7 +161,7 @@ def test_killed_half_way_and_resumed(place, tmp_path, capsys, monkeypatch):
 
     monkeypatch.undo()
     run(place, output, *flags)
-    assert f"{COUNT - 2} pictures made, 2 were there" in capsys.readouterr().out
+    assert f"{COUNT - 2} images made, 2 were there" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in made} == times
     assert len(list((output / "images").iterdir())) == COUNT
     report = json.loads((output / "report.json").read_text())
@@ -181,7 +181,7 @@ def test_killed_half_way_and_resumed(place, tmp_path, capsys, monkeypatch):
     assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
     line = fails(capsys, place, output, *flags, "--seed", 1)
-    assert "settings.json: seed: the pictures there were made with 0, got 1; use another --output" in line
+    assert "settings.json: seed: the images there were made with 0, got 1; use another --output" in line
 
 
 def test_shards_make_the_pictures_of_a_whole_run(place, tmp_path, capsys):
@@ -195,14 +195,14 @@ def test_shards_make_the_pictures_of_a_whole_run(place, tmp_path, capsys):
     for number in range(2):
         capsys.readouterr()
         run(place, parts, *flags, "--shard", f"{number}/2")
-        assert f"{COUNT // 2} pictures made, 0 were there" in capsys.readouterr().out
+        assert f"{COUNT // 2} images made, 0 were there" in capsys.readouterr().out
         there = {int(path.stem) for path in (parts / "images").iterdir()}
         assert there == set(ids[::2] if number == 0 else ids)
         assert not list(parts.glob("report.*"))
     line = fails(capsys, place, parts, *flags, "--shard", "1/2", "--seed", 1)
-    assert "settings.json: seed: the pictures there were made with 0, got 1" in line
+    assert "settings.json: seed: the images there were made with 0, got 1" in line
     run(place, parts, *flags)
-    assert f"0 pictures made, {COUNT} were there" in capsys.readouterr().out
+    assert f"0 images made, {COUNT} were there" in capsys.readouterr().out
     for name in ids:
         pixels = [np.asarray(Image.open(folder / "images" / f"{name}.png")).astype(int) for folder in (whole, parts)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
@@ -352,14 +352,14 @@ def test_malformed_predictions(place, tmp_path, capsys, content, message):
 
 def test_bad_flags(place, tmp_path, capsys):
     for flags, message in (
-        (["--real", "--detector", "yolo"], "--detector: expected shapes:FOLDER, predictions:FILE.json or"),
+        (["--real", "--detector", "yolo"], "--detector: expected predictions:FILE.json, transformers:NAME,"),
         (["--real", "--detector", f"shapes:{tmp_path}"], "config.json: cannot be read"),
         (["--real", "--count", 0], "--count: expected a whole number of at least 1, got 0"),
         ([], "--checkpoint: expected a checkpoint folder, or --real"),
         (["--checkpoint", tmp_path / "none"], "none"),
         (["--checkpoint", place / "checkpoint", "--sampler", "euler"], "sampling.sampler: expected one of"),
-        (["--real", "--caption_only"], "--caption_only: expected without --real"),
-        (["--real", "--attributes", "colour"], "--attributes: expected without --real"),
+        (["--real", "--caption_only"], "--caption_only: cannot be used with --real"),
+        (["--real", "--attributes", "colour"], "--attributes: cannot be used with --real"),
         (["--real", "--shard", "2/2"], "--shard: expected i/n"),
     ):
         assert message in fails(capsys, place, tmp_path / "out", *flags)

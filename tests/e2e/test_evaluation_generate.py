@@ -11,7 +11,7 @@ from tiny_checkpoint import make_layout, make_tiny_checkpoint
 from common import relative_error
 from instdiff_jax import Pipeline
 from instdiff_jax.errors import InputError
-from instdiff_jax.evaluation import generate
+from instdiff_jax.evaluation import layouts
 from instdiff_jax.evaluation.split import read_split
 from instdiff_jax.sampling.loading import checkpoint_fingerprint
 from projects.shapes.render import write_coco
@@ -84,7 +84,7 @@ def places(instance):
     ],
 )
 def test_layouts_hold_one_format(scene, format, held):
-    layout = generate.make_layout(scene, format)
+    layout = layouts.make_layout(scene, format)
     assert [places(instance) for instance in layout.instances] == [held] * len(scene.asked)
     assert [instance.caption for instance in layout.instances] == [target.caption for target in scene.asked]
 
@@ -93,11 +93,11 @@ def test_mixed_layouts_give_each_format_in_turn(scene):
     """Another one first in every image, so that what stands behind is not always a box."""
     order = [("box",), ("box", "mask"), ("scribble",), ("point",)]
     for image_id in range(4):
-        layout = generate.make_layout(dataclasses.replace(scene, image_id=image_id), "mixed")
+        layout = layouts.make_layout(dataclasses.replace(scene, image_id=image_id), "mixed")
         expected = [order[(i + image_id) % 4] for i in range(len(scene.asked))]
         assert [places(instance) for instance in layout.instances] == expected
     with pytest.raises(InputError, match="format: expected one of auto, box, "):
-        generate.make_layout(scene, "boxes")
+        layouts.make_layout(scene, "boxes")
 
 
 # ---------------------------------------------------------------- parts switched off

@@ -9,10 +9,11 @@ import pytest
 from common import PARITY
 from instdiff_jax.cli import evaluate
 from instdiff_jax.errors import InputError
-from instdiff_jax.evaluation.detectors import box_around, detector_fingerprint, finds_masks, open_detector
+from instdiff_jax.evaluation.detect import xywh_of_mask
+from instdiff_jax.evaluation.detectors import detector_fingerprint, finds_masks, open_detector
 from instdiff_jax.evaluation.generate import copy_real
 from instdiff_jax.evaluation.hub import Clip
-from instdiff_jax.evaluation.measure import inspect
+from instdiff_jax.evaluation.measure import Measures, inspect
 from instdiff_jax.evaluation.split import ATTRIBUTES, read_split
 from projects.shapes.render import write_coco
 from projects.shapes.worlds import SceneSettings
@@ -113,7 +114,7 @@ def test_masks_have_their_boxes(tmp_path):
     for detection in (detection for row in found for detection in row):
         assert detection.category in ("circle", "star") and 0.01 <= detection.score <= 1
         assert detection.mask.shape == (40, 60) and detection.mask.dtype == bool and detection.mask.any()
-        assert detection.box == box_around(detection.mask)
+        assert detection.box == xywh_of_mask(detection.mask)
     assert detector_fingerprint(detector) == detector_fingerprint(
         open_detector(f"transformers:{shutil.copytree(tmp_path / 'masks', tmp_path / 'moved')}", None)
     )
@@ -124,7 +125,7 @@ def test_labels_of_another_data_set_are_told(tmp_path, coco):
     detector = open_detector(f"transformers:{make_boxes(tmp_path / 'yolos', **names)}", None)
     split = read_split(coco, "val")
     copy_real(split.scenes, tmp_path)
-    (note,) = [note for note in inspect(split, tmp_path, detector).notes if "categories" in note]
+    (note,) = [note for note in inspect(split, tmp_path, Measures(detector)).notes if "categories" in note]
     assert note == "The detector knows none of the split's categories; it found cat, dog and so on."
 
 

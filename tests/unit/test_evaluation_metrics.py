@@ -11,8 +11,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from instdiff_jax.errors import InputError
+from instdiff_jax.evaluation.attributes import unnamed_kinds
 from instdiff_jax.evaluation.fid import Gaussian, fit_gaussian, frechet_distance
-from instdiff_jax.evaluation.measure import Picture, _unnamed
+from instdiff_jax.evaluation.image import EvaluatedImage
 from instdiff_jax.evaluation.metrics import (
     Found,
     attribute_accuracy,
@@ -230,14 +231,14 @@ def test_a_detector_with_other_words_for_attributes():
 
     def picture(asked, *seen):
         targets = [target((0, 0, 4, 4), **row) for row in asked]
-        return Picture(scene(*targets), [found((0, 0, 4, 4), **row) for row in seen], measures=[])
+        return EvaluatedImage(scene(*targets), [found((0, 0, 4, 4), **row) for row in seen], measures=[])
 
     asked = [dict(texture="rubber", colour="red"), dict(texture="wood", colour="blue")]
     seen = [dict(texture="striped", colour="red"), dict(texture="dotted", colour="red")]
-    assert _unnamed([picture(asked, *seen)], ["colour", "texture"]) == ["texture"]
-    assert _unnamed([picture(asked, {})], ["colour", "texture"]) == ["colour", "texture"]
+    assert unnamed_kinds([picture(asked, *seen)], ["colour", "texture"]) == ["texture"]
+    assert unnamed_kinds([picture(asked, {})], ["colour", "texture"]) == ["colour", "texture"]
     # A wrong answer is no other word.
-    assert _unnamed([picture(asked[:1], dict(texture="wood", colour="blue"))], ["colour", "texture"]) == []
+    assert unnamed_kinds([picture(asked[:1], dict(texture="wood", colour="blue"))], ["colour", "texture"]) == []
 
 
 def test_leaked_attributes_by_hand():

@@ -28,8 +28,10 @@ from instdiff_jax.diffusion.multi_instance import (
     start_state,
 )
 from instdiff_jax.diffusion.solvers import solver_table
-from instdiff_jax.evaluation.files import picture_path, read_picture, write_file
-from instdiff_jax.evaluation.generate import image_seed, make_layout
+from instdiff_jax.evaluation.files import image_path, read_image
+from instdiff_jax.evaluation.generate import image_seed
+from instdiff_jax.evaluation.layouts import make_layout
+from instdiff_jax.files import write_json
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import NUM_TOKENS
@@ -54,10 +56,10 @@ def option_costs(study: Study, task: Task, numbers: Numbers) -> dict[str, float]
     fifty = Task(FIFTY, task.seed, task.count)
     if (FIFTY.slug(study.sampling), *fifty[1:]) in numbers:
         scenes = study.split(task.row.scenes, task.count).scenes
-        paths = [[picture_path(study.folder(one), scene) for scene in scenes] for one in (task, fifty)]
+        paths = [[image_path(study.folder(one), scene) for scene in scenes] for one in (task, fifty)]
         # Numbers may exist without their images.
         if all(path.exists() for column in paths for path in column):
-            ours, theirs = (np.stack([read_picture(path, study.settings.size) for path in column]) for column in paths)
+            ours, theirs = (np.stack([read_image(path, study.settings.size) for path in column]) for column in paths)
             found["distance"] = float(np.abs(ours.astype(float) - theirs).mean())
     return found
 
@@ -146,7 +148,7 @@ def measure_cost(study: Study) -> dict[str, Any]:
         parts.append(dict(part=name, seconds=_seconds(call) / count))
     path, key = cost_file(study)
     cost = {"key": key, "pictures": count, "instances": INSTANCES, "parts": parts}
-    write_file(path, json.dumps(cost).encode())
+    write_json(path, cost, indent=None)
     return cost
 
 

@@ -1,12 +1,11 @@
 """Writes the study's results: results.md, results.json and plots. All of them follow from the results alone."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from instdiff_jax.evaluation.files import write_file
 from instdiff_jax.evaluation.report import label, lower_is_better, show, table_line
+from instdiff_jax.files import write_file, write_json, write_text
 from projects.shapes.study.plots import draw_plots
 
 # Published numbers on COCO val2017, with YOLOv8m-seg as the detector: FID, and percentages.
@@ -26,11 +25,11 @@ def write_study(results: Mapping[str, Any], docs: Path) -> None:
         results: as `results.make_results` returns them.
         docs: the folder.
     """
-    write_file(docs / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_json(docs / "results.json", results)
     figures = draw_plots(results)
     for name, picture in figures.items():
-        write_file(docs / "figures" / f"results_{name}.png", picture)
-    write_file(docs / "results.md", page(results, list(figures)).encode())
+        write_file(docs / "figures" / f"results_{name}.png", lambda file, picture=picture: file.write(picture))
+    write_text(docs / "results.md", page(results, list(figures)))
 
 
 def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:

@@ -15,10 +15,12 @@ import numpy as np
 from instdiff_jax.analysis.chips import processor_name
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.fid import Gaussian, fit_gaussian
-from instdiff_jax.evaluation.files import claim_folder, write_file
-from instdiff_jax.evaluation.generate import copy_real, generate, read_settings, sampling_settings
-from instdiff_jax.evaluation.measure import Picture, inspect, summarize
+from instdiff_jax.evaluation.files import claim_folder
+from instdiff_jax.evaluation.generate import GenerateSettings, copy_real, generate, read_settings, sampling_settings
+from instdiff_jax.evaluation.image import EvaluatedImage
+from instdiff_jax.evaluation.measure import Measures, inspect, summarize
 from instdiff_jax.evaluation.split import Split, read_split
+from instdiff_jax.files import write_json
 from instdiff_jax.sampling.loading import checkpoint_fingerprint
 from instdiff_jax.sampling.pipeline import Pipeline
 from projects.shapes.render import write_coco
@@ -134,20 +136,12 @@ class Study:
         if row.source == "real":
             copy_real(scenes, folder, report)
         else:
-            generate(
-                self.pipeline(row.scaleu),
-                scenes,
-                folder,
-                seed=task.seed,
-                format=row.format,
-                drop=row.drop,
-                batch=_BATCH,
-                report=report,
-                **row.settings(self.sampling).to_dict(),
-            )
+            sampling = row.settings(self.sampling).to_dict()
+            settings = GenerateSettings(task.seed, row.format, drop=row.drop, batch=_BATCH, sampling=sampling)
+            generate(self.pipeline(row.scaleu), scenes, folder, settings, report)
         path, key = self._numbers_file(task)
         numbers = {"key": key} | self._measured(self.split(row.scenes, task.count), folder, row)
-        write_file(path, json.dumps(numbers).encode())
+        write_json(path, numbers, indent=None)
         return numbers
 
     def folder(self, task: Task) -> Path:
@@ -156,10 +150,10 @@ class Study:
         return self.settings.workdir / "pictures" / f"{slug}-seed_{task.seed}"
 
     def _measured(self, split: Split, folder: Path, row: Row) -> Numbers:
-        features, reference = self._detector.features, self._reference(row.scenes)
-        seen = inspect(split, folder, self._detector, features=features, reference=reference)
-        metrics = summarize(seen.pictures, split, self._detector, seen.kinds) | {"FID": seen.distance}
-        return {"metrics": metrics, "of_picture": [_sums(picture, seen.kinds) for picture in seen.pictures]}
+        measures = Measures(self._detector, features=self._detector.features, reference=self._reference(row.scenes))
+        seen = inspect(split, folder, measures)
+        metrics = summarize(seen.images, split, self._detector, seen.kinds) | {"FID": seen.distance}
+        return {"metrics": metrics, "of_picture": [_sums(image, seen.kinds) for image in seen.images]}
 
     def _reference(self, scenes: str) -> Gaussian:
         """Gaussian of the features of other scenes with the settings of a set."""
@@ -202,7 +196,7 @@ def machine() -> dict[str, Any]:
     return {"device": f"{name} ({platform.machine()})", "jax": jax.__version__, "python": platform.python_version()}
 
 
-def _sums(picture: Picture, kinds: Sequence[str]) -> dict[str, float]:
+def _sums(picture: EvaluatedImage, kinds: Sequence[str]) -> dict[str, float]:
     """An image's numbers as sums over its instances, for paired comparisons of two rows."""
     measures, targets = picture.measures, picture.scene.asked
     sums: dict[str, float] = {"instances": len(targets), "found": sum(item.match is not None for item in measures)}

@@ -10,7 +10,7 @@ from tiny_checkpoint import SIDE, make_tiny_checkpoint, make_tiny_segmenter
 
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.evaluation import generate
-from instdiff_jax.evaluation.files import picture_path, write_picture
+from instdiff_jax.evaluation.files import image_path, write_image
 from projects.shapes.study import __main__ as study_command
 from projects.shapes.study import cost as study_cost
 from projects.shapes.study.__main__ import main
@@ -53,14 +53,14 @@ def pictures(root):
 def test_a_reduced_run_and_its_resuming(folders, tmp_path, monkeypatch, capsys):
     sections, made = "formats,baselines,mis", []
 
-    def write(path, pixels, whole=generate.write_picture):
+    def write(path, pixels, whole=generate.write_image):
         if len(made) == 7:
             raise KeyboardInterrupt
         whole(path, pixels)
         made.append(path)
 
     # Killed in the middle of a row: what is done stays.
-    monkeypatch.setattr(generate, "write_picture", write)
+    monkeypatch.setattr(generate, "write_image", write)
     with pytest.raises(KeyboardInterrupt):
         study(folders, tmp_path, "--sections", sections)
     monkeypatch.undo()
@@ -203,7 +203,7 @@ def test_what_options_cost(folders, tmp_path):
     for label, value in (("50 steps", 10), ("15 steps", 13)):
         for scene in study.split("main", 2).scenes:
             pixels = np.full((SIDE, SIDE, 3), value, np.uint8)
-            write_picture(picture_path(study.folder(tasks[label]), scene), pixels)
+            write_image(image_path(study.folder(tasks[label]), scene), pixels)
     there = {keys["50 steps"]: {}}
     assert study_cost.option_costs(study, tasks["15 steps"], there)["distance"] == 3
     assert study_cost.option_costs(study, tasks["50 steps"], there)["distance"] == 0

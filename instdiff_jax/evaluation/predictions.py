@@ -1,0 +1,72 @@
+"""Detections from a file in COCO's results format, written by any detector."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instdiff_jax.errors import InputError, short
+from instdiff_jax.evaluation.detect import Detection, xywh_of_mask
+from instdiff_jax.evaluation.split import Split
+from instdiff_jax.files import read_json
+from instdiff_jax.geometry.masks import decode_mask
+
+
+class Predictions:
+    """Detections of some images, by image id.
+
+    Attributes:
+        has_masks: whether every prediction has a mask.
+    """
+
+    def __init__(self, path: str | Path, split: Split):
+        """Reads and checks a file.
+
+        Args:
+            path: JSON `[{"image_id", "category_id", "score", "bbox": [x, y, w, h], "segmentation": RLE or polygons}]`
+                in pixels of the canvas; either the segmentation or the bbox may be missing.
+            split: its image and category ids are the valid ones.
+
+        Raises:
+            InputError: if the file is not of this format, or an id is unknown.
+        """
+        rows = read_json(path)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{path}: expected a list of objects, as in COCO's results format")
+        self._of_image: dict[int, list[tuple[str, dict]]] = {}
+        self._names, self._size = split.categories, split.size
+        for i, row in enumerate(rows):
+            where = f"{path}: [{i}]"
+            self._check(row, split, where)
+            self._of_image.setdefault(row["image_id"], []).append((where, row))
+        self.has_masks = all(row.get("segmentation") for row in rows)
+
+    def _check(self, row: Mapping[str, Any], split: Split, where: str) -> None:
+        for key, known in (("image_id", split.image_ids), ("category_id", split.categories)):
+            if type(row.get(key)) is not int or row[key] not in known:
+                raise InputError(f"{where}.{key}: expected an id of the split's annotations, got {short(row.get(key))}")
+        if not _is_number(row.get("score")):
+            raise InputError(f"{where}.score: expected a number, got {short(row.get('score'))}")
+        box = row.get("bbox")
+        if box is None and not row.get("segmentation"):
+            raise InputError(f"{where}: expected a bbox or a segmentation")
+        numbers = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+        if box is not None and not (numbers and box[2] >= 0 and box[3] >= 0):
+            raise InputError(f"{where}.bbox: expected [x, y, width, height] in pixels, got {short(box)}")
+
+    def of_image(self, image_id: int) -> list[Detection]:
+        """The detections in an image; InputError for a broken mask."""
+        return [self._detection(row, where) for where, row in self._of_image.get(image_id, [])]
+
+    def _detection(self, row: Mapping[str, Any], where: str) -> Detection:
+        mask, size = np.zeros((self._size, self._size), bool), self._size
+        if row.get("segmentation"):
+            mask = decode_mask(row["segmentation"], size, size, f"{where}.segmentation")
+        box = row.get("bbox") or xywh_of_mask(mask)
+        return Detection(self._names[row["category_id"]], float(row["score"]), tuple(map(float, box)), mask)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
