@@ -1,10 +1,10 @@
-"""How fast one core feeds training: the loader beside a plain loop that only decodes the JPEG files.
+"""Speed of the data loader on one core, compared to decoding the JPEG files alone.
 
     python -m benchmarks.loader
 
-makes COCO-like images (640x480, 7 instances with irregular masks), builds the dataset and reads it at 512x512 with
-one worker process. Prints images a second; "per core" divides by processor time, not by the clock, so that other
-work on the machine does not count.
+Makes COCO-like images (640x480, 7 instances with irregular masks), builds the dataset, and reads it at 512x512 with
+one worker process. Prints images per second. "Per core" divides by processor time instead of wall time, so that other
+load on the machine does not count.
 """
 
 import json
@@ -57,17 +57,17 @@ def make_folder(folder: Path, images: int, masks: int) -> None:
 
 
 def tokenize(captions: list[str]) -> np.ndarray:
-    """A stand-in for the tokenizer; the real one takes a fraction of a millisecond."""
+    """In place of the tokenizer, which takes a fraction of a millisecond."""
     return np.zeros((len(captions), 77), np.int32)
 
 
 def embed(phrases: list[str]) -> np.ndarray:
-    """A stand-in for the text encoder."""
+    """In place of the text encoder."""
     return np.zeros((len(phrases), 768), np.float32)
 
 
 def rate(label: str, images: int, work) -> None:
-    """Runs `work` and prints images a second, by the clock and by this process's processor time."""
+    """Runs `work` and prints images per second, by wall time and by this process's processor time."""
     start, cpu = time.perf_counter(), time.process_time()
     work()
     seconds, busy = time.perf_counter() - start, time.process_time() - cpu
@@ -96,13 +96,14 @@ def main() -> None:
         total = args.batch_size * args.steps
         rate("decode JPEG only", total, lambda: [load_image(files[i % len(files)]) for i in range(total)])
         reader = BatchReader(dataset, config, tokenize, table, args.batch_size, range(args.batch_size), seed=0)
-        # Every sample grounded: the mask path is what costs.
+        # With a grounding in every sample, as masks take most of the time.
         reader.config = DataConfig(image_size=args.image_size, map_size=args.image_size, null_grounding=0.0)
         reader(0)
         rate("examples, this process", total, lambda: [reader(step) for step in range(args.steps)])
 
-        settings = dict(tokenize=tokenize, phrases=table, batch_size=args.batch_size, workers=1)
-        loader = make_loader(dataset, reader.config, **settings)
+        loader = make_loader(
+            dataset, reader.config, tokenize=tokenize, phrases=table, batch_size=args.batch_size, workers=1
+        )
         next(loader)
         start = time.perf_counter()
         for _ in range(args.steps):

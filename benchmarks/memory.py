@@ -1,13 +1,13 @@
-"""How much memory pictures need, and how many fit, predicted from the compiler's own analysis of compiled programs.
+"""Memory that sampling needs, and how many images fit, predicted by the compiler.
 
-    python -m benchmarks.memory --model full --dtype bfloat16               # compiled for the device at hand
-    python -m benchmarks.memory --model full --topology v5e:2x2             # for a TPU that is not there
+    python -m benchmarks.memory --model full --dtype bfloat16               # compiled for this device
+    python -m benchmarks.memory --model full --topology v5e:2x2             # compiled for a TPU that is not present
 
-The sampler's loop is compiled for two numbers of rows (a row is one latent being denoised: 7 for a picture of 6
-instances while the multi-instance sampler runs), not run. A row's share is the difference; the most rows follow for
-each size of memory. Beside the loop's arguments and temporary arrays lie the other networks' parameters and the keys
-and values of every text and grounding. The autoencoder's decoder is compiled too, as it runs after the loop. More rows
-than fit are no error: `max_rows` runs them in parts.
+The sampler's loop is compiled, but not run, for two numbers of rows. (A row is one latent being denoised: an image of 6
+instances has 7 while the multi-instance sampler runs.) The difference gives the memory per row, and from it the number
+of rows that fit. To the loop's arguments and temporary arrays come the other networks' parameters, and the keys and
+values of every text and grounding. The decoder, which runs after the loop, is compiled too. More rows than fit are
+possible: `max_rows` runs them in parts.
 """
 
 import argparse
@@ -15,32 +15,33 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import common
-from benchmarks.common import Column, Model
+from benchmarks import cli, tables
+from benchmarks.models import Model
+from benchmarks.tables import Column
 from instdiff_jax.errors import exit_on_input_error
 
 CAPACITIES = (16, 24, 80, 141)  # GB
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.set_defaults(dtype="bfloat16")
     parser.add_argument("--instances", type=int, default=6)
     parser.add_argument("--rows", type=int, nargs=2, default=(7, 14), help="the two programs to compile")
-    parser.add_argument("--decoded", type=int, default=1, help="pictures decoded at a time")
+    parser.add_argument("--decoded", type=int, default=1, help="images decoded at a time")
     parser.add_argument("--topology", help="compile for a TPU, for example v5e:2x2; needs libtpu")
-    parser.add_argument("--reserve", type=float, default=0.5, help="GB of each size that the runtime keeps for itself")
+    parser.add_argument("--reserve", type=float, default=0.5, help="GB of device memory that the runtime reserves")
     parser.add_argument(
         "--fraction",
         type=float,
         default=0.75,
-        help="of each size, what jax takes: XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 where it is not set",
+        help="fraction of device memory that jax uses (XLA_PYTHON_CLIENT_MEM_FRACTION; jax's default is 0.75)",
     )
-    return common.parse_alone(parser, argv)
+    return cli.parse_alone(parser, argv)
 
 
 def analyse(model: Model, dtype: str, rows: int, mesh: Any) -> dict[str, float]:
-    """GB of the sampler's loop over some rows."""
+    """GB of the sampler's loop with this many rows."""
     from instdiff_jax.aot.programs import compile_program, sample_program
     from instdiff_jax.aot.report import memory_table
     from instdiff_jax.training.settings import TrainSettings
@@ -51,8 +52,8 @@ def analyse(model: Model, dtype: str, rows: int, mesh: Any) -> dict[str, float]:
     return {key: value / 1e9 for key, value in memory_table(compiled.memory_analysis()).items()} | dict(compile=taken)
 
 
-def analyse_decoder(model: Model, pictures: int, mesh: Any) -> float:
-    """GB of the decoder's output and temporary arrays, in float32 as the pipeline has it."""
+def analyse_decoder(model: Model, images: int, mesh: Any) -> float:
+    """GB of the decoder's output and temporary arrays, in float32 as in the pipeline."""
     import jax
     import jax.numpy as jnp
 
@@ -61,7 +62,7 @@ def analyse_decoder(model: Model, pictures: int, mesh: Any) -> float:
     from instdiff_jax.models.autoencoder import Autoencoder
 
     network, side = Autoencoder(model.config.autoencoder), model.canvas // model.config.latent_stride
-    latents = jax.ShapeDtypeStruct((pictures, side, side, model.config.autoencoder.z_channels), jnp.float32)
+    latents = jax.ShapeDtypeStruct((images, side, side, model.config.autoencoder.z_channels), jnp.float32)
     image = jax.ShapeDtypeStruct((1, 2 * model.config.latent_stride, 2 * model.config.latent_stride, 3), jnp.float32)
     variables = jax.eval_shape(lambda image: network.init(jax.random.key(0), image, method="reconstruct"), image)
     decode = jax.jit(lambda variables, latents: network.apply(variables, latents, method="decode"))
@@ -70,7 +71,7 @@ def analyse_decoder(model: Model, pictures: int, mesh: Any) -> float:
 
 
 def resident(model: Model, dtype: str) -> tuple[float, float]:
-    """GB of all parameters but the UNet's, and of the keys and values of one text and grounding."""
+    """GB of all parameters except the UNet's, and of the keys and values of one text and grounding."""
     import jax
     import jax.numpy as jnp
 
@@ -97,7 +98,7 @@ def resident(model: Model, dtype: str) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    model, dtype = common.choose(args)
+    model, dtype = cli.choose(args)
     import jax
     from jax.sharding import Mesh
 
@@ -105,14 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     devices = topology_devices(args.topology) if args.topology else jax.devices()
     mesh = Mesh([[devices[0]]], ("data", "fsdp"))
-    tables = [analyse(model, dtype, rows, mesh) for rows in args.rows]
+    loops = [analyse(model, dtype, rows, mesh) for rows in args.rows]
     others, entry = resident(model, dtype)
     decoder = analyse_decoder(model, args.decoded, mesh)
-    per_row = (tables[1]["total"] - tables[0]["total"]) / (args.rows[1] - args.rows[0])
-    fixed = tables[0]["total"] - per_row * args.rows[0] + others + entry  # the negative prompt's is one for all
+    per_row = (loops[1]["total"] - loops[0]["total"]) / (args.rows[1] - args.rows[0])
+    fixed = loops[0]["total"] - per_row * args.rows[0] + others + entry  # one negative prompt for all rows
 
     rows: list[dict[str, Any]] = []
-    for count, table in zip(args.rows, tables, strict=True):
+    for count, table in zip(args.rows, loops, strict=True):
         rows.append(dict(what=f"loop over {count} rows", peak=table["total"] + others + entry * (count + 1), **table))
     loaded = fixed - entry
     rows.append(dict(what=f"decoding {args.decoded}", temporary=decoder, peak=loaded + decoder))
@@ -124,24 +125,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         Column("what", "program or memory"),
         Column("arguments", "arguments GB", ".2f"),
         Column("temporary", "temporary GB", ".2f"),
-        Column("peak", "peak with all that lies beside, GB", ".2f"),
-        Column("images", f"pictures of {args.instances} instances at once"),
-        Column("plain", "pictures without MIS at once"),
+        Column("peak", "peak with everything else, GB", ".2f"),
+        Column("images", f"images of {args.instances} instances at once"),
+        Column("plain", "images without MIS at once"),
         Column("compile", "compile s", ".0f"),
     ]
     where = args.topology or jax.default_backend()
     notes = [
         f"Model {model.name}, {model.canvas}x{model.canvas} pixels, {dtype}, compiled for {where}, not run. "
-        f"A row takes {per_row:.3f} GB, what does not grow with rows {fixed:.2f} GB; "
-        f"jax takes {args.fraction:.0%} of a device's memory (XLA_PYTHON_CLIENT_MEM_FRACTION), and leaves at least "
+        f"A row takes {per_row:.3f} GB, everything else {fixed:.2f} GB; "
+        f"jax uses {args.fraction:.0%} of a device's memory (XLA_PYTHON_CLIENT_MEM_FRACTION) and leaves at least "
         f"{args.reserve} GB."
     ]
     if where == "cpu":
         notes.append(
-            "A CPU's compiler keeps operands of 16-bit convolutions and products in float32 too: an upper bound."
+            "This is an upper bound: on a CPU, XLA also keeps operands of 16-bit convolutions and products in float32."
         )
     name = f"memory_{model.name}_{dtype}" + (f"_{args.topology.split(':')[0]}" if args.topology else "")
-    common.write_table(args.output, name, "Memory", columns, rows, notes)
+    tables.write_table(args.output, name, "Memory", columns, rows, notes)
 
 
 if __name__ == "__main__":

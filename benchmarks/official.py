@@ -1,19 +1,10 @@
-"""The official code from a user's clone: its classes, its networks, and the baseline's side of the benchmarks.
-
-    git clone https://github.com/frank-xwang/InstanceDiffusion
-
-Its modules are imported without what importing them usually does: no window toolkit, GPU, timm or torchvision is
-needed, and nothing is downloaded.
-"""
+"""The official side of the benchmarks; runs in a worker process."""
 
 import contextlib
 import copy
-import importlib
 import io
-import sys
 import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,145 +12,22 @@ from unittest import mock
 import numpy as np
 import torch
 
-# Before the stubs below stand in for what this would look for.
-from transformers import CLIPTextConfig, CLIPTextModel
-
-from benchmarks.common import HostMemory, Model, check_clone, cores, make_array, make_layout, random_grounding
-from instdiff_jax.config import AutoencoderConfig, ModelConfig, TextEncoderConfig
-
-CLASSES = {
-    "GroundingNetInput": "grounding_input.text_grounding_tokinzer_input",
-    "AutoencoderKL": "ldm.models.autoencoder",
-    "LatentDiffusion": "ldm.models.diffusion.ldm",
-    "PLMSSampler": "ldm.models.diffusion.plms",
-    "PLMSSamplerInst": "ldm.models.diffusion.plms_instance",
-    "UNetModel": "ldm.modules.diffusionmodules.openaimodel",
-    "get_trainable_params": "utils.optimizer",
-    "update_ema": "utils.optimizer",
-}
-FORMATS = ("boxes", "points", "scribbles", "masks")
-
-
-def _stub(name: str, **members: Any) -> types.ModuleType:
-    module = types.ModuleType(name)
-    module.__dict__.update(members)
-    return module
-
-
-@contextlib.contextmanager
-def official_classes(clone: str | Path) -> Iterator[types.SimpleNamespace]:
-    """The official classes and functions of CLASSES, usable inside the context.
-
-    Raises:
-        InputError: for a folder that is not a clone of the official repository.
-    """
-    check_clone(clone)
-    timm = [
-        _stub("timm"),
-        _stub("timm.models"),
-        _stub("timm.models.layers", trunc_normal_=torch.nn.init.trunc_normal_, DropPath=torch.nn.Identity),
-        _stub("timm.models.registry", register_model=lambda function: function),
-    ]
-    others = [_stub("tkinter"), _stub("tkinter.messagebox", NO="no"), _stub("torchvision")]
-    missing = {module.__name__: module for module in timm + others if module.__name__ not in sys.modules}
-    with (
-        mock.patch.dict(sys.modules, missing),
-        mock.patch.object(sys, "path", [str(clone), *sys.path]),
-        mock.patch("torch.hub.load_state_dict_from_url", lambda **_: {"model": {}}),
-    ):
-        found = {name: getattr(importlib.import_module(module), name) for name, module in CLASSES.items()}
-        yield types.SimpleNamespace(**found)
-
-
-def _load_made_up(network: torch.nn.Module) -> None:
-    for key, value in network.state_dict().items():
-        value.copy_(torch.from_numpy(make_array(key, value.shape)))
-
-
-def build_unet(
-    official: types.SimpleNamespace, model: ModelConfig, kept: tuple[str, ...], **settings: Any
-) -> torch.nn.Module:
-    """The official UNet with deterministic weights; formats that are not kept are dropped as in its configs.
-
-    `settings` are its `use_checkpoint` and `efficient_attention`, both on in the released configs and off here.
-    """
-    unet = model.unet
-    tokenizer = dict(in_dim=768, out_dim=768, mid_dim=model.unifusion.mid_dim, use_seperate_tokenizer=True)
-    tokenizer |= {f"test_drop_{name}": name not in kept for name in FORMATS}
-    settings = dict(use_checkpoint=False, efficient_attention=False) | settings
-    network = official.UNetModel(
-        image_size=64,
-        in_channels=unet.in_channels,
-        out_channels=unet.out_channels,
-        model_channels=unet.model_channels,
-        attention_resolutions=list(unet.attention_resolutions),
-        num_res_blocks=unet.num_res_blocks,
-        channel_mult=list(unet.channel_mult),
-        num_heads=unet.num_heads,
-        transformer_depth=1,
-        context_dim=unet.context_dim,
-        fuser_type="gatedSA",
-        sd_v1_5=True,
-        grounding_tokenizer=dict(target="ldm.modules.diffusionmodules.text_grounding_net.UniFusion", params=tokenizer),
-        **settings,
-    ).eval()
-    _load_made_up(network)
-    network.grounding_tokenizer_input = official.GroundingNetInput()
-    # It would read a file that is not in the repository; that layer is frozen, so nothing changes.
-    network.restore_first_conv_from_SD = lambda: None
-    return network
-
-
-def build_autoencoder(official: types.SimpleNamespace, sizes: AutoencoderConfig) -> torch.nn.Module:
-    """The official autoencoder with deterministic weights."""
-    details = dict(
-        double_z=True,
-        z_channels=sizes.z_channels,
-        resolution=256,
-        in_channels=3,
-        out_ch=3,
-        ch=sizes.ch,
-        ch_mult=list(sizes.ch_mult),
-        num_res_blocks=sizes.num_res_blocks,
-        attn_resolutions=[],
-        dropout=0.0,
-    )
-    network = official.AutoencoderKL(ddconfig=details, embed_dim=sizes.z_channels, scale_factor=sizes.scale_factor)
-    _load_made_up(network)
-    return network.eval()
-
-
-def build_text_encoder(sizes: TextEncoderConfig) -> torch.nn.Module:
-    """The text encoder that the official code takes from transformers, with random weights."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=sizes.vocab_size,
-            hidden_size=sizes.hidden_size,
-            intermediate_size=sizes.intermediate_size,
-            num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_heads,
-            max_position_embeddings=sizes.max_length,
-        )
-    ).eval()
-
-
-def set_alpha(network: torch.nn.Module, alpha: float) -> None:
-    """Sets the fusers' scale."""
-    for module in network.modules():
-        if type(module).__name__ == "GatedSelfAttentionDense":
-            module.scale = float(alpha)
-
-
-def alphas(length: int, fractions: tuple[float, float, float]) -> list[float]:
-    """Ones, a linear fall, zeros; lengths truncated."""
-    ones, fall = int(fractions[0] * length), int(fractions[1] * length)
-    return [1.0] * ones + [1 - (i + 1) / fall for i in range(fall)] + [0.0] * (length - ones - fall)
+from benchmarks.models import Model, make_layout, random_grounding
+from benchmarks.official_code import (
+    alphas,
+    build_autoencoder,
+    build_text_encoder,
+    build_unet,
+    official_classes,
+    set_alpha,
+)
+from benchmarks.processes import HostMemory, cores
 
 
 class Official:
-    """The baseline: float32 on a CPU, float16 autocast and flash attention on a GPU, as released.
+    """The baseline as released: float32 on a CPU, float16 autocast and flash attention on a GPU.
 
-    Of CLIP it holds the text encoder once; the released program has it twice, and the image encoder besides.
+    It has CLIP's text encoder once; the released program has it twice, and the image encoder too.
     """
 
     def __init__(self, clone: Path, model: Model, compiled: bool):
@@ -169,8 +37,8 @@ class Official:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(cores())
         torch.manual_seed(0)
-        settings = dict(use_checkpoint=True, efficient_attention=True)
-        self._unet = build_unet(official, model.config, ("boxes", "points"), **settings).to(self.device)
+        options = dict(use_checkpoint=True, efficient_attention=True)
+        self._unet = build_unet(official, model.config, ("boxes", "points"), **options).to(self.device)
         self._autoencoder = build_autoencoder(official, model.config.autoencoder).to(self.device)
         self._text_encoder = build_text_encoder(model.config.text_encoder).to(self.device)
         schedule = model.config.schedule
@@ -178,7 +46,7 @@ class Official:
             "linear", schedule.timesteps, schedule.linear_start, schedule.linear_end
         ).to(self.device)
         if compiled:
-            # One for every scale of the fusers, with and without gradients.
+            # It compiles once per scale of the fusers, with and without gradients.
             torch._dynamo.config.recompile_limit = 64
         self._called = torch.compile(self._unet) if compiled else self._unet
         self._rng = np.random.default_rng(0)
@@ -186,34 +54,35 @@ class Official:
     # ------------------------------------------------------------ sampling
 
     def sample(self, images: int, instances: int, mis: float, steps: int, alpha: float) -> float:
-        """Seconds from tokens to the pixels of all the pictures of a layout."""
+        """Seconds from tokens to the pixels of all images of a layout."""
         layout = make_layout(instances, self.model.canvas)
         whole = self._grounding(layout, images)
-        entries = [whole]
+        groundings = [whole]
         if mis and instances:
             for slot in range(instances):
-                alone = {key: torch.zeros_like(value) for key, value in whole.items()}
+                single = {key: torch.zeros_like(value) for key, value in whole.items()}
                 for key, value in whole.items():
-                    alone[key][:, 0] = value[:, slot]
-                entries.append(alone)
+                    single[key][:, 0] = value[:, slot]
+                groundings.append(single)
         self._unet.grounding_tokenizer_input.prepare(whole)
         side = self.model.canvas // self.model.config.latent_stride
         shape = (images, self.model.config.unet.in_channels, side, side)
         noise, context = self._normal(*shape), self._normal(images, 77, 768)
         given = [
-            dict(x=noise.clone(), timesteps=None, context=context, grounding_input=_renamed(entry)) for entry in entries
+            dict(x=noise.clone(), timesteps=None, context=context, grounding_input=_renamed(grounding))
+            for grounding in groundings
         ]
-        settings = dict(
+        options = dict(
             alpha_generator_func=lambda length: alphas(length, (alpha, 0.0, 1.0 - alpha)),
             set_alpha_scale=lambda _, value: set_alpha(self._unet, value),
         )
         if len(given) > 1:
-            sampler, batch = self._official.PLMSSamplerInst(self._diffusion, self._called, mis=mis, **settings), given
+            sampler, batch = self._official.PLMSSamplerInst(self._diffusion, self._called, mis=mis, **options), given
         else:
-            sampler, batch = self._official.PLMSSampler(self._diffusion, self._called, **settings), given[0]
+            sampler, batch = self._official.PLMSSampler(self._diffusion, self._called, **options), given[0]
 
-        # As released: the prompts, the negative prompt for all pictures, and phrases one at a time.
-        texts = [images, images] + [1] * len(layout.instances) + [images, 1] * (len(entries) - 1)
+        # As released: the prompts, the negative prompt of every image, and phrases one at a time.
+        texts = [images, images] + [1] * len(layout.instances) + [images, 1] * (len(groundings) - 1)
 
         def run() -> None:
             with torch.no_grad():
@@ -222,15 +91,15 @@ class Official:
             with self._autocast():
                 latents = sampler.sample(steps, shape, batch, uc=context, guidance_scale=7.5)
             with torch.no_grad():
-                pictures = torch.clamp(self._autoencoder.decode(latents), -1, 1) * 0.5 + 0.5
-                (pictures.cpu().numpy() * 255).astype(np.uint8)
+                pixels = torch.clamp(self._autoencoder.decode(latents), -1, 1) * 0.5 + 0.5
+                (pixels.cpu().numpy() * 255).astype(np.uint8)
 
         return self._seconds(run)
 
     # ------------------------------------------------------------ UNet
 
     def prepare_forward(self, inputs: dict[str, np.ndarray], grounding: dict[str, np.ndarray]) -> None:
-        """What the evaluation that `time_forward` times is given."""
+        """Prepares the evaluation that `time_forward` times."""
         given = {key: torch.from_numpy(value).to(self.device) for key, value in grounding.items()}
         self._unet.grounding_tokenizer_input.prepare(given)
         x = torch.from_numpy(np.moveaxis(inputs["latents"], -1, 1).copy()).to(self.device)
@@ -238,19 +107,19 @@ class Official:
         self._forward = dict(x=x, timesteps=times, context=context, grounding_input=_renamed(given))
 
     def output(self) -> np.ndarray:
-        """What the evaluation predicts, with the fusers, channels last."""
+        """The output of the prepared evaluation, with fusers; channels last."""
         set_alpha(self._unet, 1.0)
         with torch.no_grad(), self._autocast():
             return np.moveaxis(self._called(self._forward).float().cpu().numpy(), 1, -1)
 
     def time_forward(self, fusers: bool = True) -> float:
-        """Seconds of the prepared evaluation; without fusers α is 0, and they are computed all the same."""
+        """Seconds of the prepared evaluation; without fusers α is 0, but the code still computes them."""
         set_alpha(self._unet, 1.0 if fusers else 0.0)
         with torch.no_grad(), self._autocast():
             return self._seconds(lambda: self._called(self._forward))
 
     def parts(self) -> dict[str, float]:
-        """Seconds of an evaluation by kind of layer, from clocks around every layer."""
+        """Seconds of an evaluation by kind of layer, timed with hooks."""
         kinds = {"Conv2d": "convolutions", "Linear": "projections", "GroupNorm": "norms", "LayerNorm": "norms"}
         taken: dict[str, float] = {}
         starts: list[float] = []
@@ -293,7 +162,7 @@ class Official:
     # ------------------------------------------------------------ training
 
     def prepare_training(self, batch: int) -> None:
-        """An optimizer and averages as in the official trainer, and a batch of ready latents and embeddings."""
+        """Prepares optimizer and moving averages as in the official trainer, and a batch of latents and embeddings."""
         # As the official trainer does.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         network, names = self._unet, [name for name, _ in self._unet.named_parameters()]
@@ -315,7 +184,7 @@ class Official:
         self._scaler = torch.amp.GradScaler(self.device, enabled=self.device == "cuda")
 
     def train(self) -> float:
-        """Seconds of one step on the batch: loss, gradients, AdamW, average."""
+        """Seconds of one training step: loss, gradients, AdamW, moving average."""
 
         def step() -> None:
             latents = self._batch["latents"]
@@ -340,14 +209,14 @@ class Official:
     # ------------------------------------------------------------ machine
 
     def reset_peak(self) -> None:
-        """Begins a new peak."""
+        """Starts a new peak."""
         self._memory.reset()
         if self.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> float:
-        """Peak bytes since: of the device's memory, or on a CPU of this process's."""
+        """Peak bytes of the device's memory, or on a CPU of this process."""
         return float(torch.cuda.max_memory_allocated()) if self.device == "cuda" else self._memory.peak()
 
     def _autocast(self) -> Any:
@@ -366,7 +235,7 @@ class Official:
         return time.perf_counter() - start
 
     def _encode(self, count: int) -> None:
-        """Encodes that many texts; what they say does not change how long it takes."""
+        """Encodes this many random texts; the time does not depend on their content."""
         sizes = self.model.config.text_encoder
         ids = torch.from_numpy(self._rng.integers(sizes.vocab_size, size=(count, sizes.max_length)))
         self._text_encoder(ids.to(self.device))

@@ -1,4 +1,4 @@
-"""Our side of the benchmarks: what runs in its worker process."""
+"""Our side of the benchmarks; runs in a worker process."""
 
 import functools
 import math
@@ -9,16 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import (
-    TOKENIZER,
-    HostMemory,
-    Model,
-    make_layout,
-    make_params,
-    random_grounding,
-    seconds,
-)
+from benchmarks.models import TOKENIZER, Model, make_layout, make_params, random_grounding
 from benchmarks.parts import record_layers, time_layers
+from benchmarks.processes import HostMemory, seconds
 from common import grounding_arrays
 from instdiff_jax import grounding as groundings
 from instdiff_jax.analysis.flops import count_flops
@@ -66,21 +59,18 @@ class Ours:
     # ------------------------------------------------------------ sampling
 
     def sample(self, images: int, instances: int, mis: float, steps: int, alpha: float) -> float:
-        """Seconds from a layout to the pixels of all its pictures."""
+        """Seconds from a layout to the pixels of all its images."""
         layout = make_layout(instances, self.model.canvas)
         settings = dict(steps=steps, mis=mis, alpha=alpha, sampler="plms", guidance_scale=7.5)
         return seconds(lambda: self._pipeline([layout], seeds=range(images), **settings))
 
     def compile_seconds(self, function: str, *args: Any) -> float:
-        """Seconds that the first call of a timed method takes longer than the next: tracing and compiling.
-
-        Programs that are compiled while others run cost what they delay, no more.
-        """
+        """Seconds that the first call of a timed method takes longer than the second: tracing and compiling."""
         method = getattr(self, function)
         return max(method(*args) - method(*args), 0.0)
 
     def warm_up(self, instances: int, mis: float, steps: int, alpha: float) -> int:
-        """The fewest steps, at least 4, in which all programs of a job of `steps` run."""
+        """The smallest number of steps, at least 4, that runs all programs of a job with `steps` steps."""
 
         def programs(count: int) -> set:
             table = solver_table("plms", count, self.model.config.schedule, (alpha, 0.0, 1.0 - alpha))
@@ -90,7 +80,7 @@ class Ours:
         return next((count for count in range(4, steps) if programs(count) == programs(steps)), steps)
 
     def evaluations(self, instances: int, mis: float, steps: int, alpha: float) -> tuple[int, int]:
-        """UNet evaluations of single latents for a picture, guidance included: with the fusers, and without."""
+        """UNet evaluations of single latents for an image, guidance included: with fusers, and without."""
         table = solver_table("plms", steps, self.model.config.schedule, (alpha, 0.0, 1.0 - alpha))
         pieces = plan_pieces(table, int(table.steps * mis) if instances else 0)
         image = [ImageRows(layout=0, negative=0, instances=tuple(range(instances)))]
@@ -100,12 +90,12 @@ class Ours:
     # ------------------------------------------------------------ UNet
 
     def flops(self, fusers: bool) -> int:
-        """FLOPs of one UNet evaluation of one latent, conditions ready."""
+        """FLOPs of one UNet evaluation of one latent, given the conditions."""
         alpha = 1.0 if fusers else None
         return count_flops(NoisePredictor(self._unet), self._params["unet"], *self._unet_shapes(1), alpha)
 
     def prepare_forward(self, inputs: dict[str, np.ndarray], grounding: dict[str, np.ndarray]) -> None:
-        """Makes the conditions of the evaluation that `time_forward` times."""
+        """Prepares the evaluation that `time_forward` times."""
         use_maps = bool(grounding["has_map"].any())
 
         @jax.jit
@@ -119,24 +109,24 @@ class Ours:
         self._forward = functools.partial(predict, self._params["unet"], *given, conditions)
 
     def output(self) -> np.ndarray:
-        """What the evaluation predicts, with the fusers."""
+        """The output of the prepared evaluation, with fusers."""
         return np.asarray(self._forward(1.0))
 
     def time_forward(self, fusers: bool = True) -> float:
-        """Seconds of the evaluation given to `prepare_forward`, with the fusers or without."""
+        """Seconds of the prepared evaluation, with or without fusers."""
         alpha = 1.0 if fusers else None
         return seconds(lambda: jax.block_until_ready(self._forward(alpha)))
 
     def parts(self) -> dict[str, float]:
-        """Seconds of the evaluation given to `prepare_forward` by kind of layer, each timed alone; see parts.py."""
+        """Seconds of the prepared evaluation by kind of layer, each timed alone; see parts.py."""
         params, *given = self._forward.args
         bound = NoisePredictor(self._unet)
         taken = time_layers(record_layers(lambda: bound(params, *given, 1.0)))
         whole = min(self.time_forward() for _ in range(3))
         return taken | {"rest, less what fusing saves": whole - sum(taken.values())}
 
-    def picture_parts(self, instances: int, steps: int = 50, mis: float = 0.36, alpha: float = 0.8) -> dict[str, float]:
-        """Seconds of one picture by network; the UNet's from its evaluations and the prepared one's time."""
+    def image_parts(self, instances: int, steps: int = 50, mis: float = 0.36, alpha: float = 0.8) -> dict[str, float]:
+        """Seconds of one image by network; the UNet's is computed from the prepared evaluation's."""
         config, layout = self.model.config, make_layout(instances, self.model.canvas)
         texts = 2 + 2 * instances  # prompts, phrases, the negative prompt
         ids = jnp.zeros((4, config.text_encoder.max_length), jnp.int32)
@@ -191,7 +181,7 @@ class Ours:
     # ------------------------------------------------------------ training
 
     def prepare_training(self, batch: int, remat: str = "none") -> None:
-        """The paper's training step of ready latents and text, compiled by its first call."""
+        """Prepares the paper's training step on precomputed latents and text; the first call compiles it."""
         config, rng = self.model.config, np.random.default_rng(0)
         settings = TrainSettings(steps=100, batch_size=batch, dtype=self.dtype, remat=remat)
         mesh = make_mesh(ParallelSettings(), jax.devices()[:1])
@@ -214,7 +204,7 @@ class Ours:
         self._step = compile_step(step, layout)
 
     def train(self) -> float:
-        """Seconds of one step on the batch: loss, gradients, AdamW, average."""
+        """Seconds of one training step: loss, gradients, AdamW, moving average."""
 
         def step() -> None:
             self._state, metrics = self._step(self._state, *self._batch)
@@ -223,30 +213,30 @@ class Ours:
         return seconds(step)
 
     def train_flops(self) -> int:
-        """FLOPs of a step, what is computed twice counted twice."""
+        """FLOPs of a step, including recomputation."""
         return self._train_flops
 
     # ------------------------------------------------------------ machine
 
     def matmul_rate(self, side: int | None = None) -> float:
-        """FLOP/s of square matrix products in this dtype, the best of three runs: what the device can really do.
+        """FLOP/s of square matrix products in this dtype: what the device reaches in practice.
 
-        Ten in one program: a call's own time is no part of it.
+        The best of three runs of ten products each, so that the overhead of a call does not count.
         """
         side = side or (2048 if jax.default_backend() == "cpu" else 8192)
         a = jax.random.normal(jax.random.key(0), (side, side), jnp.float32).astype(DTYPES[self.dtype])
-        # Divided by its size's root, a product has numbers like its operands'.
+        # This scale keeps the products as large as their operands.
         scale = jnp.asarray(side**-0.5, a.dtype)
         products = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, x: (x @ a) * scale, a))
         jax.block_until_ready(products(a))
         return 20 * side**3 / min(seconds(lambda: jax.block_until_ready(products(a))) for _ in range(3))
 
     def reset_peak(self) -> None:
-        """Begins a new peak where the platform can; an accelerator's counts from the process's start."""
+        """Starts a new peak on a CPU; that of an accelerator counts from the start of the process."""
         self._memory.reset()
 
     def peak(self) -> float:
-        """Peak bytes: of the device's memory, or on a CPU of this process's."""
+        """Peak bytes of the device's memory, or on a CPU of this process."""
         stats = jax.devices()[0].memory_stats()
         if jax.default_backend() == "cpu":
             return self._memory.peak()

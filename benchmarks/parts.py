@@ -1,4 +1,4 @@
-"""Our UNet layer by layer: what kinds of layer an evaluation runs, on which shapes, and what each takes alone."""
+"""Time of our UNet by kind of layer: records every layer and its shapes, and times each one alone."""
 
 import functools
 from collections import Counter
@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.common import seconds
+from benchmarks.processes import seconds
 from instdiff_jax.models.attention import attention
 from instdiff_jax.models.layers import GroupNorm, LayerNorm
 from instdiff_jax.models.scaleu import ScaleU
@@ -25,7 +25,7 @@ KINDS = {
 
 
 def record_layers(call: Callable[[], Any]) -> Counter:
-    """Every layer that a call runs, traced only: (kind, module without parent or None, shapes and dtypes) → times."""
+    """Traces a call and counts its layers, by (kind, module without parent or None, shapes and dtypes)."""
     found: Counter = Counter()
 
     def shapes(args: tuple) -> tuple:
@@ -47,7 +47,7 @@ def record_layers(call: Callable[[], Any]) -> Counter:
 
 
 def time_layers(layers: Counter, repeats: int = 3) -> dict[str, float]:
-    """Seconds of each kind: every distinct layer compiled and run alone, times how often it occurs."""
+    """Seconds by kind of layer: every distinct layer is compiled and run alone, and weighted by its count."""
     taken: dict[str, float] = {}
     for (kind, module, shapes), count in layers.items():
         args = [jnp.full(shape, 0.1, dtype) for shape, dtype in shapes]

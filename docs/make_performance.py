@@ -1,10 +1,9 @@
-"""Writes the tables of docs/performance.md from what the benchmarks saved, so that the page never drifts from them.
+"""Copies the benchmarks' tables to docs/performance.md.
 
     python docs/make_performance.py
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, and comes from benchmarks/results/NAME.json; where
-there is no such file the page says that it was not measured. `<!-- table others -->` takes those of
-accelerators.
+A table between `<!-- table NAME -->` and `<!-- end -->` comes from benchmarks/results/NAME.json; without that file the
+page says "Not measured." `<!-- table others -->` stands for the tables of GPUs and TPUs.
 """
 
 import json
@@ -15,15 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import RESULTS, render  # noqa: E402
+from benchmarks.tables import RESULTS, render  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
-    """The page with every table as its file has it."""
-
+    """The page with every table replaced by that of its file."""
     others = sorted(path for path in results.glob("*.json") if not path.stem.endswith("_cpu"))
 
     def table(match: re.Match) -> str:

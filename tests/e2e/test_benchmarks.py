@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from tiny_checkpoint import make_tiny_checkpoint
 
-from benchmarks import common, memory, sampling, startup, train_step, unet
-from benchmarks.common import Column, Worker
+from benchmarks import cli, memory, models, processes, sampling, startup, tables, train_step, unet
+from benchmarks.processes import Worker
+from benchmarks.tables import Column
 from instdiff_jax.errors import InputError
 
-sys.path.append(str(common.ROOT / "docs"))
+sys.path.append(str(models.ROOT / "docs"))
 
 import make_performance  # noqa: E402
 
@@ -33,14 +34,14 @@ def two_sides(monkeypatch):
     def sides(args, model, dtype):
         return {name: Worker("benchmarks.ours:Ours", model, dtype) for name in ("ours", "official")}
 
-    monkeypatch.setattr(common, "sides", sides)
+    monkeypatch.setattr(cli, "sides", sides)
 
 
 def read(folder: Path, name: str) -> list[dict]:
     """The rows of the one table of that name; its Markdown is what the JSON renders to."""
     (path,) = folder.glob(f"{name}_*.json")
     report = json.loads(path.read_text())
-    assert path.with_suffix(".md").read_text() == common.render(report)
+    assert path.with_suffix(".md").read_text() == tables.render(report)
     assert report["machine"]["commit"] and report["machine"]["jax"]
     return report["rows"]
 
@@ -52,7 +53,7 @@ def finite(rows: list[dict], *keys: str) -> bool:
 def test_a_table_is_what_its_json_says(tmp_path):
     columns = [Column("name", "name"), Column("value", "value", ".2f"), Column("share", "share", ".0%")]
     rows = [dict(name="a", value=1.234, share=0.5), dict(name="b", value=math.nan)]
-    common.write_table(tmp_path, "made", "Made up", columns, rows, ["A note."])
+    tables.write_table(tmp_path, "made", "Made up", columns, rows, ["A note."])
     assert read(tmp_path, "made")[0] == rows[0]
     (path,) = tmp_path.glob("*.md")
     lines = path.read_text().splitlines()
@@ -66,24 +67,24 @@ def test_sides_take_turns():
     def side(name, times):
         return lambda: order.append(name) or times.pop()
 
-    taken = common.alternate({"a": side("a", [3.0, 1.0, 2.0]), "b": side("b", [5.0, 5.0, 9.0])}, repeats=3)
+    taken = processes.alternate({"a": side("a", [3.0, 1.0, 2.0]), "b": side("b", [5.0, 5.0, 9.0])}, repeats=3)
     assert order == list("ababab")
     assert taken == {"a": 2.0, "b": 5.0}
-    assert common.alternate({"a": side("a", [4.0, 4.0])}, repeats=2, budget=0.0) == {"a": 4.0}
+    assert processes.alternate({"a": side("a", [4.0, 4.0])}, repeats=2, budget=0.0) == {"a": 4.0}
     assert order == list("abababa")
 
 
 def test_models_by_name(checkpoint):
-    assert common.find_model("full").config.unet.model_channels == 320
-    assert common.find_model("small", 256).canvas == 256
-    assert common.find_model(checkpoint).canvas == 64
+    assert models.find_model("full").config.unet.model_channels == 320
+    assert models.find_model("small", 256).canvas == 256
+    assert models.find_model(checkpoint).canvas == 64
     with pytest.raises(InputError, match="--model nothing"):
-        common.find_model("nothing")
+        models.find_model("nothing")
 
 
 def test_layouts_stay_on_the_canvas():
     for count in (1, 6, 30):
-        layout = common.make_layout(count, 64)
+        layout = models.make_layout(count, 64)
         boxes = np.array([instance.box for instance in layout.instances])
         assert len(boxes) == count
         assert boxes.min() >= 0 and boxes.max() <= 64
@@ -98,7 +99,7 @@ def test_the_docs_tables_are_those_of_the_results():
 
 
 def test_tables_of_other_machines_have_a_place(tmp_path):
-    report = json.loads((common.RESULTS / "startup_box_float32_cpu.json").read_text())
+    report = json.loads((tables.RESULTS / "startup_box_float32_cpu.json").read_text())
     for device in ("cpu", "nvidia_h200"):
         report["title"] = f"Of {device}"
         (tmp_path / f"startup_full_bfloat16_{device}.json").write_text(json.dumps(report))
@@ -126,7 +127,7 @@ def test_unet(checkpoint, tmp_path):
     assert finite(rows, "seconds", "plain", "tflops", "utilisation", "peak")
     assert rows[1]["tflops"] == pytest.approx(2 * rows[0]["tflops"])
     parts = {row["part"]: row["seconds"] for row in read(tmp_path, "parts")}
-    for name in ("UNet: convolutions", "UNet: projections", "UNet: attention", "UNet: norms", "picture: autoencoder"):
+    for name in ("UNet: convolutions", "UNet: projections", "UNet: attention", "UNet: norms", "image: autoencoder"):
         assert parts[name] > 0
 
 
@@ -177,10 +178,10 @@ def test_a_side_that_fails_is_left_out_and_named():
         raise RuntimeError("out of memory\nmore")
 
     failed = {}
-    assert common.alternate({"a": lambda: 1.0, "b": broken}, 2, failed=failed) == {"a": 1.0}
+    assert processes.alternate({"a": lambda: 1.0, "b": broken}, 2, failed=failed) == {"a": 1.0}
     assert failed == {"b_failed": "RuntimeError: out of memory"}
     with pytest.raises(RuntimeError):
-        common.alternate({"b": broken}, 2)
+        processes.alternate({"b": broken}, 2)
 
 
 @pytest.mark.parametrize("module", [memory, startup])

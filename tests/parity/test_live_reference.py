@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
     not REFERENCE, reason="INSTDIFF_REFERENCE does not name a clone of the official repository"
 )
 torch = pytest.importorskip("torch")
-from benchmarks import official as baseline  # noqa: E402  (needs torch)
+from benchmarks import official_code as baseline  # noqa: E402  (needs torch)
 
 SAMPLER_STEPS = [(12, 0.0, 7.5, (0.8, 0.0, 0.2)), (12, 0.36, 7.5, (0.5, 0.25, 0.25)), (6, 0.5, 1.0, (1.0, 0.0, 0.0))]
 
