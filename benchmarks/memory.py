@@ -75,7 +75,7 @@ def resident(model: Model, dtype: str) -> tuple[float, float]:
     import jax
     import jax.numpy as jnp
 
-    from instdiff_jax.checkpoint.rename import parameter_shapes
+    from instdiff_jax.checkpoint.shapes import parameter_shapes
     from instdiff_jax.models.unet import UNet
     from instdiff_jax.models.unifusion import NUM_TOKENS
     from instdiff_jax.tree import flatten

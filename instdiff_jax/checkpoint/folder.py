@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from instdiff_jax.checkpoint.rename import check_keys, parameter_shapes
-from instdiff_jax.checkpoint.tables import ADAPTERS
+from instdiff_jax.checkpoint.rename import check_keys
+from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_shapes
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.tree import flatten, unflatten

@@ -26,7 +26,8 @@ import ml_dtypes
 import numpy as np
 
 from instdiff_jax.checkpoint.rename import from_state_dict, is_ignored, to_state_dict
-from instdiff_jax.checkpoint.tables import ADAPTERS, PARTS, rename_table
+from instdiff_jax.checkpoint.shapes import ADAPTERS
+from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.checkpoint.torch_file import read_file, write_safetensors, write_torch
 from instdiff_jax.config import ModelConfig, ScheduleConfig
 from instdiff_jax.errors import InputError

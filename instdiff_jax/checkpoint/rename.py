@@ -1,8 +1,7 @@
 """Renames PyTorch state dicts to our parameter tree and back.
 
-The tables (see tables.py) list every key. Keys match whole or not at all, both ways, so a key is used
-exactly once and anything else is an error that names it. Turning an array is a view: nothing is copied,
-and memory-mapped arrays stay on disk.
+The tables (tables.py) list every key. Each key is used exactly once, and any other key is an error that names it.
+Arrays are turned as views: nothing is copied, and memory-mapped arrays stay on disk.
 """
 
 import re
@@ -11,23 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from instdiff_jax.checkpoint.tables import PARTS, rename_table
+from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.tree import flatten, unflatten
 
-# What other writers of the same networks store beside the weights; nothing here is a parameter.
+# Keys that other programs store beside the weights. None of them is a parameter.
 IGNORED = {
     "model": (),
     "autoencoder": (r"loss\..*", r"model_ema\..*"),
     "text_encoder": (r"transformer\.text_model\.embeddings\.position_ids",),
 }
-
-
-def parameter_shapes(config: ModelConfig, absent: Collection[str] = ()) -> dict[str, Any]:
-    """The whole parameter tree of a model with a shape (a tuple) for every leaf."""
-    entries = [entry for part in PARTS for entry in rename_table(part, config, absent).values()]
-    return unflatten({entry.path: entry.shape for entry in entries})
 
 
 def from_state_dict(
@@ -37,20 +30,20 @@ def from_state_dict(
     absent: Collection[str] = (),
     source: str = "state dict",
 ) -> dict[str, Any]:
-    """Turns one state dict of the released checkpoint into our nested dict; leaves are views of its arrays.
+    """Renames one state dict of the released checkpoint to our tree; leaves are views of its arrays.
 
     Args:
         part: one of PARTS.
         state_dict: arrays by key.
         config: the model's sizes.
-        absent: which of the adapters (tables.ADAPTERS) the state dict does not have.
-        source: the file, for the error.
+        absent: those of `shapes.ADAPTERS` that the state dict lacks.
+        source: the file, for errors.
 
     Returns:
         Our tree: {"unet": …, "unifusion": …}, {"autoencoder": …} or {"text_encoder": …}.
 
     Raises:
-        InputError: that lists the keys that are missing, extra or of another shape.
+        InputError: with the keys that are missing, extra or of another shape.
     """
     table = rename_table(part, config, absent)
     shapes = {key: tuple(value.shape) for key, value in state_dict.items() if not is_ignored(part, key)}
@@ -61,10 +54,10 @@ def from_state_dict(
 def to_state_dict(
     part: str, params: Mapping[str, Any], config: ModelConfig, absent: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
-    """The inverse of `from_state_dict`: same keys, shapes, dtypes and numbers; the arrays are views.
+    """The inverse of `from_state_dict`; the arrays are views.
 
     Raises:
-        InputError: that lists the parameters that are missing, extra or of another shape.
+        InputError: with the parameters that are missing, extra or of another shape.
     """
     table = rename_table(part, config, absent)
     roots = {entry.path[0] for entry in table.values()}
@@ -75,12 +68,12 @@ def to_state_dict(
 
 
 def is_ignored(part: str, key: str) -> bool:
-    """Whether a key of a state dict is known to hold no parameter."""
+    """Whether a key of a state dict is known not to be a parameter."""
     return any(re.fullmatch(pattern, key) for pattern in IGNORED[part])
 
 
 def check_keys(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises InputError unless both hold the same keys with the same shapes; it names the first few of each kind."""
+    """Raises InputError, with the first few keys of each kind, unless both have the same keys and shapes."""
     missing = [key for key in expected if key not in found]
     extra = [key for key in found if key not in expected]
     shapes = [

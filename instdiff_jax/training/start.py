@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from instdiff_jax.checkpoint.folder import read_config, restore_params, stored_digests
-from instdiff_jax.checkpoint.rename import parameter_shapes
+from instdiff_jax.checkpoint.shapes import parameter_shapes
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel.mesh import REPLICATED, shardings

@@ -7,7 +7,6 @@ moments and averages exist for the first alone.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -15,26 +14,14 @@ from jaxtyping import Array, Int
 
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
-from instdiff_jax.grounding import null_grounding
-from instdiff_jax.models.autoencoder import Autoencoder
-from instdiff_jax.models.clip_text import CLIPTextEncoder
-from instdiff_jax.models.unet import UNet
-from instdiff_jax.models.unifusion import UniFusion
+from instdiff_jax.models import networks
+from instdiff_jax.models.networks import Networks
 from instdiff_jax.parallel.mesh import REPLICATED, ParallelSettings, match_rule, parameter_specs, shardings
 from instdiff_jax.training.optimizer import OptimizerState, init_optimizer
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.tree import flatten, unflatten
 
 Params = dict[str, Any]
-
-
-class Networks(NamedTuple):
-    """The four networks; they hold settings and no parameters."""
-
-    unet: UNet
-    unifusion: UniFusion
-    autoencoder: Autoencoder
-    text_encoder: CLIPTextEncoder
 
 
 class TrainState(NamedTuple):
@@ -53,42 +40,7 @@ class TrainState(NamedTuple):
 
 def make_networks(model: ModelConfig, settings: TrainSettings) -> Networks:
     """The networks in the run's compute dtype."""
-    dtype = jnp.dtype(settings.dtype)
-    return Networks(
-        unet=UNet(model.unet, dtype, remat=settings.remat == "blocks"),
-        unifusion=UniFusion(model.unifusion, model.unet.context_dim, dtype),
-        autoencoder=Autoencoder(model.autoencoder, dtype),
-        text_encoder=CLIPTextEncoder(model.text_encoder, dtype),
-    )
-
-
-def init_params(networks: Networks, model: ModelConfig, settings: TrainSettings, key: jax.Array) -> Params:
-    """Fresh float32 parameters of every network.
-
-    Trace it with `jax.eval_shape` for the shapes alone. Without grounding there is no UniFusion and there are no
-    fusers.
-    """
-    keys = dict(zip(Networks._fields, jax.random.split(key, len(Networks._fields)), strict=True))
-    side = 2 ** (len(model.autoencoder.ch_mult) - 1)
-    image = jnp.zeros((1, 2 * side, 2 * side, 3))
-    ids = jnp.zeros((1, 1), jnp.int32)
-    side = 2 ** (len(model.unet.channel_mult) - 1)
-    latents = jnp.zeros((1, side, side, model.unet.in_channels))
-    context = jnp.zeros((1, 1, model.unet.context_dim))
-    tokens, alpha = (jnp.zeros_like(context), 1.0) if settings.grounding else (None, None)
-
-    def denoise(unet: UNet):
-        return unet(latents, jnp.zeros((1,), jnp.int32), unet.condition(context, tokens), alpha)
-
-    params = {
-        "unet": nn.init(denoise, networks.unet)(keys["unet"])["params"],
-        "autoencoder": networks.autoencoder.init(keys["autoencoder"], image, method="reconstruct")["params"],
-        "text_encoder": networks.text_encoder.init(keys["text_encoder"], ids)["params"],
-    }
-    if settings.grounding:
-        grounding = jax.tree.map(jnp.zeros_like, null_grounding(model.unifusion.map_size, model.unet.context_dim, (1,)))
-        params["unifusion"] = networks.unifusion.init(keys["unifusion"], grounding)["params"]
-    return params
+    return networks.make_networks(model, jnp.dtype(settings.dtype), remat=settings.remat == "blocks")
 
 
 # The networks that a task's loss reaches.
@@ -176,10 +128,10 @@ def make_layout(model: ModelConfig, settings: TrainSettings, parallel: ParallelS
     Raises:
         InputError: for a parameter that the rules for training or placing do not cover.
     """
-    networks = make_networks(model, settings)
+    made = make_networks(model, settings)
 
     def initial(key: jax.Array) -> Params:
-        return init_params(networks, model, settings, key)
+        return networks.init_params(made, model, key, settings.grounding)
 
     params = jax.eval_shape(initial, jax.eval_shape(lambda: jax.random.key(0)))
     trainable, frozen = split_params(params, settings)

@@ -14,8 +14,9 @@ from training_common import make_run, numpy_params, tiny_settings
 
 from common import state_dict
 from instdiff_jax.checkpoint import folder, pytorch, torch_file
-from instdiff_jax.checkpoint.rename import from_state_dict, parameter_shapes
-from instdiff_jax.checkpoint.tables import ADAPTERS, PARTS, rename_table
+from instdiff_jax.checkpoint.rename import from_state_dict
+from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_shapes
+from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.cli import convert
 from instdiff_jax.config import CheckpointSettings, SamplingConfig, ScheduleConfig
 from instdiff_jax.errors import InputError

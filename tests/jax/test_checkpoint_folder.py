@@ -11,7 +11,7 @@ from tiny_checkpoint import TOKENIZER, tiny_config
 from trees import assert_same_trees
 
 from instdiff_jax.checkpoint import folder
-from instdiff_jax.checkpoint.rename import parameter_shapes
+from instdiff_jax.checkpoint.shapes import parameter_shapes
 from instdiff_jax.config import (
     SamplingConfig,
 )

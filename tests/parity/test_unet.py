@@ -156,7 +156,7 @@ def test_positions_tell_where_a_latent_lies():
 
 def test_exact_parameter_counts():
     config = common.model_config("full")
-    from instdiff_jax.checkpoint.rename import parameter_shapes
+    from instdiff_jax.checkpoint.shapes import parameter_shapes
     from instdiff_jax.tree import flatten
 
     shapes = flatten(parameter_shapes(config))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common import PARITY, make_array
 from instdiff_jax.checkpoint.folder import save_folder
-from instdiff_jax.checkpoint.rename import parameter_shapes
+from instdiff_jax.checkpoint.shapes import parameter_shapes
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.data.dataset import AnnotatedInstance, Record, Report, write_dataset
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh

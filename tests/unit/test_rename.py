@@ -1,22 +1,17 @@
 """Rename tables: every key and shape of the released layout, both ways, and pointed errors."""
 
 import dataclasses
-import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from common import PARITY, state_dict
 from instdiff_jax.checkpoint import rename
-from instdiff_jax.checkpoint.tables import ADAPTERS, PARTS, rename_table
+from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_shapes
+from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
-from instdiff_jax.models.autoencoder import Autoencoder
-from instdiff_jax.models.clip_text import CLIPTextEncoder
-from instdiff_jax.models.unet import UNet
-from instdiff_jax.models.unifusion import UniFusion
 from instdiff_jax.tree import flatten
 
 SPECS = {
@@ -155,45 +150,19 @@ def test_a_tree_that_lacks_a_parameter_is_not_written():
 
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("size", ["small", "alt", "full"])
-def test_tables_agree_with_the_modules(size, positions):
+def test_tables_name_every_parameter_of_the_modules(size, positions):
     config = model_config(size)
     config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, positions=positions))
-    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
-    s, context = config.unifusion.map_size, config.unet.context_dim
-    grounding = dict(
-        boxes=f32((1, 30, 4)),
-        points=f32((1, 30, 2)),
-        scribbles=f32((1, 30, 40)),
-        mask_points=f32((1, 30, 512)),
-        maps=jax.ShapeDtypeStruct((1, s, s), np.uint32),
-        phrase_embeddings=f32((1, 30, context)),
-        has_map=f32((1,)),
-        **{name: f32((1, 30)) for name in ("valid", "has_box", "has_point", "has_scribble", "has_mask")},
-    )
+    named = [entry.path for part in PARTS for entry in rename_table(part, config).values()]
+    assert len(set(named)) == len(named) and set(named) == set(flatten(parameter_shapes(config)))
 
-    def run_unet(unet, latents, timesteps, text, tokens):
-        return unet(latents, timesteps, unet.condition(text, tokens), 1.0)
 
-    def run_autoencoder(autoencoder, image, latents):
-        return autoencoder.encode(image), autoencoder.decode(latents)
-
-    z = config.autoencoder.z_channels
-    calls = dict(
-        unet=(
-            UNet(config.unet),
-            (f32((1, 16, 16, 4)), f32((1,)), f32((1, 77, context)), f32((1, 184, context))),
-            run_unet,
-        ),
-        unifusion=(UniFusion(config.unifusion, context), (grounding,), None),
-        autoencoder=(Autoencoder(config.autoencoder), (f32((1, 64, 64, 3)), f32((1, 8, 8, z))), run_autoencoder),
-        text_encoder=(
-            CLIPTextEncoder(config.text_encoder),
-            (jax.ShapeDtypeStruct((1, 77), np.int32),),
-            None,
-        ),
-    )
-    for part, (module, inputs, method) in calls.items():
-        init = functools.partial(module.init, method=method)
-        params = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
-        found = {path: leaf.shape for path, leaf in flatten(params).items()}
-        assert found == flatten(rename.parameter_shapes(config)[part]), part
+@pytest.mark.parametrize("dims", [(8, 16), (8, 16, 32), (8, 16, 32, 64, 128)])
+def test_map_tokens_of_a_trunk_with_any_number_of_stages(dims):
+    config = model_config("small")
+    unifusion = dataclasses.replace(config.unifusion, trunk_depths=(1,) * len(dims), trunk_dims=dims)
+    config = dataclasses.replace(config, unifusion=unifusion)
+    config.validate()
+    side = 512 // 2 ** (len(dims) + 1)
+    width = dims[-1] * side**2 // 64
+    assert parameter_shapes(config, parts=("unifusion",))["unifusion"]["pos_embedding"] == (64, width)
