@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instdiff_jax.checkpoint import folder, pytorch
+from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.cli.config_flags import read_config
 from instdiff_jax.config import CheckpointSettings, ModelConfig, SamplingConfig
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
@@ -52,7 +53,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def to_folder(args: argparse.Namespace, model: ModelConfig, sampling: SamplingConfig) -> None:
     """PyTorch files to a checkpoint folder. What can be refused is refused before any weight is read."""
     folder.check_output(args.output, args.overwrite)
-    tokenizer = folder.find_tokenizer(model.text_encoder.tokenizer, model.text_encoder.vocab_size)
+    tokenizer = find_tokenizer(model.text_encoder.tokenizer, model.text_encoder.vocab_size)
     start = time.time()
     params, absent = pytorch.load_pytorch(args.input, model, args.convnext)
     print(f"writing {args.output} …", flush=True)

@@ -26,8 +26,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from instdiff_jax.analysis.flops import count_flops
-from instdiff_jax.checkpoint.folder import find_tokenizer
 from instdiff_jax.checkpoint.folder import read_config as read_folder
+from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.cli.config_flags import read_settings
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.examples import DataConfig

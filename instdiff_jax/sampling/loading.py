@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from instdiff_jax.checkpoint.folder import read_config, restore_params
+from instdiff_jax.checkpoint.run import absent_groups, load_run, run_tokenizer
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.tokenizer import Tokenizer
@@ -45,9 +46,6 @@ def load_model(directory: str | Path, dtype: Any, sharding: jax.sharding.Shardin
 
 
 def _load_run(workdir: Path, dtype: Any, sharding: jax.sharding.Sharding | None) -> Model:
-    # Imported here: whoever samples from a checkpoint folder needs nothing of training.
-    from instdiff_jax.training.export import absent_groups, load_run, run_tokenizer
-
     name = run_tokenizer(workdir)
     config, sampling, params, _ = load_run(workdir)
     _check_complete(workdir, absent_groups(params))

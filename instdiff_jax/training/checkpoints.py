@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt32
 
+from instdiff_jax.checkpoint.run import CHECKPOINTS, checksums, damage, leaf_paths
 from instdiff_jax.errors import InputError
 from instdiff_jax.training.state import TrainState
 
-FOLDER, DAMAGED = "checkpoints", "damaged_checkpoints"
+DAMAGED = "damaged_checkpoints"
 
 # What a resumed run must share with the checkpoint, and what to say of it. The base is known by its contents: its
 # folder may have moved.
@@ -53,7 +52,7 @@ class Checkpoints:
         keep_every: int = 0,
         read_only: bool = False,
     ):
-        self.folder = workdir.absolute() / FOLDER
+        self.folder = workdir.absolute() / CHECKPOINTS
         self._facts = dict(facts)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep_newest,
@@ -130,12 +129,12 @@ class Checkpoints:
             facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
             sums, problem = facts["checksums"], None
         except Exception as error:  # orbax, tensorstore and json each raise their own kinds for damaged files
-            problem = _damage(error)
+            problem = damage(error)
         if not _everywhere(problem is None):
             return None, {}, problem or "another process cannot read it"
         if compare:
             self._compare(step, facts)
-        expected = set(_paths(shapes))
+        expected = set(leaf_paths(shapes))
         if set(sums) != expected:
             odd = sorted(set(sums) ^ expected)
             raise InputError(
@@ -146,7 +145,7 @@ class Checkpoints:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
             state, problem = self._manager.restore(step, args=args)["state"], None
         except Exception as error:
-            state, problem = None, _damage(error)
+            state, problem = None, damage(error)
         # Each process reads its own part; the checksums are of all parts, so that all of them must have come.
         if not _everywhere(problem is None):
             return None, facts, problem or "another process cannot read its part"
@@ -173,33 +172,9 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _damage(error: Exception) -> str:
-    """What is wrong with a checkpoint, in a line; what is no fault of its files is raised again."""
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        raise error
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"
-
-
 def _everywhere(value: bool) -> bool:
     """Whether it is True on every process of the job."""
     return bool(np.all(multihost_utils.process_allgather(np.array(value)))) if jax.process_count() > 1 else value
-
-
-@jax.jit
-def _checksum(leaf: Array) -> UInt32[Array, ""]:
-    # Whole numbers add up to the same in any order, hence on any mesh.
-    return jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32), dtype=jnp.uint32)
-
-
-def _paths(tree: Any) -> list[str]:
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """The sum of the bits of every 32-bit array in a tree, modulo 2^32, by path."""
-    sums = jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
-    return dict(zip(_paths(tree), map(int, sums), strict=True))
 
 
 class StopSignal:

@@ -1,13 +1,13 @@
 """Where a run's parameters come from: a checkpoint folder, and fresh ones for what it lacks."""
 
-import hashlib
-import json
 import os
 from pathlib import Path
 
 import jax
 
-from instdiff_jax.checkpoint.folder import read_config, restore_params, stored_digests
+from instdiff_jax.checkpoint import fingerprints
+from instdiff_jax.checkpoint.fingerprints import model_sizes
+from instdiff_jax.checkpoint.folder import read_config, restore_params
 from instdiff_jax.checkpoint.shapes import parameter_shapes
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
@@ -16,40 +16,10 @@ from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import Params, RunLayout, fresh_params
 from instdiff_jax.tree import flatten, unflatten
 
-# Of each file this much at the beginning and at the end goes into a fingerprint.
-_SAMPLE = 1 << 16
-
 
 def base_fingerprint(settings: TrainSettings, model: ModelConfig, part: str = "") -> str:
-    """Names the parameters that a run starts from, by what they hold and not by where they lie.
-
-    Args:
-        part: one of the tree's top-level keys, for a fingerprint of that network alone.
-    """
-    if not settings.start:
-        text = json.dumps([settings.seed, part, _sizes(model)], sort_keys=True)
-        return "fresh-" + hashlib.sha256(text.encode()).hexdigest()[:24]
-    directory = Path(settings.start)
-    read_config(directory)
-    digest = hashlib.sha256()
-    root, digests = directory / "params" / part, stored_digests(directory)
-    for name, value in sorted(digests.items()):
-        if part in ("", name):
-            digest.update(f"{name} {value}\n".encode())
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        if path.relative_to(directory / "params").parts[0] in digests:
-            continue
-        size = path.stat().st_size
-        # orbax's notes hold time and place of writing: two conversions of one file are the same start.
-        if path.name.startswith("_") or path.name == "commit_success.txt":
-            continue
-        digest.update(f"{path.relative_to(root)} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
-            if size > _SAMPLE:
-                file.seek(max(_SAMPLE, size - _SAMPLE))
-                digest.update(file.read())
-    return digest.hexdigest()[:32]
+    """Fingerprint of the parameters that a run starts from; see `fingerprints.base_fingerprint`."""
+    return fingerprints.base_fingerprint(settings.start, settings.seed, model, part)
 
 
 def start_params(
@@ -81,7 +51,7 @@ def start_params(
 def _restore(layout: RunLayout, model: ModelConfig, settings: TrainSettings) -> dict[tuple[str, ...], jax.Array]:
     directory = Path(settings.start)
     found, _, absent = read_config(directory)
-    ours, theirs = flatten(_sizes(model)), flatten(_sizes(found))
+    ours, theirs = flatten(model_sizes(model)), flatten(model_sizes(found))
     if not found.unet.positions:
         # A model without may be given them: the layer begins as zeros.
         theirs["unet", "positions"] = model.unet.positions
@@ -102,13 +72,6 @@ def _restore(layout: RunLayout, model: ModelConfig, settings: TrainSettings) -> 
     return held
 
 
-def _sizes(model: ModelConfig) -> dict:
-    """Every setting that decides the networks; where the tokenizer lies does not."""
-    sizes = json.loads(json.dumps(model.to_dict()))
-    del sizes["text_encoder"]["tokenizer"]
-    return sizes
-
-
 def run_facts(settings: TrainSettings, model: ModelConfig, dataset_fingerprint: str) -> dict:
     """What a checkpoint must share with the run that resumes from it; see `checkpoints`."""
     return {
@@ -117,5 +80,5 @@ def run_facts(settings: TrainSettings, model: ModelConfig, dataset_fingerprint: 
         "base": os.path.abspath(settings.start) if settings.start else "",
         "base_fingerprint": base_fingerprint(settings, model),
         "dataset_fingerprint": dataset_fingerprint,
-        "model": _sizes(model),
+        "model": model_sizes(model),
     }

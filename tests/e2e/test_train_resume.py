@@ -18,8 +18,9 @@ from training_common import save_dataset, save_start, tiny_model
 from trees import assert_same_trees
 
 from common import PYTHONPATH, ROOT, SUPPORT
+from instdiff_jax.checkpoint.run import CHECKPOINTS
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
-from instdiff_jax.training.checkpoints import FOLDER, Checkpoints
+from instdiff_jax.training.checkpoints import Checkpoints
 from instdiff_jax.training.export import read_run
 from instdiff_jax.training.state import make_layout
 
@@ -69,13 +70,13 @@ def start_train(inputs: Path, workdir: Path, *overrides: str, log: Path, **env: 
 
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the checkpoints that are finished: orbax gives a folder its name last."""
-    folder = workdir / FOLDER
+    folder = workdir / CHECKPOINTS
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def unfinished(workdir: Path) -> set[str]:
     """Checkpoints that are being written, or were when their writer died."""
-    folder = workdir / FOLDER
+    folder = workdir / CHECKPOINTS
     return {path.name for path in folder.iterdir() if not path.name.isdigit()} if folder.is_dir() else set()
 
 

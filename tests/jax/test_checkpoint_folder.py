@@ -10,8 +10,9 @@ import pytest
 from tiny_checkpoint import TOKENIZER, tiny_config
 from trees import assert_same_trees
 
-from instdiff_jax.checkpoint import folder
+from instdiff_jax.checkpoint import folder, parts
 from instdiff_jax.checkpoint.shapes import parameter_shapes
+from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.config import (
     SamplingConfig,
 )
@@ -43,7 +44,7 @@ def either(request, saved, tmp_path_factory):
         return saved
     directory = tmp_path_factory.mktemp("large") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "SMALL_PART", 0)
+        patch.setattr(parts, "SMALL_PART", 0)
         folder.save_folder(directory, tiny_params(), TINY, SamplingConfig(steps=7), TOKENIZER)
     return directory
 
@@ -84,7 +85,7 @@ def test_small_parts_are_few_files_and_large_ones_a_file_an_array(saved, either)
 
 @pytest.mark.parametrize("small", [True, False])
 def test_a_fingerprint_follows_the_values(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "SMALL_PART", folder.SMALL_PART if small else 0)
+    monkeypatch.setattr(parts, "SMALL_PART", parts.SMALL_PART if small else 0)
     marks, params = [], tiny_params()
     for name, change in (("a", 0), ("b", 0), ("c", 1)):
         params["text_encoder"]["final_norm"]["bias"] = params["text_encoder"]["final_norm"]["bias"] + change
@@ -97,7 +98,7 @@ def test_a_fingerprint_follows_the_values(small, tmp_path, monkeypatch):
 
 def test_it_can_be_moved(copied):
     model, _, _ = folder.read_config(copied)
-    assert folder.find_tokenizer(model.text_encoder.tokenizer, 1024) == copied / "tokenizer"
+    assert find_tokenizer(model.text_encoder.tokenizer, 1024) == copied / "tokenizer"
     folder.restore_params(copied, parts=["text_encoder"])
 
 
@@ -159,11 +160,11 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old(copied, monkeypatch):
     with pytest.raises(InputError, match="1 missing: unet/conv_in/bias"):
         folder.save_folder(copied, params, TINY, SamplingConfig(), TOKENIZER, overwrite=True)
 
-    def fail(_):
+    def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(folder, "_file_count", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(folder, "save_part", fail)
+    with pytest.raises(InputError, match="copy: cannot be written: disk full"):
         folder.save_folder(copied, tiny_params(), TINY, SamplingConfig(), TOKENIZER, overwrite=True)
     monkeypatch.undo()
     assert sorted(path.name for path in copied.parent.iterdir()) == ["copy"]
@@ -237,7 +238,7 @@ def test_changed_values_are_noticed(saved, tmp_path):
 def test_overwriting_deletes_nothing_else(saved, tmp_path):
     copy = shutil.copytree(saved, tmp_path / "copy")
     (copy / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"notes.txt: no part of the checkpoint there"):
+    with pytest.raises(InputError, match=r"notes.txt: not part of the checkpoint"):
         folder.save_folder(copy, tiny_params(), TINY, SamplingConfig(), TOKENIZER, overwrite=True)
     assert (copy / "notes.txt").read_text() == "mine"
     (copy / "notes.txt").unlink()
@@ -249,7 +250,7 @@ def test_a_tokenizer_without_merges(saved, tmp_path):
     cut = shutil.copytree(TOKENIZER, tmp_path / "cut")
     (cut / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(InputError, match="merges.txt: no merges there"):
-        folder.find_tokenizer(str(cut))
+        find_tokenizer(str(cut))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from the reader's own event loop
@@ -273,15 +274,15 @@ def test_damaged_metadata_ends_in_one_line_or_reads(either, tmp_path):
 
 
 def test_tokenizers(tmp_path, monkeypatch):
-    assert folder.find_tokenizer(str(TOKENIZER), 1024) == TOKENIZER
+    assert find_tokenizer(str(TOKENIZER), 1024) == TOKENIZER
     with pytest.raises(InputError, match="ids up to 1023, but the text encoder has 1000"):
-        folder.find_tokenizer(str(TOKENIZER), 1000)
+        find_tokenizer(str(TOKENIZER), 1000)
     for name in ("nobody/no-such-tokenizer", "no such name!", str(tmp_path / "nowhere")):
         with pytest.raises(InputError, match="config.model.text_encoder.tokenizer"):
-            folder.find_tokenizer(name)
+            find_tokenizer(name)
     with pytest.raises(InputError, match="no vocab.json and no merges.txt"):
-        folder.find_tokenizer(str(tmp_path))
+        find_tokenizer(str(tmp_path))
     shutil.copytree(TOKENIZER, tmp_path / "bad")
     (tmp_path / "bad" / "vocab.json").write_text("[1, 2")
     with pytest.raises(InputError, match="vocab.json"):
-        folder.find_tokenizer(str(tmp_path / "bad"))
+        find_tokenizer(str(tmp_path / "bad"))

@@ -16,9 +16,10 @@ from run_cases import FACTS, small_state
 from trees import assert_same_trees
 
 from common import PYTHONPATH, SUPPORT
+from instdiff_jax.checkpoint.run import CHECKPOINTS
 from instdiff_jax.errors import InputError
 from instdiff_jax.training import checkpoints
-from instdiff_jax.training.checkpoints import DAMAGED, FOLDER, Checkpoints
+from instdiff_jax.training.checkpoints import DAMAGED, Checkpoints
 
 
 def shapes():
@@ -49,7 +50,7 @@ def data_files(folder: Path) -> list[Path]:
 def test_the_newest_and_every_nth_are_kept(tmp_path):
     assert restore(tmp_path) is None
     save_steps(tmp_path, range(1, 9), keep_newest=2, keep_every=3)
-    assert sorted(int(path.name) for path in (tmp_path / FOLDER).iterdir()) == [3, 6, 7, 8]
+    assert sorted(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir()) == [3, 6, 7, 8]
     assert_same_trees(restore(tmp_path), small_state(8))
 
 
@@ -80,7 +81,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, damage):
     save_steps(tmp_path, [5, 10])
-    DAMAGE[damage](tmp_path / FOLDER / "10")
+    DAMAGE[damage](tmp_path / CHECKPOINTS / "10")
     with pytest.warns(UserWarning, match=r"checkpoints/10: damaged"):
         state = restore(tmp_path)
     assert_same_trees(state, small_state(5))
@@ -93,7 +94,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, dam
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
     save_steps(tmp_path, [5, 10])
     for step in ("5", "10"):
-        zero_bytes(data_files(tmp_path / FOLDER / step)[0])
+        zero_bytes(data_files(tmp_path / CHECKPOINTS / step)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Nor does it when it is started again: a job's scheduler does that by itself.
@@ -112,7 +113,7 @@ def test_running_out_of_memory_is_no_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(manager, "restore", full)
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         restore(tmp_path)
-    assert (tmp_path / FOLDER / "5").is_dir() and not (tmp_path / DAMAGED).exists()
+    assert (tmp_path / CHECKPOINTS / "5").is_dir() and not (tmp_path / DAMAGED).exists()
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_a_checkpoint_of_another_run_is_an_error(tmp_path, change, words):
     save_steps(tmp_path, [5])
     with pytest.raises(InputError, match=words):
         restore(tmp_path, FACTS | change)
-    assert (tmp_path / FOLDER / "5").is_dir()
+    assert (tmp_path / CHECKPOINTS / "5").is_dir()
 
 
 def kill_while_saving(workdir: Path, rng: random.Random, start: int) -> int:

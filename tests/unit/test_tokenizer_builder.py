@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instdiff_jax.checkpoint.folder import find_tokenizer
+from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.cli.build_coco import main as make_dataset
 from instdiff_jax.data.build_tokenizer import dataset_texts, main, write_tokenizer
 from instdiff_jax.errors import InputError

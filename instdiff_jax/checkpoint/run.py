@@ -1,0 +1,172 @@
+"""Reads a training run's folder as a model: its config.json, and the averaged (EMA) parameters of one step.
+
+A run's `checkpoints/` holds one folder per step (orbax): the training state, and `facts` with what the run started from
+and a checksum of every array. Frozen parameters are not in it: they come from the base checkpoint, or are initialised
+from the run's seed.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
+
+from instdiff_jax.checkpoint.fingerprints import base_fingerprint
+from instdiff_jax.checkpoint.folder import read_config, restore_params
+from instdiff_jax.checkpoint.rename import check_keys
+from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_group, parameter_shapes
+from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
+from instdiff_jax.config import ModelConfig, SamplingConfig
+from instdiff_jax.errors import InputError
+from instdiff_jax.models.networks import init_params, make_networks
+from instdiff_jax.tree import flatten, unflatten
+
+CHECKPOINTS = "checkpoints"  # folder of a run's steps
+
+
+class RunConfig(NamedTuple):
+    """What a run's config.json says; `train` is its group of training settings as plain values."""
+
+    model: ModelConfig
+    sampling: SamplingConfig
+    train: dict[str, Any]
+
+
+def read_run(workdir: Path) -> RunConfig:
+    """Reads a run's config.json.
+
+    Raises:
+        InputError: for a folder that is not a run's.
+    """
+    path = workdir / "config.json"
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8"))
+        model, sampling, train = groups["model"], groups["sampling"], dict(groups["train"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected the config of a training run ({type(error).__name__})") from error
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise InputError(f"{workdir / CHECKPOINTS}: expected the checkpoints of a training run")
+    model = ModelConfig.from_dict(model, f"{path}: model")
+    return RunConfig(model, SamplingConfig.from_dict(sampling, f"{path}: sampling"), train)
+
+
+def run_tokenizer(workdir: Path) -> Path:
+    """The folder of a run's tokenizer: its base's, else the one that its config names."""
+    run = read_run(workdir)
+    text = read_config(run.train["start"])[0].text_encoder if run.train.get("start") else run.model.text_encoder
+    return find_tokenizer(text.tokenizer, text.vocab_size)
+
+
+def absent_groups(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which of ADAPTERS a tree lacks: a run on captions alone has neither fusers nor UniFusion."""
+    present = {parameter_group(path) for path in flatten(dict(params))}
+    return tuple(group for group in ADAPTERS if group not in present)
+
+
+def load_run(workdir: Path, step: int | None = None) -> tuple[ModelConfig, SamplingConfig, dict[str, Any], int]:
+    """A run's model with the averaged parameters of one step (None: the newest), in float32 on one device.
+
+    Returns:
+        The model's sizes, the sampling defaults, the whole parameter tree and the step.
+
+    Raises:
+        InputError: for a folder that is not a run's, a step that is not there or is damaged, or a base checkpoint that
+            has changed.
+    """
+    run = read_run(workdir)
+    start, seed, grounding = run.train.get("start", ""), run.train["seed"], run.train.get("grounding", True)
+    step, averaged, facts = _restore_averaged(workdir, step)
+    if facts["base_fingerprint"] != base_fingerprint(start, seed, run.model):
+        raise InputError(f"{start}: changed since the run in {workdir} started from it (fingerprint)")
+    absent = () if grounding else ("fusers", "unifusion", "trunk")
+    shapes = flatten(parameter_shapes(run.model, absent))
+    leaves = flatten(averaged)
+    if start:
+        leaves = _base_leaves(start, set(shapes) - set(leaves)) | leaves
+    if rest := set(shapes) - set(leaves):
+        leaves |= _fresh_leaves(run.model, seed, grounding, rest)
+    found = {"/".join(path): tuple(leaf.shape) for path, leaf in leaves.items()}
+    check_keys(found, {"/".join(path): shape for path, shape in shapes.items()}, str(workdir / CHECKPOINTS / str(step)))
+    return run.model, run.sampling, unflatten(leaves), step
+
+
+def _base_leaves(start: str, wanted: set[tuple[str, ...]]) -> dict[tuple[str, ...], Array]:
+    """The wanted parameters that the base checkpoint has, as it stores them."""
+    config, _, absent = read_config(start)
+    held = set(flatten(parameter_shapes(config, absent))) & wanted
+    parts = sorted({path[0] for path in held})
+    leaves = flatten(restore_params(start, parts)) if parts else {}
+    return {path: leaf for path, leaf in leaves.items() if path in held}
+
+
+def _fresh_leaves(
+    config: ModelConfig, seed: int, grounding: bool, wanted: set[tuple[str, ...]]
+) -> dict[tuple[str, ...], Array]:
+    """Parameters as the run initialised them."""
+
+    def initial(key: jax.Array) -> dict[str, Any]:
+        params = flatten(init_params(make_networks(config), config, key, grounding))
+        return unflatten({path: leaf for path, leaf in params.items() if path in wanted})
+
+    return flatten(jax.jit(initial)(jax.random.key(seed)))
+
+
+def _restore_averaged(workdir: Path, step: int | None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The step, its averaged parameters and its facts."""
+    folder = workdir.absolute() / CHECKPOINTS
+    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+    with ocp.CheckpointManager(folder, options=options, item_names=("state", "facts")) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            raise InputError(f"{folder}: no checkpoint {'' if step is None else f'of step {step} '}there: {steps}")
+        step = steps[-1] if step is None else step
+        try:
+            facts = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+            sums = facts["checksums"]
+            stored = manager.item_metadata(step)["state"]
+            args = ocp.args.Composite(state=_only_averaged(stored))
+            state = manager.restore(step, args=args)["state"]
+            wrong = [path for path, value in checksums(state).items() if sums[path] != value]
+        except Exception as error:  # orbax, tensorstore and json each raise their own kinds for damaged files
+            raise InputError(f"{folder / str(step)}: damaged ({damage(error)})") from error
+    if wrong:
+        raise InputError(f"{folder / str(step)}: damaged (checksum of {wrong[0]})")
+    return step, state["optimizer"]["ema"], facts
+
+
+def _only_averaged(stored: Any) -> ocp.args.PyTreeRestore:
+    """Restores the averaged parameters of a training state, and nothing else of it, to one device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    tree = {"optimizer": {"ema": stored["optimizer"]["ema"]}}
+    item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    args = ocp.checkpoint_utils.construct_restore_args(item)
+    return ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with a damaged checkpoint, in a line. An error that its files did not cause is raised again."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise error
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The sum of the bits of every 32-bit array in a tree, modulo 2^32, by path."""
+    sums = jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
+    return dict(zip(leaf_paths(tree), map(int, sums), strict=True))
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The paths of a tree's leaves, as `checksums` writes them."""
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+@jax.jit
+def _checksum(leaf: Array) -> UInt32[Array, ""]:
+    # Whole numbers add up to the same in any order, hence on any mesh.
+    return jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32), dtype=jnp.uint32)

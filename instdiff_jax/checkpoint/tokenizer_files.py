@@ -1,0 +1,55 @@
+"""Finds the files of a CLIP tokenizer on this machine; the network is not used."""
+
+import json
+import operator
+from pathlib import Path
+
+from instdiff_jax.errors import InputError
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+
+
+def find_tokenizer(name: str, vocab_size: int | None = None) -> Path:
+    """The folder of a CLIP tokenizer.
+
+    Args:
+        name: a folder, or a name on the hub whose files are in the hub's local cache.
+        vocab_size: of the text encoder; the tokenizer's ids must be below it.
+
+    Raises:
+        InputError: if it is not there, is damaged, or has too many tokens for the text encoder.
+    """
+    where = "config.model.text_encoder.tokenizer"
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _cached_tokenizer(name)
+    missing = [file for file in TOKENIZER_FILES[:2] if not (folder / file).is_file()]
+    if missing:
+        raise InputError(f"{where}: {folder}: no {' and no '.join(missing)} there")
+    try:
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        largest = max(map(operator.index, vocabulary.values()))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids by token ({error})") from error
+    # Without merges, every word would silently become its letters.
+    merges = [line for line in (folder / "merges.txt").read_bytes().splitlines() if not line.startswith(b"#version")]
+    if not any(merges) and len(vocabulary) > 2 * 256 + 2:
+        raise InputError(f"{where}: {folder / 'merges.txt'}: no merges there for {len(vocabulary)} tokens")
+    if vocab_size is not None and largest >= vocab_size:
+        raise InputError(f"{where}: {folder}: ids up to {largest}, but the text encoder has {vocab_size}")
+    return folder
+
+
+def _cached_tokenizer(name: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, TOKENIZER_FILES[0])
+    except ValueError:  # not a possible name on the hub
+        found = None
+    if not isinstance(found, str):
+        raise InputError(
+            f"config.model.text_encoder.tokenizer: {name}: neither a folder here nor in the hub's cache; "
+            "give a folder with --config.model.text_encoder.tokenizer=DIR"
+        )
+    return Path(found).parent
