@@ -25,26 +25,13 @@ from instdiff_jax.geometry.checks import (
     read_text,
     read_xywh,
 )
-from instdiff_jax.geometry.masks import RLE
+from instdiff_jax.geometry.masks import RLE, CompactMask
 
 _logger = logging.getLogger(__name__)
 
 MAX_INSTANCES = 30
 
 WhenTooMany = Literal["error", "largest"]
-
-
-class _CompactMask:
-    """A dataclass field: a checked mask is kept as run lengths and decoded when it is read."""
-
-    def __get__(self, instance: "Instance | None", owner: type) -> Bool[np.ndarray, "H W"] | None:
-        if instance is None:
-            return None  # the field's default
-        mask = vars(instance)["mask"]
-        return mask.decode() if isinstance(mask, RLE) else mask
-
-    def __set__(self, instance: "Instance", mask: Any) -> None:
-        vars(instance)["mask"] = mask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +51,7 @@ class Instance:
     box: tuple[float, float, float, float] | None = None
     point: tuple[float, float] | None = None
     scribble: Float[np.ndarray, "n 2"] | None = None
-    mask: Bool[np.ndarray, "H W"] | None = _CompactMask()
+    mask: Bool[np.ndarray, "H W"] | None = CompactMask()
     category_name: str = ""
 
     @property
@@ -126,9 +113,7 @@ class Layout:
             if not isinstance(instance, Instance):
                 raise InputError(f"{where}[{i}]: expected an Instance, got {type(instance).__name__}")
         instances = [_checked(one, width, height, f"{where}[{i}]", _PYTHON) for i, one in enumerate(self.instances)]
-        checked = dict(width=width, height=height, instances=_limited(instances, "error", where))
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(width=width, height=height, instances=_limited(instances, "error", where))
 
     @classmethod
     def from_json(cls, path: str | Path, *, name: str | None = None, max_instances: WhenTooMany = "error") -> Self:
@@ -152,10 +137,9 @@ class Layout:
         """Builds a layout from the official JSON's object.
 
         `{"caption", "width", "height", "annos": [{"caption", "category_name", "bbox": [x, y, w, h], "mask": COCO RLE or
-        polygons, "point": [x, y], "scribble": [x1, y1, x2, y2, ...] or pairs}]}`, all in pixels. A location that is
-        missing, null or [] is absent; keys that are not listed here are ignored. An instance without a caption takes
-        its category_name. An instance whose only location is a box of zero width and height off the canvas, as one
-        official demo has it, is left out with a warning.
+        polygons, "point": [x, y], "scribble": [x1, y1, x2, y2, ...] or pairs}]}`, all in pixels. A location may be
+        missing, null or []; other keys are ignored. An instance without a caption takes its category_name. An instance
+        with no location but a box of no size off the canvas, as in one official demo, is left out with a warning.
 
         Args:
             values: the object.
@@ -167,8 +151,7 @@ class Layout:
             InputError: for an object that is not a valid layout.
         """
         if not isinstance(values, Mapping):
-            expected = "expected an object with caption, width, height and annos"
-            raise InputError(f"{where}: {expected}, got {describe(values)}")
+            raise InputError(f"{where}: expected an object, a layout, got {describe(values)}")
         for key in ("caption", "width", "height", "annos"):
             if key not in values:
                 raise InputError(f"{where}: {key}: missing")
@@ -252,9 +235,8 @@ class Layout:
 
 def _check_canvas(caption: Any, width: Any, height: Any, where: str) -> tuple[int, int]:
     read_text(caption, f"{where}: caption", empty=True)
-    sides = (("width", width), ("height", height))
-    width, height = (read_integer(side, f"{where}: {name}", 1, MAX_SIDE, "whole pixels") for name, side in sides)
-    return width, height
+    width = read_integer(width, f"{where}: width", 1, MAX_SIDE, "whole pixels")
+    return width, read_integer(height, f"{where}: height", 1, MAX_SIDE, "whole pixels")
 
 
 def _read_instance(values: Any, width: int, height: int, where: str, names: _Names) -> Instance | None:

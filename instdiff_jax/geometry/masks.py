@@ -67,6 +67,19 @@ def _decode(rle: RLE) -> Bool[np.ndarray, "H W"]:
     return mask
 
 
+class CompactMask:
+    """A field of a dataclass: a mask that is given as RLE is kept so, and decoded when it is read."""
+
+    def __get__(self, instance: Any, owner: type) -> Bool[np.ndarray, "H W"] | None:
+        if instance is None:
+            return None  # the field's default
+        mask = vars(instance)["mask"]
+        return mask.decode() if isinstance(mask, RLE) else mask
+
+    def __set__(self, instance: Any, mask: Any) -> None:
+        vars(instance)["mask"] = mask
+
+
 def decode_mask(mask: Any, height: int, width: int, where: str) -> Bool[np.ndarray, "H W"]:
     """Decodes a COCO mask.
 

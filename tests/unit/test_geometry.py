@@ -11,7 +11,7 @@ from skimage.measure import find_contours
 
 from common import parity
 from instdiff_jax.errors import InputError
-from instdiff_jax.geometry.masks import box_from_mask, decode_mask, encode_mask, resize_map
+from instdiff_jax.geometry.masks import RLE, box_from_mask, decode_mask, encode_mask, resize_map
 from instdiff_jax.geometry.points import mask_points, normalize_points, resample_scribble, sample_scribble
 
 
@@ -95,6 +95,23 @@ def test_mask_points_of_few_pixels_are_drawn_from_the_mask():
 def test_mask_points_of_an_empty_mask_are_zeros():
     assert not mask_points(np.zeros((9, 9), bool)).any()
     assert not sample_scribble(np.zeros((9, 9), bool), np.random.default_rng(0)).any()
+
+
+def test_run_lengths_hold_the_same_mask():
+    """Whatever the format, and as an encoder writes them, so that equal masks have equal counts."""
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        mask = random_mask(rng)
+        height, width = mask.shape
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask.T.ravel(), [not mask[-1, -1]]])))
+        runs = np.diff(np.concatenate([[0], edges])).tolist()
+        odd = [*runs[:1], 0, 0, *runs[1:]]
+        polygon = rng.uniform(-5, 65, 2 * rng.integers(3, 9)).tolist()
+        for source in (encode_mask(mask), {"size": [height, width], "counts": odd}, [polygon], [polygon, polygon[:6]]):
+            rle, expected = RLE.from_coco(source, height, width, "m"), decode_mask(source, height, width, "m")
+            np.testing.assert_array_equal(rle.decode(), expected)
+            assert rle == RLE.from_mask(expected) and rle.area == expected.sum() and rle.size == (height, width)
+            assert rle.to_dict() == encode_mask(expected)
 
 
 def test_mask_points_are_fast():
