@@ -79,8 +79,8 @@ def fill_slot(
     """
     grounding["valid"][slot] = 1
     for name, array in ARRAYS.items():
-        if coordinates.get(name) is not None:
-            grounding[array][slot] = np.ravel(coordinates[name])
+        if (values := coordinates.get(name)) is not None:
+            grounding[array][slot] = np.ravel(values)
         grounding[f"has_{name}"][slot] = name in used
 
 

@@ -51,7 +51,7 @@ class Instance:
     box: tuple[float, float, float, float] | None = None
     point: tuple[float, float] | None = None
     scribble: Float[np.ndarray, "n 2"] | None = None
-    mask: Bool[np.ndarray, "H W"] | None = CompactMask()
+    mask: CompactMask = CompactMask()  # of type Bool[np.ndarray, "H W"] | None
     category_name: str = ""
 
     @property

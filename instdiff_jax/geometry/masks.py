@@ -42,14 +42,14 @@ class RLE(NamedTuple):
         return cls._of(_merge_polygons(mask, height, width, where))
 
     @classmethod
-    def _of(cls, rle: dict[str, Any]) -> Self:
+    def _of(cls, rle: Any) -> Self:
         height, width = rle["size"]
         return cls((int(height), int(width)), rle["counts"].decode("ascii"))
 
     @property
     def area(self) -> int:
         """The number of pixels."""
-        return int(coco_mask.area({"size": self.size, "counts": self.counts.encode()}))
+        return int(coco_mask.area({"size": list(self.size), "counts": self.counts.encode()}))
 
     def decode(self) -> Bool[np.ndarray, "H W"]:
         """The mask, read-only. The last 32 masks are kept: those of one layout are decoded once."""
@@ -70,13 +70,13 @@ def _decode(rle: RLE) -> Bool[np.ndarray, "H W"]:
 class CompactMask:
     """A field of a dataclass: a mask that is given as RLE is kept so, and decoded when it is read."""
 
-    def __get__(self, instance: Any, owner: type) -> Bool[np.ndarray, "H W"] | None:
+    def __get__(self, instance: object, owner: type) -> Bool[np.ndarray, "H W"] | None:
         if instance is None:
             return None  # the field's default
         mask = vars(instance)["mask"]
         return mask.decode() if isinstance(mask, RLE) else mask
 
-    def __set__(self, instance: Any, mask: Any) -> None:
+    def __set__(self, instance: object, mask: Bool[np.ndarray, "H W"] | RLE | None) -> None:
         vars(instance)["mask"] = mask
 
 
@@ -164,7 +164,7 @@ def _unpack_counts(counts: str | bytes, where: str) -> Int[np.ndarray, " runs"]:
     return values
 
 
-def _merge_polygons(polygons: Any, height: int, width: int, where: str) -> dict[str, Any]:
+def _merge_polygons(polygons: Any, height: int, width: int, where: str) -> Any:
     """The RLE of polygons, as pycocotools has it."""
     if not isinstance(polygons, (list, tuple)):
         raise InputError(f"{where}: expected an RLE object or a list of polygons, got {type(polygons).__name__}")
