@@ -19,8 +19,8 @@ Its data, a tokenizer from its captions, and four stages, each from the one befo
 
 "autoencoder" learns images; "text" a text encoder that keeps a caption's words, in place of CLIP; "base" a UNet on
 captions alone; "adapters" the fusers, UniFusion and ScaleU, as in the paper. The default stage is "adapters". The model
-in checkpoints/shapes was trained in more stages, listed in docs/shapes.md; the step counts here are their sums, seven
-hours of two cores at 0.53 s a step, and were not run as one.
+in checkpoints/shapes was trained in more stages, listed in projects/shapes/README.md; the step counts here are their
+sums, seven hours of two cores at 0.53 s a step, and were not run as one.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Makes the pictures of the README and of docs/; those of the small model are drawn by it, with seed 0.
+"""Makes the figures of the README and of docs/. The small model generates its images with seed 0.
 
 python docs/make_figures.py
 """
@@ -19,9 +19,9 @@ from instdiff_jax.sampling.visualize import contact_sheet, draw_layout, enlarge 
 
 FIGURES = ROOT / "docs" / "figures"
 CHECKPOINT = ROOT / "checkpoints" / "shapes"
-# Official demos, drawn without a model.
+# Layouts of the official demos, drawn without a model.
 DEMOS = ("demo_cat_dog_robin", "demo_corgi_kitchen", "demo_palm_point")
-# What the README opens with: a layout of each kind, beside what the small model makes of it.
+# The first figure of the README: layouts of each kind, each with an image of the small model.
 KINDS = {
     "boxes_eight_colours": "boxes",
     "boxes_dense": "ten boxes",
@@ -41,13 +41,13 @@ SERIES = {
 }
 
 
-def drawn(pipeline: Pipeline, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each layout: its drawing on white, and the picture."""
+def layouts_and_images(pipeline: Pipeline, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The drawing of each layout on white, and its generated image."""
     layouts = [Layout.from_json(ROOT / "examples" / "shapes" / f"{name}.json") for name in names]
     pairs = []
     for result in pipeline(layouts, seeds=[0]):
-        picture = enlarge(result.image)
-        pairs.append((draw_layout(result.layout, np.full_like(picture, 255)), picture))
+        image = enlarge(np.asarray(result.image))
+        pairs.append((draw_layout(result.layout, np.full_like(image, 255)), image))
     return pairs
 
 
@@ -62,10 +62,10 @@ def main() -> None:
     layouts = [Layout.from_json(ROOT / "examples" / f"{name}.json") for name in DEMOS]
     save("layout.png", contact_sheet([draw_layout(layout) for layout in layouts], columns=3))
     pipeline = Pipeline.from_checkpoint(CHECKPOINT)
-    images = [image for pair in drawn(pipeline, list(KINDS)) for image in pair]
+    images = [image for pair in layouts_and_images(pipeline, list(KINDS)) for image in pair]
     captions = [text for kind in KINDS.values() for text in (kind, "")]
     save("shapes.png", contact_sheet(images, captions, columns=8))
-    above, below = zip(*drawn(pipeline, list(SERIES)), strict=True)
+    above, below = zip(*layouts_and_images(pipeline, list(SERIES)), strict=True)
     save("series.png", contact_sheet([*above, *below], [*SERIES.values(), *[""] * len(SERIES)], columns=len(SERIES)))
 
 

@@ -1,9 +1,9 @@
-"""Writes examples/shapes/: layouts for the small model in the box, on its canvas of 64x64 pixels.
+"""Writes examples/shapes/: layouts for the small model (checkpoints/shapes), on its canvas of 64x64 pixels.
 
     python examples/make_shapes.py
 
-Boxes are written by hand. Masks, scribbles and points are those of rendered scenes (`projects.shapes.render`) that
-the model has not seen.
+Most boxes are written by hand. The other layouts come from rendered scenes (`projects.shapes.scenes`) that the model
+has not seen.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ from projects.shapes.scenes import render_scene  # noqa: E402
 from projects.shapes.worlds import WORLDS  # noqa: E402
 
 SIDE = 64
-# Seed of the scenes; training, validation and evaluation have other ones.
+# Seed of the scenes; training, validation and evaluation use others.
 SEED = 77
+GREY = "on a grey background"
 
 
 def boxes(*instances: tuple[str, int, int, int, int]) -> list[dict[str, Any]]:
@@ -33,11 +34,13 @@ def boxes(*instances: tuple[str, int, int, int, int]) -> list[dict[str, Any]]:
 
 
 def scene(index: int, formats: str, **settings: Any) -> tuple[str, list[dict[str, Any]]]:
-    """Caption and annotations of a rendered scene; instance i is given in format `formats[i % len]`.
+    """Caption and annotations of a rendered scene.
 
-    b is a box, m a mask, s a scribble, p a point.
+    Args:
+        index: of the scene.
+        formats: one letter per instance, repeated: b box, m mask, s scribble, p point.
+        settings: changes of the settings of the world in which the model was trained.
     """
-    # The world that the model has learned.
     rendered = render_scene(SEED, index, SIDE, dataclasses.replace(WORLDS["calm"], **settings))
     rng = np.random.default_rng([SEED, index])
     annos = []
@@ -52,15 +55,18 @@ def scene(index: int, formats: str, **settings: Any) -> tuple[str, list[dict[str
             anno["scribble"] = [round(float(value), 1) for value in sample_scribble(instance.mask, rng).ravel()]
         else:
             rows, columns = np.nonzero(instance.mask)
-            # The pixel of the mask that lies nearest to its middle.
+            # The pixel of the mask that is nearest to its centroid.
             nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
             anno["point"] = [int(columns[nearest]), int(rows[nearest])]
         annos.append(anno)
     return rendered.captions[0], annos
 
 
-def layouts() -> dict[str, tuple[str, list[dict[str, Any]]]]:
-    """Name to caption and annotations."""
+Named = dict[str, tuple[str, list[dict[str, Any]]]]  # name to caption and annotations
+
+
+def box_layouts() -> Named:
+    """Layouts of boxes."""
     colours = ("black", "white", "red", "green", "yellow", "blue", "pink", "purple")
     shapes = ("circle", "star", "heart", "square", "triangle", "ring", "hexagon", "cross")
     eight = [
@@ -68,25 +74,14 @@ def layouts() -> dict[str, tuple[str, list[dict[str, Any]]]]:
         for i, (colour, shape) in enumerate(zip(colours, shapes, strict=True))
     ]
     named = " and ".join([", ".join(name for name, *_ in eight[:-1]), eight[-1][0]])
-    star = ("a yellow star", 5, 5, 20, 20)
-    heart = ("a red heart", 40, 17, 22, 20)
-    square = ("a blue striped square", 8, 36, 20, 20)
-    ring = ("a green ring", 38, 38, 20, 20)
-    # A series changes one thing at a time, and keeps what was changed before.
-    moved = ("a red heart", 37, 1, 22, 20)
-    replaced = ("a purple dotted circle", 8, 36, 20, 20)
-    large = ("a yellow star", 2, 2, 32, 32)
-    grey = "on a grey background"
     return {
-        "boxes_eight_colours": (f"{named} {grey}", boxes(*eight)),
+        "boxes_eight_colours": (f"{named} {GREY}", boxes(*eight)),
         "boxes_pair": (
             "a red striped heart and a blue dotted star on a beige background",
             boxes(("a red striped heart", 4, 18, 26, 26), ("a blue dotted star", 35, 20, 25, 25)),
         ),
-        "boxes_dense": scene(1, "b", min_instances=10, max_instances=10),
         "boxes_same_shape": (
-            "a red striped circle, a blue plain circle, a red plain circle and a blue striped circle on a grey"
-            " background",
+            f"a red striped circle, a blue plain circle, a red plain circle and a blue striped circle {GREY}",
             boxes(
                 ("a red striped circle", 6, 6, 22, 22),
                 ("a blue circle", 36, 6, 22, 22),
@@ -94,13 +89,8 @@ def layouts() -> dict[str, tuple[str, list[dict[str, Any]]]]:
                 ("a blue striped circle", 36, 36, 22, 22),
             ),
         ),
-        "masks": scene(2, "m", min_instances=4, max_instances=4, max_hidden=0.0),
-        "masks_large": scene(3, "m", min_instances=2, max_instances=2, min_side=0.35),
-        "scribbles": scene(4, "s", min_instances=3, max_instances=3, max_hidden=0.0),
-        "points": scene(8, "p", min_instances=4, max_instances=4, max_hidden=0.0),
-        "mixed": scene(6, "bmsp", min_instances=4, max_instances=4, max_hidden=0.0),
         "parts": (
-            f"a large white circle with a red heart inside and a yellow square with a black star inside {grey}",
+            f"a large white circle with a red heart inside and a yellow square with a black star inside {GREY}",
             boxes(
                 ("a white circle", 2, 4, 34, 34),
                 ("a red heart", 12, 14, 14, 14),
@@ -108,29 +98,41 @@ def layouts() -> dict[str, tuple[str, list[dict[str, Any]]]]:
                 ("a black star", 41, 39, 14, 14),
             ),
         ),
-        "series_1_two": (f"a yellow star and a red heart {grey}", boxes(star, heart)),
-        "series_2_add": (
-            f"a yellow star, a red heart, a blue striped square and a green ring {grey}",
-            boxes(star, heart, square, ring),
-        ),
-        "series_3_move": (
-            f"a yellow star, a red heart, a blue striped square and a green ring {grey}",
-            boxes(star, moved, square, ring),
-        ),
-        "series_4_replace": (
-            f"a yellow star, a red heart, a purple dotted circle and a green ring {grey}",
-            boxes(star, moved, replaced, ring),
-        ),
-        "series_5_resize": (
-            f"a large yellow star, a red heart, a purple dotted circle and a green ring {grey}",
-            boxes(large, moved, replaced, ring),
-        ),
+    }
+
+
+def scene_layouts() -> Named:
+    """Layouts of rendered scenes, in every format."""
+    return {
+        "boxes_dense": scene(1, "b", min_instances=10, max_instances=10),
+        "masks": scene(2, "m", min_instances=4, max_instances=4, max_hidden=0.0),
+        "masks_large": scene(3, "m", min_instances=2, max_instances=2, min_side=0.35),
+        "scribbles": scene(4, "s", min_instances=3, max_instances=3, max_hidden=0.0),
+        "points": scene(8, "p", min_instances=4, max_instances=4, max_hidden=0.0),
+        "mixed": scene(6, "bmsp", min_instances=4, max_instances=4, max_hidden=0.0),
+    }
+
+
+def series_layouts() -> Named:
+    """A series in which each layout changes one thing of the one before."""
+    star, large = ("a yellow star", 5, 5, 20, 20), ("a yellow star", 2, 2, 32, 32)
+    heart, moved = ("a red heart", 40, 17, 22, 20), ("a red heart", 37, 1, 22, 20)
+    square, replaced = ("a blue striped square", 8, 36, 20, 20), ("a purple dotted circle", 8, 36, 20, 20)
+    ring = ("a green ring", 38, 38, 20, 20)
+    four = f"a yellow star, a red heart, a blue striped square and a green ring {GREY}"
+    with_circle = f"yellow star, a red heart, a purple dotted circle and a green ring {GREY}"
+    return {
+        "series_1_two": (f"a yellow star and a red heart {GREY}", boxes(star, heart)),
+        "series_2_add": (four, boxes(star, heart, square, ring)),
+        "series_3_move": (four, boxes(star, moved, square, ring)),
+        "series_4_replace": (f"a {with_circle}", boxes(star, moved, replaced, ring)),
+        "series_5_resize": (f"a large {with_circle}", boxes(large, moved, replaced, ring)),
     }
 
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    for name, (caption, annos) in layouts().items():
+    for name, (caption, annos) in (box_layouts() | scene_layouts() | series_layouts()).items():
         values = {"caption": caption, "width": SIDE, "height": SIDE, "annos": annos}
         (FOLDER / f"{name}.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
         print(f"{name}: {caption}")

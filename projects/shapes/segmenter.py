@@ -226,11 +226,6 @@ class Segmenter:
             np.savez(new / "params.npz", **arrays)
 
 
-def open_detector(folder: str) -> Segmenter:
-    """The detector of `--detector shapes:FOLDER`; InputError if the folder is not a segmenter's."""
-    return Segmenter.from_folder(folder)
-
-
 def _read_config(path: Path) -> SegmenterConfig:
     values = read_json(path)
     if not isinstance(values, dict) or "network" not in values:

@@ -1,4 +1,4 @@
-"""The small model that ships with the repository: it is whole, small enough, and draws what layouts ask for."""
+"""The small model in the repository: complete, small enough, and its images follow their layouts."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ from projects.shapes.worlds import WORLDS
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHECKPOINT, SEGMENTER = ROOT / "checkpoints" / "shapes", ROOT / "checkpoints" / "shapes_segmenter"
 EXAMPLES = ROOT / "examples" / "shapes"
-# By chance one colour in eight is right. A thing is what is this far from the background in RGB.
+# By chance, one colour in eight is right. A pixel this far from the background in RGB belongs to an instance.
 LEAST_COLOURS, THING, LEAST_OVERLAP = 0.9, 60.0, 0.7
 
 
@@ -40,7 +40,7 @@ def test_every_example_fits_it():
 
 
 def boxes(*things: tuple[str, str, tuple[int, int, int, int]]) -> Layout:
-    """A layout of things with a colour, a shape and a box x0, y0, x1, y1 each."""
+    """A layout of instances, each with a colour, a shape and a box x0, y0, x1, y1."""
     names = [f"a {colour} {shape}" for colour, shape, _ in things]
     instances = tuple(
         Instance(name, box=tuple(map(float, box))) for name, (_, _, box) in zip(names, things, strict=True)
@@ -57,17 +57,17 @@ SCENES = [
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """Two pictures of each scene, [scenes, seeds, 64, 64, 3]."""
+def generated():
+    """Two images of each scene, [scenes, seeds, 64, 64, 3]."""
     results = Pipeline.from_checkpoint(CHECKPOINT)([boxes(*scene) for scene in SCENES], seeds=[0, 1])
-    return np.stack([result.image for result in results]).reshape(len(SCENES), 2, 64, 64, 3).astype(float)
+    return np.stack([np.asarray(result.image) for result in results]).reshape(len(SCENES), 2, 64, 64, 3).astype(float)
 
 
-def test_things_have_their_colours_in_their_boxes(pictures):
-    """The middle of a box is nearer to the colour that was asked for than to the seven others."""
+def test_things_have_their_colours_in_their_boxes(generated):
+    """The middle of a box is nearer to the requested colour than to the seven others."""
     names, palette = list(COLOURS), np.array([pair[0] for pair in COLOURS.values()], float)
     right = []
-    for scene, images in zip(SCENES, pictures, strict=True):
+    for scene, images in zip(SCENES, generated, strict=True):
         for colour, _, (x0, y0, x1, y1) in scene:
             for image in images:
                 seen = np.median(image[y0 + 6 : y1 - 6, x0 + 6 : x1 - 6].reshape(-1, 3), axis=0)
@@ -75,10 +75,10 @@ def test_things_have_their_colours_in_their_boxes(pictures):
     assert np.mean(right) >= LEAST_COLOURS
 
 
-def test_things_stand_in_their_boxes(pictures):
-    """What is not the background's colour, and the boxes, are about the same pixels."""
+def test_things_stand_in_their_boxes(generated):
+    """The pixels that differ from the background are about those of the boxes."""
     overlaps = []
-    for scene, images in zip(SCENES, pictures, strict=True):
+    for scene, images in zip(SCENES, generated, strict=True):
         inside = np.zeros((64, 64), bool)
         for _, _, (x0, y0, x1, y1) in scene:
             inside[y0:y1, x0:x1] = True
@@ -90,7 +90,7 @@ def test_things_stand_in_their_boxes(pictures):
 
 
 def overlaps_of(scenes, images) -> np.ndarray:
-    """For each instance the best mask IoU with what the detector takes for its shape and colour; 0 without any."""
+    """Best mask IoU of each instance with a detection of its shape and colour; 0 without one."""
     best = []
     for scene, detections in zip(scenes, Segmenter.from_folder(SEGMENTER).detect(images), strict=True):
         for item in scene.instances:
@@ -100,8 +100,8 @@ def overlaps_of(scenes, images) -> np.ndarray:
 
 
 @pytest.mark.parametrize("place, least_found, least_overlap", [("box", 0.55, 0.48), ("mask", 0.7, 0.58)])
-def test_scenes_are_drawn_again_from_their_places(place, least_found, least_overlap):
-    """The detector finds in the pictures what the layouts of held-out scenes name, in its colour and its place."""
+def test_scenes_are_generated_from_their_layouts(place, least_found, least_overlap):
+    """The detector finds the instances of held-out layouts, with their colours, in the right place."""
     settings = dataclasses.replace(WORLDS["calm"], min_instances=2, max_instances=4)
     scenes = [render_scene(77, index, 64, settings) for index in range(16)]
 
@@ -112,15 +112,15 @@ def test_scenes_are_drawn_again_from_their_places(place, least_found, least_over
 
     layouts = [Layout("", 64, 64, tuple(map(asked, scene.instances))) for scene in scenes]
     pipeline = Pipeline.from_checkpoint(CHECKPOINT)
-    images = np.stack([result.image for result in pipeline(layouts)])
+    images = np.stack([np.asarray(result.image) for result in pipeline(layouts)])
     best = overlaps_of(scenes, images)
     assert (best >= 0.5).mean() >= least_found and best.mean() >= least_overlap
-    # Not by chance: the pictures of other layouts have next to nothing of it.
+    # Not by chance: images of other layouts have almost none of them.
     assert (overlaps_of(scenes, np.roll(images, 1, axis=0)) >= 0.5).mean() <= 0.1
 
 
 def test_the_detector_finds_what_is_there():
-    """On rendered scenes that it has not seen: most things, with their colours."""
+    """On held-out rendered scenes it finds most instances, with their colours."""
     settings = dataclasses.replace(WORLDS["calm"], min_instances=2, max_instances=4)
     scenes = [render_scene(55, index, 64, settings) for index in range(16)]
     overlaps = overlaps_of(scenes, np.stack([scene.image for scene in scenes]))

@@ -37,7 +37,6 @@ REMAIN = {
     "instdiff_jax/sampling/pipeline.py",
     "instdiff_jax/sampling/pipeline.py: stream",
     "instdiff_jax/sampling/pipeline.py: stream has many parameters",
-    "examples/make_shapes.py: layouts",
     "tests/e2e/test_convert.py",
     "tests/e2e/test_evaluate_script.py",
     "tests/e2e/test_sample.py",
