@@ -1,6 +1,6 @@
 """Imports PyTorch checkpoints as our parameter tree and writes them back.
 
-What a file is, its keys tell:
+The keys of a file tell what it is:
 
 - the released checkpoint, {"model", "autoencoder", "text_encoder", "diffusion"[, "ema", …]}; EMA weights
   are taken when present;
@@ -13,7 +13,7 @@ What a file is, its keys tell:
   positionnet: UniFusion's state dict without a prefix; scaleu: {index: {"scaleu_b", "scaleu_s"}};
 - a flat state dict of adapters under their released names.
 
-A base and several adapter files make one model. Beside a base, the released checkpoint gives its adapters only.
+A base and several adapter files make one model. With a base, only the adapters of the released checkpoint are used.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ from instdiff_jax.checkpoint.torch_file import read_file, write_safetensors, wri
 from instdiff_jax.config import ModelConfig, ScheduleConfig
 from instdiff_jax.errors import InputError
 
-# Stable Diffusion's prefix of each part, and what its files hold beside the weights in use.
+# Stable Diffusion's prefix of each part, and the keys of its files that are not used.
 SD_PREFIXES = {
     "model.diffusion_model.": "model",
     "first_stage_model.": "autoencoder",
@@ -104,7 +104,7 @@ def load_pytorch(
 
 
 def _split_file(path: Path, content: dict[str, Any], config: ModelConfig) -> tuple[str, State]:
-    """What kind of file it is ("released", "base" or "adapter") and its tensors by part under released names."""
+    """The kind of a file ("released", "base" or "adapter"), and its tensors by part under their released names."""
     if isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if all(isinstance(content.get(part), dict) for part in PARTS):
@@ -170,7 +170,7 @@ def _split_base(path: Path, content: Mapping[Any, Any], config: ModelConfig) -> 
 
 
 def _port_fusers(path: Path, content: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Fusers of the ComfyUI port, whose loader takes them in the file's order: input, middle, output blocks."""
+    """Fusers of the ComfyUI port, in the order of the file: input, middle, output blocks."""
     gate = ".transformer_blocks.0.fuser.alpha_attn"
     tensors = {}
     for group in ("input_blocks", "middle_block", "output_blocks"):
@@ -225,7 +225,7 @@ def schedule_buffers(schedule: ScheduleConfig) -> dict[str, np.ndarray]:
 
 
 def _check_schedule(found: Mapping[str, np.ndarray], schedule: ScheduleConfig, source: str) -> None:
-    """A file's buffers must be those of the config; they are computed anew and never loaded."""
+    """Checks that a file's buffers are those of the config. They are never loaded but computed."""
     expected = schedule_buffers(schedule)
     for name, value in found.items():
         if name not in expected:
@@ -243,7 +243,7 @@ def _check_schedule(found: Mapping[str, np.ndarray], schedule: ScheduleConfig, s
 def save_pytorch(path: str | Path, params: dict[str, Any], config: ModelConfig) -> None:
     """Writes a checkpoint in the released layout, which the official code loads with strict=True.
 
-    Takes `params` apart while it goes, so that no second copy of the model is held.
+    Empties `params` as it goes, so that no second copy of the model is held.
 
     Args:
         path: .pth (a dict of model, autoencoder, text_encoder and diffusion; needs torch) or .safetensors
@@ -252,7 +252,7 @@ def save_pytorch(path: str | Path, params: dict[str, Any], config: ModelConfig) 
         config: the model's sizes.
 
     Raises:
-        InputError: for another file ending, an incomplete tree, or where .pth is asked for without torch.
+        InputError: for another file ending, an incomplete tree, or a .pth without torch installed.
     """
     path = Path(path)
     check_export_path(path)
@@ -266,7 +266,7 @@ def save_pytorch(path: str | Path, params: dict[str, Any], config: ModelConfig) 
 
 
 def check_export_path(path: Path) -> None:
-    """Raises InputError where `save_pytorch` could not write to this path."""
+    """Raises InputError if `save_pytorch` could not write to this path."""
     if path.suffix not in (".pth", ".safetensors"):
         raise InputError(f"{path}: expected a name ending in .pth or .safetensors")
     if not path.parent.is_dir():

@@ -1,7 +1,7 @@
 """Reads and writes PyTorch checkpoint files: the zip files of `torch.save`, and .safetensors.
 
-Reading needs no torch and executes nothing. Arrays are read-only views of the memory-mapped file: what
-is not used is never read from disk.
+Reading needs no torch and executes nothing. Arrays are read-only views of the memory-mapped file, so that only what is
+used is read from disk.
 """
 
 import json
@@ -10,13 +10,14 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from instdiff_jax.checkpoint.unpickle import Global, Inert, read_pickle
 from instdiff_jax.errors import InputError
+from instdiff_jax.files import write_file
 
 _STORAGES = {
     "DoubleStorage": np.float64,
@@ -50,7 +51,7 @@ _MAX_PICKLE = 500_000_000  # bytes; real ones hold a few hundred thousand names 
 
 
 def read_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a .pth, .ckpt or .safetensors file; which one it is, its content tells.
+    """Reads a .pth, .ckpt or .safetensors file; its content tells which one it is.
 
     Returns:
         Nested dicts whose tensors are memory-mapped, read-only numpy arrays (bfloat16 by ml_dtypes), in
@@ -210,7 +211,7 @@ def _read_safetensors(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as a .safetensors file, one array in memory at a time; written beside, then moved into place."""
+    """Writes arrays as a .safetensors file, whole or not at all, one array in memory at a time."""
     names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -220,25 +221,22 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for array in tensors.values():
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    write_file(path, write)
 
 
 def write_torch(path: str | os.PathLike, content: dict[str, dict[str, Any]]) -> None:
-    """Writes dicts of arrays with `torch.save`; written beside, then moved into place.
+    """Writes dicts of arrays with `torch.save`, whole or not at all.
 
     Arrays in `content` are replaced by tensors one by one, so that no second copy of the model is held.
 
     Raises:
-        InputError: where torch is not installed.
+        InputError: if torch is not installed or the file cannot be written.
     """
     path = Path(path)
     try:
@@ -252,15 +250,10 @@ def write_torch(path: str | os.PathLike, content: dict[str, dict[str, Any]]) -> 
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for group in content.values():
+        for key in group:
+            group[key] = tensor(group[key])
     try:
-        for group in content.values():
-            for key in group:
-                group[key] = tensor(group[key])
-        try:
-            torch.save(content, beside)
-        except RuntimeError as error:  # its word for a full disk
-            raise InputError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]})") from error
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        write_file(path, lambda file: torch.save(content, file))
+    except RuntimeError as error:  # what torch raises for a full disk
+        raise InputError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]})") from error

@@ -22,7 +22,7 @@ _SIMPLE_KEYS = (str, int, float, bytes, type(None))
 
 
 class Inert:
-    """Stands for an object that was not built; `name` is the global it would have come from."""
+    """Stands for an object that was not built; `name` is the class or function that would have made it."""
 
     def __init__(self, name: str):
         self.name = name
@@ -32,7 +32,7 @@ class Inert:
 
 
 class Global:
-    """A name found in a pickle: a class or function that may have been meant, never looked up."""
+    """The name of a class or function found in a pickle; it is never looked up."""
 
     def __init__(self, name: str):
         self.name = name
@@ -79,7 +79,7 @@ class _Machine:
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, dict):
-            # A key that is neither text nor a number cannot name a weight, and hashing it may run deep.
+            # Keys that are neither text nor numbers name no weight, and hashing them may recurse deeply.
             pairs = zip(items[::2], items[1::2], strict=True)
             target.update((key, value) for key, value in pairs if isinstance(key, _SIMPLE_KEYS))
 
@@ -88,7 +88,7 @@ class _Machine:
             self.stack[-1].extend(items)
 
     def call(self, function: Any, arguments: Any) -> Any:
-        """What a pickle's call gives: only the functions handed to `read_pickle` are ever called."""
+        """The result of a call in a pickle; only functions given to `read_pickle` are called."""
         if not isinstance(function, Global):
             return Inert("unknown object")
         if function.name in self.functions and isinstance(arguments, tuple):

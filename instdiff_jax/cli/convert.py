@@ -5,10 +5,9 @@
         --input scaleu.ckpt --output checkpoints/mine
     python -m instdiff_jax convert --input checkpoints/sd15 --to_pytorch back.pth
 
-The model's sizes are the released model's; change them with --config=FILE or overrides such as
---config.model.unet.num_heads=4. A key of another shape is an error that names it. The tokenizer is
---config.model.text_encoder.tokenizer=DIR, or a hub name that is in the hub's cache. Needs no torch, except to
-write .pth.
+The default sizes are those of the released model. Change them with --config=FILE or flags such as
+--config.model.unet.num_heads=4; a key of another shape is an error that names it. The tokenizer is
+--config.model.text_encoder.tokenizer=DIR, or a name in the hub's local cache. Only writing .pth needs torch.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def to_folder(args: argparse.Namespace, model: ModelConfig, sampling: SamplingConfig) -> None:
-    """PyTorch files to a checkpoint folder. What can be refused is refused before any weight is read."""
+    """PyTorch files to a checkpoint folder. The output and the tokenizer are checked before any weight is read."""
     folder.check_output(args.output, args.overwrite)
     tokenizer = find_tokenizer(model.text_encoder.tokenizer, model.text_encoder.vocab_size)
     start = time.time()
