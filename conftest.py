@@ -13,11 +13,19 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
 
 
+FAST_FOLDER = ROOT / "tests" / "unit"
+# Tests outside it that take a second or two each.
+FAST_FILES = {"test_compilation.py", "test_run_checkpoints.py", "test_schedule.py", "test_solvers.py"}
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what is marked slow")
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if (FAST_FOLDER in item.path.parents or item.path.name in FAST_FILES) and "slow" not in item.keywords:
+            item.add_marker("fast")
     if not config.getoption("--slow"):
         slow = [item for item in items if "slow" in item.keywords]
         items[:] = [item for item in items if "slow" not in item.keywords]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from instdiff_jax.sampling.pipeline import Pipeline
 
 __all__ = ["InputError", "Instance", "Layout", "Pipeline", "__version__"]
-__version__ = "0.1.0"  # read by pyproject.toml
+__version__ = "0.2.0"  # read by pyproject.toml
 
 
 def __getattr__(name: str) -> Any:

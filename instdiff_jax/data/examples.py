@@ -79,7 +79,7 @@ def select_instances(
     An instance needs `min_area` of the canvas after clipping; crowds are left out unless the config takes them.
     """
     instances = [item for item in record.instances if config.use_crowds or not item.crowd]
-    boxes, areas = crop.boxes(np.array([item.box for item in instances], np.float64))
+    boxes, areas = crop.boxes(np.array([item.box for item in instances], np.float64).reshape(-1, 4))
     # Torch sorts float32 areas there.
     order = np.argsort(-areas.astype(np.float32), kind="stable")
     large = (areas > 0) & (areas / (crop.size * crop.size) >= config.min_area)

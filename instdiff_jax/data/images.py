@@ -88,7 +88,7 @@ class Crop:
         Returns:
             x0, y0, x1, y1 in pixels of the canvas, and each box's area in pixels; an area of 0 where nothing is left.
         """
-        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        boxes = np.asarray(boxes, np.float64)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         corners = np.clip(corners * self.scale - np.tile(self.corner, 2), 0, self.size)
         area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])

@@ -211,7 +211,7 @@ def _fingerprint(coco: Coco, attributes: str | None) -> str:
 def _targets(image: CocoImage, annotations: Sequence[CocoAnnotation], size: int, min_area: float) -> tuple[Target, ...]:
     """An image's instances on the canvas, in the file's order; those of which nothing is left are left out."""
     crop = Crop(image.width, image.height, size)
-    corners, areas = crop.boxes(np.array([annotation.box for annotation in annotations], np.float64))
+    corners, areas = crop.boxes(np.array([annotation.box for annotation in annotations], np.float64).reshape(-1, 4))
     crowd = np.array([annotation.is_crowd for annotation in annotations], bool)
     able = ~crowd & (areas > 0) & (areas >= min_area * size * size)
     largest = [i for i in np.argsort(-areas, kind="stable") if able[i]][:MAX_INSTANCES]

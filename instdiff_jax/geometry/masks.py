@@ -37,7 +37,7 @@ class RLE(NamedTuple):
         if isinstance(mask, Mapping):
             runs = _read_runs(mask, height, width, where)
             if (runs[1:] == 0).any():  # not as an encoder writes them: equal masks should have equal counts
-                return cls.from_mask(_fill_runs(runs, height, width))
+                return cls.from_mask(_fill_runs(runs, height, width).astype(bool))
             return cls._of(coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width))
         return cls._of(_merge_polygons(mask, height, width, where))
 

@@ -5,7 +5,7 @@ results.
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 
 from instdiff_jax.geometry.contours import trace_contours
 from instdiff_jax.geometry.masks import box_from_mask
@@ -57,7 +57,7 @@ def sample_scribble(mask: Bool[np.ndarray, "H W"], rng: np.random.Generator) -> 
 
 
 def resample_scribble(
-    points: Float[np.ndarray, "n 2"], count: int = SCRIBBLE_POINTS, size: tuple[float, float] = (1.0, 1.0)
+    points: Real[np.ndarray, "n 2"], count: int = SCRIBBLE_POINTS, size: tuple[float, float] = (1.0, 1.0)
 ) -> Float[np.ndarray, "count 2"]:
     """A scribble with any number of points as `count` of them, ordered by distance to (0, 0).
 
@@ -82,17 +82,17 @@ def resample_scribble(
     return points[order]
 
 
-def normalize_points(points: Float[np.ndarray, "n 2"], width: float, height: float) -> Float[np.ndarray, "n 2"]:
+def normalize_points(points: Real[np.ndarray, "n 2"], width: float, height: float) -> Float[np.ndarray, "n 2"]:
     """Pixels as fractions of the canvas, at most 1: the offset of boundary points can reach beyond the edge."""
     return np.minimum(np.asarray(points, np.float64) / (width, height), 1.0).astype(np.float32)
 
 
-def order_by_origin(points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
+def order_by_origin(points: Real[np.ndarray, "n 2"]) -> Real[np.ndarray, "n 2"]:
     """Points in order of their distance to (0, 0); equally distant ones stay in the order they came."""
     return points[np.argsort(_norm(np.asarray(points, np.float64)), kind="stable")]
 
 
-def _norm(vectors: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, " n"]:
+def _norm(vectors: Real[np.ndarray, "n 2"]) -> Float[np.ndarray, " n"]:
     # Not hypot, which rounds otherwise: distances that tie in the official code would no longer tie.
     return np.sqrt(vectors[:, 0] ** 2 + vectors[:, 1] ** 2)
 

@@ -56,7 +56,7 @@ def visible(
 
 def region_bits(
     grounding: Grounding, height: int, width: int, orientation: Orientation, num_map_tokens: int = NUM_MAP_TOKENS
-) -> tuple[UInt32[np.ndarray, " h*w"], UInt32[np.ndarray, " tokens"]]:
+) -> tuple[UInt32[np.ndarray, " {height*width}"], UInt32[np.ndarray, " tokens"]]:
     """Region bits of one layout.
 
     Args:

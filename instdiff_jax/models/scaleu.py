@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
-def low_frequency_basis(height: int, width: int) -> Float[np.ndarray, "k h*w"]:
+def low_frequency_basis(height: int, width: int) -> Float[np.ndarray, "k {height*width}"]:
     """Cosines and sines of the DFT bins {−1, 0} × {−1, 0}, one row each.
 
     The part of x in these bins is basisᵀ·basis·x / (h·w). Each distinct bin is taken once: for a side of 1, the

@@ -119,7 +119,7 @@ def _add_slot(x: Float[Array, "b n *k"]) -> Float[Array, "b n+1 *k"]:
     return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _repeat_last_slot(tokens: Float[Array, "b n+1 e"], slots: int) -> Float[Array, "b 30 e"]:
+def _repeat_last_slot(tokens: Float[Array, "b n e"], slots: int) -> Float[Array, "b 30 e"]:
     """All slots' tokens from those of `slots` slots and of one empty slot."""
     empty = jnp.broadcast_to(tokens[:, slots:], (tokens.shape[0], MAX_INSTANCES - slots, tokens.shape[2]))
     return jnp.concatenate([tokens[:, :slots], empty], axis=1)

@@ -36,7 +36,7 @@ class Networks(NamedTuple):
 
 def encode_text(
     encoder: CLIPTextEncoder, params: Any, ids: Int[np.ndarray, "t 77"], sharding: NamedSharding | None
-) -> tuple[Float[Array, "t 77 e"], Float[Array, "t e"]]:
+) -> tuple[Float[Array, "padded 77 e"], Float[Array, "padded e"]]:
     """Last hidden states and pooled states of texts, padded to whole chunks."""
     parts = [
         _encode_text(encoder, sharding, params, spread(ids[chunk], sharding))
