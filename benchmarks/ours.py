@@ -27,8 +27,7 @@ from instdiff_jax.parallel.runtime import spare_compiler_memory
 from instdiff_jax.sampling.pipeline import DTYPES, NoisePredictor, Pipeline
 from instdiff_jax.sampling.start import initial_noise
 from instdiff_jax.training.settings import TrainSettings
-from instdiff_jax.training.state import init_state, split_params
-from instdiff_jax.training.state import make_layout as make_run_layout
+from instdiff_jax.training.state import init_state, make_sharding_plan, split_params
 from instdiff_jax.training.step import compile_step, make_train_step
 
 
@@ -185,10 +184,10 @@ class Ours:
         config, rng = self.model.config, np.random.default_rng(0)
         settings = TrainSettings(steps=100, batch_size=batch, dtype=self.dtype, remat=remat)
         mesh = make_mesh(ParallelSettings(), jax.devices()[:1])
-        layout = make_run_layout(config, settings, ParallelSettings(), mesh)
+        plan = make_sharding_plan(config, settings, ParallelSettings(), mesh)
         trainable, frozen = split_params(self._params, settings)
         state = init_state(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable))
-        frozen = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), frozen, layout.frozen)
+        frozen = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), frozen, plan.frozen)
         side, width = self.model.canvas // config.latent_stride, config.unet.context_dim
         given = random_grounding(6, rng, width, config.unifusion.map_size)
         grounding = {key: value.repeat(batch, 0) for key, value in grounding_arrays(given).items()}
@@ -197,11 +196,11 @@ class Ours:
             context=rng.standard_normal((batch, config.text_encoder.max_length, width), np.float32),
             grounding=grounding,
         )
-        self._state = jax.device_put(state, layout.state_shardings())
-        self._batch = jax.device_put(frozen, layout.frozen_shardings()), jax.device_put(arrays)
-        step = make_train_step(config, settings, layout)
+        self._state = jax.device_put(state, plan.state_shardings())
+        self._batch = jax.device_put(frozen, plan.frozen_shardings()), jax.device_put(arrays)
+        step = make_train_step(config, settings, plan)
         self._train_flops = count_flops(step, self._state, *self._batch)
-        self._step = compile_step(step, layout)
+        self._step = compile_step(step, plan)
 
     def train(self) -> float:
         """Seconds of one training step: loss, gradients, AdamW, moving average."""

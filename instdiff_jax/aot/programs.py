@@ -27,7 +27,7 @@ from instdiff_jax.models.unifusion import NUM_TOKENS
 from instdiff_jax.parallel.mesh import BATCH, REPLICATED, ParallelSettings, check_batch
 from instdiff_jax.sampling.pipeline import NoisePredictor
 from instdiff_jax.training.settings import TrainSettings
-from instdiff_jax.training.state import make_layout
+from instdiff_jax.training.state import make_sharding_plan
 from instdiff_jax.training.step import batch_keys, compile_step, make_train_step
 
 
@@ -86,7 +86,7 @@ def train_program(
         InputError: if the batch size is not divisible by the mesh, or no sharding rule covers a parameter.
     """
     check_batch(settings.batch_size, settings.accumulate, mesh)
-    layout = make_layout(model, settings, parallel, mesh)
+    plan = make_sharding_plan(model, settings, parallel, mesh)
     rows = settings.batch_size
 
     def batch() -> dict[str, Any]:
@@ -102,10 +102,10 @@ def train_program(
         )
 
     arrays = {name: shape for name, shape in jax.eval_shape(batch).items() if name in batch_keys(settings)}
-    args = (layout.state_shapes(), layout.frozen_shapes(), place(arrays, mesh, BATCH))
-    step = make_train_step(model, settings, layout)
+    args = (plan.state_shapes(), plan.frozen_shapes(), place(arrays, mesh, BATCH))
+    step = make_train_step(model, settings, plan)
     # The step is one shard_map, like the sampler: the count inside is one chip's share.
-    return Program("train", compile_step(step, layout), args, {}, mesh, rows, count_flops(step, *args))
+    return Program("train", compile_step(step, plan), args, {}, mesh, rows, count_flops(step, *args))
 
 
 def sample_program(model: ModelConfig, settings: TrainSettings, mesh: Mesh, rows: int, image_size: int) -> Program:
@@ -120,7 +120,7 @@ def sample_program(model: ModelConfig, settings: TrainSettings, mesh: Mesh, rows
         raise InputError(f"--rows: expected a multiple of the topology's {mesh.size} chips, got {rows}")
     dtype, width, side = jnp.dtype(settings.dtype), model.unet.context_dim, image_size // model.latent_stride
     network = UNet(model.unet, dtype)
-    params = make_layout(model, settings, ParallelSettings(), mesh).params["unet"]
+    params = make_sharding_plan(model, settings, ParallelSettings(), mesh).params["unet"]
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
 
     def condition(params: Any) -> Any:

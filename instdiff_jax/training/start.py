@@ -13,7 +13,7 @@ from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel.mesh import REPLICATED, shardings
 from instdiff_jax.training.settings import TrainSettings
-from instdiff_jax.training.state import Params, RunLayout, fresh_params
+from instdiff_jax.training.state import Params, ShardingPlan, fresh_params
 from instdiff_jax.tree import flatten, unflatten
 
 
@@ -23,7 +23,7 @@ def base_fingerprint(settings: TrainSettings, model: ModelConfig, part: str = ""
 
 
 def start_params(
-    layout: RunLayout, model: ModelConfig, settings: TrainSettings, only_frozen: bool = False
+    plan: ShardingPlan, model: ModelConfig, settings: TrainSettings, only_frozen: bool = False
 ) -> tuple[Params, Params]:
     """The parameters before the first step: those that train (none where `only_frozen`), and the frozen ones.
 
@@ -32,13 +32,13 @@ def start_params(
     Raises:
         InputError: for a folder that is no checkpoint, is damaged, or holds a model of other sizes.
     """
-    wanted = set(flatten(layout.frozen if only_frozen else layout.params))
+    wanted = set(flatten(plan.frozen if only_frozen else plan.params))
     held: dict[tuple[str, ...], jax.Array] = {}
     if settings.start and wanted:
-        held = {path: leaf for path, leaf in _restore(layout, model, settings).items() if path in wanted}
-    fresh = fresh_params(layout, settings.seed, wanted - set(held)) if wanted - set(held) else ({}, {})
+        held = {path: leaf for path, leaf in _restore(plan, model, settings).items() if path in wanted}
+    fresh = fresh_params(plan, settings.seed, wanted - set(held)) if wanted - set(held) else ({}, {})
     halves = []
-    for half, new in zip((layout.trainable, layout.frozen), fresh, strict=True):
+    for half, new in zip((plan.trainable, plan.frozen), fresh, strict=True):
         leaves = flatten(new)
         for path, shape in flatten(half).items():
             if path in held:
@@ -48,7 +48,7 @@ def start_params(
     return tuple(halves)
 
 
-def _restore(layout: RunLayout, model: ModelConfig, settings: TrainSettings) -> dict[tuple[str, ...], jax.Array]:
+def _restore(plan: ShardingPlan, model: ModelConfig, settings: TrainSettings) -> dict[tuple[str, ...], jax.Array]:
     directory = Path(settings.start)
     found, _, absent = read_config(directory)
     ours, theirs = flatten(model_sizes(model)), flatten(model_sizes(found))
@@ -61,12 +61,12 @@ def _restore(layout: RunLayout, model: ModelConfig, settings: TrainSettings) -> 
             f"config.model.{'.'.join(path)}: expected {theirs.get(path)} as in {directory}, got {ours[path]}"
         )
     shapes = parameter_shapes(found, absent)
-    places = flatten(shardings(layout.trainable_specs, layout.mesh)) | flatten(layout.frozen_shardings())
-    copied = jax.sharding.NamedSharding(layout.mesh, REPLICATED)
+    places = flatten(shardings(plan.trainable_specs, plan.mesh)) | flatten(plan.frozen_shardings())
+    copied = jax.sharding.NamedSharding(plan.mesh, REPLICATED)
     held = {}
     for part in shapes:
         # A part of which some trains is read in float32, for its masters; the rest of it is cast afterwards.
-        dtype = "float32" if part in layout.trainable else settings.dtype
+        dtype = "float32" if part in plan.trainable else settings.dtype
         tree = unflatten({path: places.get(path, copied) for path in flatten({part: shapes[part]})})
         held |= flatten(restore_params(directory, (part,), dtype=jax.numpy.dtype(dtype), sharding=tree))
     return held

@@ -1,15 +1,16 @@
-"""The training state: which parameters exist, which of them train, and where they come from.
+"""The training state: which parameters exist, which of them train, and on which devices each array lies.
 
-Parameters are plain nested dicts. What trains and what is frozen are two such dicts that share no leaf, so gradients,
-moments and averages exist for the first alone.
+Parameters are plain nested dicts. Trainable and frozen parameters are two dicts without a common leaf; gradients,
+moments and averages exist for the trainable ones only.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from instdiff_jax.config import ModelConfig
@@ -25,10 +26,10 @@ Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """All that a step changes.
+    """Everything that a step changes.
 
-    `step` counts batches, taken or skipped: it is the loader's position. `skipped` counts the batches whose loss or
-    gradient was not finite, `skipped_in_row` those since the last update.
+    `step` counts all batches and is the loader's position. `skipped` counts the batches whose loss or gradient was not
+    finite, `skipped_in_row` those since the last update.
     """
 
     step: Int[Array, ""]
@@ -43,7 +44,7 @@ def make_networks(model: ModelConfig, settings: TrainSettings) -> Networks:
     return networks.make_networks(model, jnp.dtype(settings.dtype), remat=settings.remat == "blocks")
 
 
-# The networks that a task's loss reaches.
+# The networks that each task's loss depends on.
 _REACHED = {
     "diffusion": ("unet", "unifusion", "text_encoder"),
     "autoencoder": ("autoencoder",),
@@ -52,11 +53,11 @@ _REACHED = {
 
 
 def split_params(params: Mapping[str, Any], settings: TrainSettings) -> tuple[Params, Params]:
-    """What trains and what is frozen.
+    """Splits a parameter tree into the trainable and the frozen part.
 
     Raises:
-        InputError: for a parameter that no rule of `train.trainable` covers, for a network that the task's loss does
-            not reach, or where nothing trains.
+        InputError: if no rule of `train.trainable` covers a parameter, if the task's loss does not depend on a network
+            that should train, or if nothing trains.
     """
     trainable, frozen = {}, {}
     for path, leaf in flatten(params).items():
@@ -65,7 +66,7 @@ def split_params(params: Mapping[str, Any], settings: TrainSettings) -> tuple[Pa
         if trains and path[0] not in _REACHED[settings.task]:
             raise InputError(f"config.train.trainable: the {settings.task} task's loss does not train {name}")
         if trains and path[0] == "text_encoder" and settings.grounding:
-            # The phrases were embedded before the run, with the text encoder as it was.
+            # The phrases are embedded once, before the run.
             raise InputError(f"config.train.trainable: {name} trains only where config.train.grounding is False")
         (trainable if trains else frozen)[path] = leaf
     if not trainable:
@@ -74,17 +75,17 @@ def split_params(params: Mapping[str, Any], settings: TrainSettings) -> tuple[Pa
 
 
 def merge_params(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
-    """One tree again from the two of `split_params`."""
+    """Joins the two trees of `split_params`."""
     return unflatten({**flatten(trainable), **flatten(frozen)})
 
 
 def frozen_dtype(shape: tuple[int, ...], settings: TrainSettings) -> jnp.dtype:
-    """The compute dtype, but float32 for vectors and scalars: they are small, and norms want them exact."""
+    """The compute dtype for matrices and kernels; float32 for vectors and scalars, which are small and feed norms."""
     return jnp.dtype(settings.dtype if len(shape) >= 2 else "float32")
 
 
-class RunLayout(NamedTuple):
-    """Shapes and places of a run's arrays: ShapeDtypeStructs and PartitionSpecs, no memory.
+class ShardingPlan(NamedTuple):
+    """Shape and sharding of every array of a run, as ShapeDtypeStructs and PartitionSpecs; holds no arrays.
 
     `initial` makes a fresh parameter tree from a key.
     """
@@ -98,7 +99,7 @@ class RunLayout(NamedTuple):
     initial: Callable[[jax.Array], Params]
 
     def state_shardings(self) -> TrainState:
-        """A sharding for every leaf of the training state: moments and averages lie where their parameters lie."""
+        """A sharding for every leaf of the training state. Moments and averages are sharded like their parameters."""
         scalar = NamedSharding(self.mesh, REPLICATED)
         tree = shardings(self.trainable_specs, self.mesh)
         return TrainState(scalar, scalar, scalar, tree, OptimizerState(scalar, tree, tree, tree))
@@ -108,7 +109,7 @@ class RunLayout(NamedTuple):
         return shardings(self.frozen_specs, self.mesh)
 
     def state_shapes(self) -> TrainState:
-        """The training state's leaves as ShapeDtypeStructs with shardings: what a checkpoint restores into."""
+        """The training state as ShapeDtypeStructs with shardings, as a checkpoint is restored."""
         shapes = jax.eval_shape(init_state, self.trainable)
         return jax.tree.map(with_sharding, shapes, self.state_shardings())
 
@@ -118,27 +119,25 @@ class RunLayout(NamedTuple):
 
 
 def with_sharding(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """The same shape and dtype, placed."""
+    """The same shape and dtype with a sharding."""
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def make_layout(model: ModelConfig, settings: TrainSettings, parallel: ParallelSettings, mesh: Mesh) -> RunLayout:
-    """Works out every shape and place of a run, without memory.
+def make_sharding_plan(
+    model: ModelConfig, settings: TrainSettings, parallel: ParallelSettings, mesh: Mesh
+) -> ShardingPlan:
+    """Computes the shape and sharding of a run's arrays; allocates nothing.
 
     Raises:
-        InputError: for a parameter that the rules for training or placing do not cover.
+        InputError: if the rules for training or sharding do not cover a parameter.
     """
-    made = make_networks(model, settings)
-
-    def initial(key: jax.Array) -> Params:
-        return networks.init_params(made, model, key, settings.grounding)
-
+    initial = functools.partial(_init_params, make_networks(model, settings), model, settings)
     params = jax.eval_shape(initial, jax.eval_shape(lambda: jax.random.key(0)))
     trainable, frozen = split_params(params, settings)
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype(leaf.shape, settings)), frozen)
-    # Trainable parameters always obey the rules; checking all of them here names an uncovered frozen one too.
+    # Also checks the frozen parameters, whose rules may not be used.
     parameter_specs(params, parallel.rules, mesh)
-    return RunLayout(
+    return ShardingPlan(
         params=params,
         trainable=trainable,
         frozen=frozen,
@@ -149,33 +148,36 @@ def make_layout(model: ModelConfig, settings: TrainSettings, parallel: ParallelS
     )
 
 
+def _init_params(made: Networks, model: ModelConfig, settings: TrainSettings, key: jax.Array) -> Params:
+    return networks.init_params(made, model, key, settings.grounding)
+
+
 def init_state(params: Params) -> TrainState:
     """The state before the first step."""
     zero = jnp.zeros((), jnp.int32)
-    # Three arrays, not one thrice: the step donates its buffers.
+    # Three arrays: the step donates their buffers, and each can be donated once.
     return TrainState(zero, jnp.copy(zero), jnp.copy(zero), params, init_optimizer(params))
 
 
-def fresh_params(layout: RunLayout, seed: int, paths: set[tuple[str, ...]]) -> tuple[Params, Params]:
-    """Initialises the parameters at `paths`, each born where the layout puts it; no other copy ever exists.
+def fresh_params(plan: ShardingPlan, seed: int, paths: set[tuple[str, ...]]) -> tuple[Params, Params]:
+    """Initialises the parameters at `paths`, sharded from the start: no unsharded copy ever exists.
 
     Returns:
-        Those that train (float32) and those that are frozen (the compute dtype).
+        The trainable ones (float32) and the frozen ones (the compute dtype).
     """
+    halves = tuple(_at_paths(half, paths) for half in (plan.trainable, plan.frozen))
+    specs = tuple(_at_paths(half, paths) for half in (plan.trainable_specs, plan.frozen_specs))
+    initial = jax.jit(functools.partial(_initial, plan.initial, halves), out_shardings=shardings(specs, plan.mesh))
+    return initial(jax.random.key(seed))
 
-    def initial(key: jax.Array) -> tuple[Params, Params]:
-        params = flatten(layout.initial(key))
-        halves = []
-        for half in (layout.trainable, layout.frozen):
-            leaves = {path: params[path].astype(leaf.dtype) for path, leaf in flatten(half).items() if path in paths}
-            halves.append(unflatten(leaves))
-        return tuple(halves)
 
-    def chosen(specs: Params) -> Params:
-        return unflatten({path: spec for path, spec in flatten(specs).items() if path in paths})
+def _at_paths(tree: Params, paths: set[tuple[str, ...]]) -> Params:
+    return unflatten({path: leaf for path, leaf in flatten(tree).items() if path in paths})
 
-    places = (chosen(layout.trainable_specs), chosen(layout.frozen_specs))
-    out = jax.tree.map(
-        lambda spec: NamedSharding(layout.mesh, spec), places, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+
+def _initial(init: Callable[[jax.Array], Params], halves: tuple[Params, ...], key: jax.Array) -> tuple[Params, ...]:
+    """Fresh parameters in the structure and the dtypes of `halves`."""
+    params = flatten(init(key))
+    return tuple(
+        unflatten({path: params[path].astype(leaf.dtype) for path, leaf in flatten(half).items()}) for half in halves
     )
-    return jax.jit(initial, out_shardings=out)(jax.random.key(seed))

@@ -22,7 +22,7 @@ from instdiff_jax.models.regions import Regions
 from instdiff_jax.parallel.mesh import BATCH, DATA, FSDP, REPLICATED, gather, sum_gradients
 from instdiff_jax.training.optimizer import apply_gradients, global_norm, learning_rate
 from instdiff_jax.training.settings import TrainSettings
-from instdiff_jax.training.state import Networks, Params, RunLayout, TrainState, make_networks, merge_params
+from instdiff_jax.training.state import Networks, Params, ShardingPlan, TrainState, make_networks, merge_params
 
 # fold_in constants that keep a row's random streams apart.
 _TIMESTEP, _NOISE, _POSTERIOR = range(3)
@@ -171,17 +171,17 @@ def make_loss(model: ModelConfig, settings: TrainSettings) -> Loss:
     return loss
 
 
-def _compute_params(trainable: Params, frozen: Params, layout: RunLayout, settings: TrainSettings) -> Params:
+def _compute_params(trainable: Params, frozen: Params, plan: ShardingPlan, settings: TrainSettings) -> Params:
     def cast(path, leaf: Array) -> Array:
         # Kernels are cast by their layers anyway: doing it here halves the bytes that are gathered.
         return leaf.astype(settings.dtype) if path[-1].key == "kernel" else leaf
 
-    trainable = gather(jax.tree_util.tree_map_with_path(cast, trainable), layout.trainable_specs)
-    return merge_params(trainable, gather(frozen, layout.frozen_specs))
+    trainable = gather(jax.tree_util.tree_map_with_path(cast, trainable), plan.trainable_specs)
+    return merge_params(trainable, gather(frozen, plan.frozen_specs))
 
 
 def make_train_step(
-    model: ModelConfig, settings: TrainSettings, layout: RunLayout
+    model: ModelConfig, settings: TrainSettings, plan: ShardingPlan
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
     """The step, not yet compiled: (state, frozen parameters, batch) → (state, metrics).
 
@@ -193,8 +193,8 @@ def make_train_step(
     def local_gradients(trainable: Params, frozen: Params, batch: Batch, keys: jax.Array):
         def loss(trainable: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
             # The mean over all devices and parts, of which this is one's share.
-            share = layout.mesh.size * parts
-            return loss_of(_compute_params(trainable, frozen, layout, settings), batch, keys) / share
+            share = plan.mesh.size * parts
+            return loss_of(_compute_params(trainable, frozen, plan, settings), batch, keys) / share
 
         gradient = jax.value_and_grad(loss)
         if parts == 1:
@@ -206,9 +206,9 @@ def make_train_step(
 
             zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable)
             (total, grads), _ = jax.lax.scan(part, zeros, _parts((batch, keys), parts))
-        return jax.lax.psum(total, (DATA, FSDP)), sum_gradients(grads, layout.trainable_specs)
+        return jax.lax.psum(total, (DATA, FSDP)), sum_gradients(grads, plan.trainable_specs)
 
-    gradients = _over_devices(local_gradients, layout, (REPLICATED, layout.trainable_specs))
+    gradients = _over_devices(local_gradients, plan, (REPLICATED, plan.trainable_specs))
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         keys = row_keys(settings.seed, state.step, jnp.arange(_rows(batch)))
@@ -232,13 +232,13 @@ def make_train_step(
 
 
 def make_validation_step(
-    model: ModelConfig, settings: TrainSettings, layout: RunLayout
+    model: ModelConfig, settings: TrainSettings, plan: ShardingPlan
 ) -> Callable[[Params, Params, Batch, Int[Array, ""]], Float[Array, ""]]:
     """(trainable, frozen, batch, index) → loss with the noise and timesteps that belong to the index-th batch."""
     loss_of = make_loss(model, settings)
 
     def local_loss(trainable: Params, frozen: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
-        params = _compute_params(trainable, frozen, layout, settings)
+        params = _compute_params(trainable, frozen, plan, settings)
         if settings.accumulate == 1:
             loss = loss_of(params, batch, keys)
         else:
@@ -247,7 +247,7 @@ def make_validation_step(
             loss = jnp.mean(jax.lax.map(lambda part: loss_of(params, *part), rows))
         return jax.lax.pmean(loss, (DATA, FSDP))
 
-    over_devices = _over_devices(local_loss, layout, REPLICATED)
+    over_devices = _over_devices(local_loss, plan, REPLICATED)
 
     def validation_step(trainable: Params, frozen: Params, batch: Batch, index: Int[Array, ""]) -> Float[Array, ""]:
         # Training's steps count up from 0: a negative one is never among its draws.
@@ -257,9 +257,9 @@ def make_validation_step(
     return validation_step
 
 
-def compile_step(step: Callable, layout: RunLayout) -> Callable:
+def compile_step(step: Callable, plan: ShardingPlan) -> Callable:
     """`make_train_step`'s result under jit: the state is donated, and comes out where it lay."""
-    places = layout.state_shardings()
+    places = plan.state_shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=(places, places.step))
 
 
@@ -272,6 +272,6 @@ def _rows(batch: Batch) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
 
 
-def _over_devices(function: Callable, layout: RunLayout, out_specs: Any) -> Callable:
-    specs: tuple[Params | PartitionSpec, ...] = (layout.trainable_specs, layout.frozen_specs, BATCH, BATCH)
-    return jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+def _over_devices(function: Callable, plan: ShardingPlan, out_specs: Any) -> Callable:
+    specs: tuple[Params | PartitionSpec, ...] = (plan.trainable_specs, plan.frozen_specs, BATCH, BATCH)
+    return jax.shard_map(function, mesh=plan.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)

@@ -315,8 +315,8 @@ def test_training_gives_positions_to_a_model_without_and_does_not_take_them(tmp_
     params = numpy_params(parameter_shapes(TINY))
     folder.save_folder(tmp_path / "base", params, TINY, SamplingConfig(), TOKENIZER)
     told = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, positions=True))
-    layout = make_run(told, tiny_settings()).layout
-    trainable, frozen = start_params(layout, told, tiny_settings(start=str(tmp_path / "base")))
+    plan = make_run(told, tiny_settings()).plan
+    trainable, frozen = start_params(plan, told, tiny_settings(start=str(tmp_path / "base")))
     found = flatten(trainable) | flatten(frozen)
     assert found.keys() == flatten(parameter_shapes(told)).keys()
     assert not found["unet", "position_in", "kernel"].any()
@@ -325,7 +325,7 @@ def test_training_gives_positions_to_a_model_without_and_does_not_take_them(tmp_
     params["unet"]["position_in"] = {"kernel": np.ones(found["unet", "position_in", "kernel"].shape, np.float32)}
     folder.save_folder(tmp_path / "told", params, told, SamplingConfig(), TOKENIZER)
     with pytest.raises(InputError, match=r"config.model.unet.positions: expected True as in .*told, got False"):
-        start_params(make_run(TINY, tiny_settings()).layout, TINY, tiny_settings(start=str(tmp_path / "told")))
+        start_params(make_run(TINY, tiny_settings()).plan, TINY, tiny_settings(start=str(tmp_path / "told")))
 
 
 def test_training_starts_from_a_base_and_convnext(tmp_path):
@@ -336,8 +336,8 @@ def test_training_starts_from_a_base_and_convnext(tmp_path):
     model, _, absent = folder.read_config(tmp_path / "base")
     assert absent == ("fusers", "scaleu", "unifusion")
 
-    layout = make_run(model, tiny_settings()).layout
-    trainable, frozen = start_params(layout, model, tiny_settings(start=str(tmp_path / "base")))
+    plan = make_run(model, tiny_settings()).plan
+    trainable, frozen = start_params(plan, model, tiny_settings(start=str(tmp_path / "base")))
     found = flatten(trainable) | flatten(frozen)
     held = flatten(parameter_shapes(model, absent))
     for key, value in convnext["model"].items():

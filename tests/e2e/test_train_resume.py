@@ -22,7 +22,7 @@ from instdiff_jax.checkpoint.run import CHECKPOINTS
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
 from instdiff_jax.training.checkpoints import Checkpoints
 from instdiff_jax.training.export import read_run
-from instdiff_jax.training.state import make_layout
+from instdiff_jax.training.state import make_sharding_plan
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def final_state(workdir: Path, step: int):
     """A run's state, as it is saved."""
     model, _, settings = read_run(workdir)
     alone = ParallelSettings(data=1, fsdp=1)
-    layout = make_layout(model, settings, alone, make_mesh(alone, jax.devices()[:1]))
+    plan = make_sharding_plan(model, settings, alone, make_mesh(alone, jax.devices()[:1]))
     checkpoints = Checkpoints(workdir, {}, read_only=True)
-    return checkpoints.restore_at(step, layout.state_shapes())[1]
+    return checkpoints.restore_at(step, plan.state_shapes())[1]
 
 
 def numbers(workdir: Path) -> list[tuple]:

@@ -94,7 +94,7 @@ def _training_errors() -> dict[str, float]:
     trainable, frozen = split_params(params, settings)
     start = flatten(trainable)
     state, frozen = init_state(jax.tree.map(jnp.asarray, trainable)), jax.tree.map(jnp.asarray, frozen)
-    step = compile_step(make_train_step(model, settings, run.layout), run.layout)
+    step = compile_step(make_train_step(model, settings, run.plan), run.plan)
     batch = jax.tree.map(jnp.asarray, official_batch(data))
     losses, grads = [], {}
     for i in range(4):

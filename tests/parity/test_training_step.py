@@ -49,7 +49,7 @@ def test_four_steps_match_the_official_code():
     trainable, frozen = split_params(params, settings)
     start = flatten(trainable)
     state, frozen = init_state(jax.tree.map(jnp.asarray, trainable)), jax.tree.map(jnp.asarray, frozen)
-    step = compile_step(make_train_step(model, settings, run.layout), run.layout)
+    step = compile_step(make_train_step(model, settings, run.plan), run.plan)
     batch = jax.tree.map(jnp.asarray, official_batch(data))
 
     losses, grads, average = [], {}, {path: leaf.astype(np.float64) for path, leaf in start.items()}
@@ -98,7 +98,7 @@ def run_steps(settings, batches, parallel=None):
     model = tiny_model()
     run = make_run(model, settings, **(parallel or {}))
     state, frozen = run.start()
-    step = compile_step(make_train_step(model, settings, run.layout), run.layout)
+    step = compile_step(make_train_step(model, settings, run.plan), run.plan)
     metrics = []
     for batch in batches:
         state, numbers = step(state, frozen, jax.tree.map(jnp.asarray, batch))
@@ -134,7 +134,7 @@ def test_bfloat16_and_remat_come_close():
     state, rounded = run_steps(settings, batches)
     assert relative_error([m["loss"] for m in rounded], [m["loss"] for m in exact]) < 0.02
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.float32.dtype}
-    frozen = jax.tree.leaves(make_run(tiny_model(), settings).layout.frozen)
+    frozen = jax.tree.leaves(make_run(tiny_model(), settings).plan.frozen)
     assert {leaf.dtype for leaf in frozen if leaf.ndim >= 2} == {jnp.bfloat16.dtype}
 
 
@@ -177,7 +177,7 @@ def test_masked_attention_in_training():
     bits = [region_bits({k: v[i] for k, v in batch["grounding"].items()}, 8, 8, "correct") for i in range(2)]
     regions = {"visual": np.stack([w[0] for w in bits]), "tokens": np.stack([w[1] for w in bits])}
     everywhere = jax.tree.map(lambda bits: np.full_like(bits, EVERYWHERE), regions)
-    params = numpy_params(make_run(model, settings).layout.params)
+    params = numpy_params(make_run(model, settings).plan.params)
     keys = jax.random.split(jax.random.key(0), 2)
 
     def loss(mode, **more):
@@ -273,13 +273,13 @@ def test_validation_draws_the_same_noise_every_time():
     model, settings = tiny_model(), tiny_settings()
     run = make_run(model, settings)
     state, frozen = run.start()
-    step = jax.jit(make_validation_step(model, settings, run.layout))
+    step = jax.jit(make_validation_step(model, settings, run.plan))
     batch = jax.tree.map(jnp.asarray, tiny_batch(0))
     losses = [float(step(state.params, frozen, batch, jnp.int32(i))) for i in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
     # In parts, as the training step takes them, it is the same loss.
     settings = dataclasses.replace(settings, accumulate=2)
-    step = jax.jit(make_validation_step(model, settings, run.layout))
+    step = jax.jit(make_validation_step(model, settings, run.plan))
     assert float(step(state.params, frozen, batch, jnp.int32(0))) == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -301,7 +301,7 @@ def test_the_papers_set_of_the_released_model_has_the_released_size():
     settings = tiny_settings(dtype="bfloat16")
     run = make_run(resized(), settings)
     counts = {"fusers": 0, "unifusion": 0, "scaleu": 0}
-    for path, leaf in flatten(run.layout.trainable).items():
+    for path, leaf in flatten(run.plan.trainable).items():
         group = "unifusion" if path[0] == "unifusion" else "fusers" if "fuser" in path else "scaleu"
         counts[group] += int(np.prod(leaf.shape))
     assert counts == {"fusers": 208_018_272, "unifusion": 160_782_669, "scaleu": 11_532}

@@ -38,9 +38,9 @@ def run_case(name: str) -> dict:
         each = jax.local_device_count()
         devices = [device for i in range(each) for device in devices[i::each]]
     run = make_run(model, settings, devices, data=data, fsdp=fsdp, frozen=frozen_how or "replicated")
-    mesh = run.layout.mesh
+    mesh = run.plan.mesh
     state, frozen = run.start()
-    step = compile_step(make_train_step(model, settings, run.layout), run.layout)
+    step = compile_step(make_train_step(model, settings, run.plan), run.plan)
     rows, losses, compiled = process_rows(ROWS, mesh), [], None
     for i in range(STEPS):
         batch = {key: value for key, value in tiny_batch(i, ROWS).items() if key in batch_keys(settings)}
@@ -59,7 +59,7 @@ def run_case(name: str) -> dict:
         "rows": list(rows),
     }
     if frozen_how:
-        case["fresh_bytes"] = local_bytes(fresh_params(run.layout, 0, set(flatten(run.layout.params))))
+        case["fresh_bytes"] = local_bytes(fresh_params(run.plan, 0, set(flatten(run.plan.params))))
     return case
 
 

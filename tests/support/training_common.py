@@ -15,7 +15,7 @@ from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.data.dataset import AnnotatedInstance, Record, Report, write_dataset
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
-from instdiff_jax.training.state import RunLayout, init_state, make_layout
+from instdiff_jax.training.state import ShardingPlan, init_state, make_sharding_plan
 from instdiff_jax.tree import flatten, unflatten
 
 
@@ -128,18 +128,18 @@ def save_dataset(folder, images: int = 12) -> None:
 
 
 class Run(NamedTuple):
-    """A layout on a mesh."""
+    """A plan on a mesh."""
 
-    layout: RunLayout
+    plan: ShardingPlan
 
     def start(self):
         """A state and the frozen parameters, made on the host."""
-        params = flatten(numpy_params(self.layout.params))
-        places = self.layout.state_shardings()
+        params = flatten(numpy_params(self.plan.params))
+        places = self.plan.state_shardings()
         halves = []
         for half, where in (
-            (self.layout.trainable, places.params),
-            (self.layout.frozen, self.layout.frozen_shardings()),
+            (self.plan.trainable, places.params),
+            (self.plan.frozen, self.plan.frozen_shardings()),
         ):
             where = flatten(where)
             leaves = {path: put(params[path].astype(leaf.dtype), where[path]) for path, leaf in flatten(half).items()}
@@ -156,4 +156,4 @@ def make_run(model: ModelConfig, settings: TrainSettings, devices=None, **parall
     """Lays a model out; on one device unless told otherwise."""
     parallel = ParallelSettings(**parallel)
     mesh = make_mesh(parallel, jax.devices()[:1] if devices is None else devices)
-    return Run(make_layout(model, settings, parallel, mesh))
+    return Run(make_sharding_plan(model, settings, parallel, mesh))

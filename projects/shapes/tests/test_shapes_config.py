@@ -11,7 +11,7 @@ from instdiff_jax.cli.config_flags import read_settings
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel.mesh import make_mesh
 from instdiff_jax.training.settings import RunSettings
-from instdiff_jax.training.state import make_layout
+from instdiff_jax.training.state import make_sharding_plan
 from instdiff_jax.tree import flatten
 
 
@@ -26,22 +26,22 @@ def stage(name):
 def trained(name):
     run = stage(name)
     train.check_data(run)
-    layout = make_layout(run.model, run.train, run.parallel, make_mesh(run.parallel))
-    return set(layout.trainable), layout
+    plan = make_sharding_plan(run.model, run.train, run.parallel, make_mesh(run.parallel))
+    return set(plan.trainable), plan
 
 
 def test_each_stage_trains_its_networks():
     assert trained("autoencoder")[0] == {"autoencoder"}
     assert trained("text")[0] == {"text_encoder"}
     assert trained("base")[0] == {"unet"}
-    networks, layout = trained("adapters")
+    networks, plan = trained("adapters")
     assert networks == {"unet", "unifusion"}
-    assert set(layout.frozen) == {"autoencoder", "text_encoder"}
-    assert "fuser" in layout.trainable["unet"]["mid_attn"]
+    assert set(plan.frozen) == {"autoencoder", "text_encoder"}
+    assert "fuser" in plan.trainable["unet"]["mid_attn"]
     paper = ["--config=configs/shapes.py:adapters", "--config.train.trainable=paper"]
     run = read_run(paper)
-    layout = make_layout(run.model, run.train, run.parallel, make_mesh(run.parallel))
-    names = ["/".join(path) for path in flatten(layout.trainable["unet"])]
+    plan = make_sharding_plan(run.model, run.train, run.parallel, make_mesh(run.parallel))
+    names = ["/".join(path) for path in flatten(plan.trainable["unet"])]
     assert names and all("fuser" in name or "scaleu" in name for name in names)
 
 
