@@ -19,7 +19,7 @@ from instdiff_jax.cli import build_coco as coco
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.examples import DataConfig
 from instdiff_jax.data.images import load_image
-from instdiff_jax.data.loader import BatchReader, make_loader
+from instdiff_jax.data.loader import BatchReader, LoaderSettings, Sources, make_loader
 from instdiff_jax.data.phrases import phrase_table
 from instdiff_jax.errors import ArgumentParser
 
@@ -89,21 +89,19 @@ def main() -> None:
         coco.main(["--coco_dir", str(folder / "coco"), "--data_dir", str(folder / "data")])
         dataset = InstanceDataset(folder / "data", "train")
         table = phrase_table(folder / "data", "benchmark", embed)
-        config = DataConfig(image_size=args.image_size, map_size=args.image_size)
+        # Every sample is grounded: masks take most of the time.
+        examples = DataConfig(image_size=args.image_size, map_size=args.image_size, null_grounding=0.0)
+        sources, settings = Sources(dataset, tokenize, table), LoaderSettings(examples, args.batch_size, workers=1)
         files = [path.read_bytes() for path in sorted((folder / "coco" / "train").iterdir())]
         print(f"{WIDTH}x{HEIGHT}, {np.mean([len(file) for file in files]) / 1000:.0f} kB a file, {args.masks} masks")
 
         total = args.batch_size * args.steps
         rate("decode JPEG only", total, lambda: [load_image(files[i % len(files)]) for i in range(total)])
-        reader = BatchReader(dataset, config, tokenize, table, args.batch_size, range(args.batch_size), seed=0)
-        # With a grounding in every sample, as masks take most of the time.
-        reader.config = DataConfig(image_size=args.image_size, map_size=args.image_size, null_grounding=0.0)
+        reader = BatchReader(sources, settings)
         reader(0)
         rate("examples, this process", total, lambda: [reader(step) for step in range(args.steps)])
 
-        loader = make_loader(
-            dataset, reader.config, tokenize=tokenize, phrases=table, batch_size=args.batch_size, workers=1
-        )
+        loader = make_loader(sources, settings)
         next(loader)
         start = time.perf_counter()
         for _ in range(args.steps):

@@ -1,4 +1,4 @@
-"""What a run reports: numbers to JSONL and TensorBoard, a progress line, pictures, a profile."""
+"""What a run reports: numbers in JSONL and TensorBoard, a progress line, images, a profile."""
 
 import json
 import os
@@ -12,10 +12,13 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from instdiff_jax.data.loader import DevicePrefetch
 from instdiff_jax.errors import InputError
+from instdiff_jax.files import write_text
+from instdiff_jax.training.settings import TrainSettings
 
-# Peak dense bfloat16 FLOP/s of one chip, from the vendors' data sheets, by the start of jax's device_kind; the longest
-# that fits counts. A device of a TPU v2 or v3 is half a chip.
+# Peak dense bfloat16 FLOP/s of one chip, from the vendors' data sheets, by the beginning of jax's device_kind; the
+# longest match counts. A device of a TPU v2 or v3 is half a chip.
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -42,7 +45,7 @@ PEAK_FLOPS = {
 }
 
 
-# What the progress line shows, and how it calls it.
+# What the progress line shows, and its labels.
 _SHOWN = {
     "loss": "loss",
     "learning_rate": "rate",
@@ -54,19 +57,19 @@ _SHOWN = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak FLOP/s of a device, or None for one the table does not know."""
+    """Peak FLOP/s of a device; None for an unknown one."""
     known = [name for name in PEAK_FLOPS if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl and TensorBoard files in a run's folder; one process does, the others' calls do nothing.
+    """Writes metrics.jsonl and TensorBoard files to a run's folder.
 
     Args:
         workdir: the run's folder.
-        start_step: lines of later steps are dropped: a killed run wrote them, and this one will again.
+        start_step: lines of later steps, which a killed run wrote, are dropped.
         total_steps: of the run, for the progress line.
-        active: whether this process writes.
+        active: whether this process writes; one of a job does. On the others the methods do nothing.
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int, active: bool = True):
@@ -74,7 +77,7 @@ class MetricsWriter:
         self._start_step = start_step
         if not active:
             return
-        # Imported by the process that needs it: it takes a while.
+        # A slow import that only this process needs.
         from tensorboardX import SummaryWriter
 
         path = workdir / "metrics.jsonl"
@@ -83,7 +86,7 @@ class MetricsWriter:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds numbers of a step. What is not finite becomes null in JSON."""
+        """Adds a step's numbers. Numbers that are not finite become null in JSON."""
         if not self._active:
             return
         numbers = {name: float(value) for name, value in values.items()}
@@ -93,13 +96,13 @@ class MetricsWriter:
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
 
-    def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Adds a picture to TensorBoard."""
-        if self._active:
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"] | None) -> None:
+        """Adds an image to TensorBoard."""
+        if self._active and image is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows where the run is: one line that is rewritten on a terminal, a line each time elsewhere."""
+        """Shows the progress: one line that is rewritten on a terminal, a new line each time elsewhere."""
         if not self._active:
             return
         done = max(1, step - self._start_step)
@@ -112,7 +115,7 @@ class MetricsWriter:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Closes the files."""
         if self._active:
             self._file.close()
             self._board.close()
@@ -129,9 +132,7 @@ def _drop_later_lines(path: Path, step: int) -> None:
             continue  # half a line of a killed run
         if entry["step"] <= step:
             kept.append(line + "\n")
-    beside = path.with_suffix(".part")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, "".join(kept))
 
 
 def _duration(seconds: float) -> str:
@@ -140,12 +141,12 @@ def _duration(seconds: float) -> str:
 
 
 class Clock:
-    """Speed since the last report: images a second, utilisation of the chips, share of the time spent on waiting.
+    """Speed since the last report: images a second, the chips' utilisation, the share of time spent waiting for data.
 
     Args:
         batch_size: images a step, over all devices.
-        count_flops: gives the model FLOPs of one step on one device; only called for a chip with a known peak.
-        device: one of the job's devices, which are all of a kind.
+        count_flops: returns the model FLOPs of one step on one device; only called if the chip's peak is known.
+        device: one of the job's devices, which are all of one kind.
     """
 
     def __init__(self, batch_size: int, count_flops: Callable[[], float], device: jax.Device):
@@ -155,11 +156,11 @@ class Clock:
         self._step, self._time, self._waited = None, 0.0, 0.0
 
     def start(self, step: int, waited: float) -> None:
-        """Begins a stretch after `step`; `waited` is the loader's wait so far in seconds."""
+        """Starts measuring after `step`; `waited` is how long the loop has waited for data so far, in seconds."""
         self._step, self._time, self._waited = step, time.perf_counter(), waited
 
     def report(self, step: int, waited: float) -> dict[str, float]:
-        """Numbers of the stretch that ends with `step`, where it has any steps; the next begins."""
+        """The speed since `start` or the last report, up to `step`; empty if there was no step."""
         seconds, steps = max(time.perf_counter() - self._time, 1e-9), step - self._step
         if steps < 1:
             return {}
@@ -174,8 +175,53 @@ class Clock:
         return values
 
 
+class Reporter:
+    """Reads a step's numbers while the next step runs, so that the devices never wait, and writes them.
+
+    Attributes:
+        sound: False once `max_skips` updates in a row were skipped.
+    """
+
+    def __init__(self, settings: TrainSettings, writer: MetricsWriter, batches: DevicePrefetch):
+        self.sound = True
+        self._settings, self._writer, self._batches = settings, writer, batches
+        self._clock: Clock | None = None
+        self._first, self._pending = 0, None
+
+    @property
+    def started(self) -> bool:
+        return self._clock is not None
+
+    def start(self, step: int, clock: Clock) -> None:
+        """To be called before the run's first step; `step` is the number of steps done."""
+        self._clock, self._first = clock, step
+        clock.start(step, self._batches.wait_seconds)
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes a step's numbers, which may still be on their way, and writes those of the step before."""
+        self.flush()
+        self._pending = step, metrics
+        if step == self._first + 1:
+            # The speed does not include compilation.
+            jax.block_until_ready(metrics)
+            self._clock.start(step, self._batches.wait_seconds)
+
+    def flush(self) -> None:
+        """Waits for the last step's numbers and writes them."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        last = step == self._settings.steps
+        if step % self._settings.log_every == 0 or last or values["skipped_in_row"]:
+            values |= self._clock.report(step, self._batches.wait_seconds)
+            self._writer.write(step, values)
+            self._writer.progress(step, values)
+        self.sound = self.sound and values["skipped_in_row"] < self._settings.max_skips
+
+
 class ProfilerWindow:
-    """Traces the steps from `first` on, `count` of them, for TensorBoard or Perfetto; `first` −1 traces nothing."""
+    """Traces `count` steps from step `first` on, for TensorBoard or Perfetto; `first` -1 traces nothing."""
 
     def __init__(self, workdir: Path, first: int, count: int):
         self._folder, self._first, self._last, self._running = workdir / "profile", first, first + count, False
@@ -187,30 +233,30 @@ class ProfilerWindow:
             self._running = True
 
     def after(self, step: int, result: object) -> None:
-        """To be called after each step, with what it gave."""
+        """To be called after each step, with its result."""
         if self._running and step + 1 >= self._last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is running."""
+        """Ends a running trace."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
 
 
 def make_workdir(path: str | os.PathLike) -> Path:
-    """The run's folder, made where it is missing.
+    """The run's folder, made if it is missing.
 
     Raises:
-        InputError: where it cannot be written.
+        InputError: if it cannot be written.
     """
     if "://" in os.fspath(path):
         raise InputError(f"--workdir: expected a folder, got {path}; mount the bucket, for example with gcsfuse")
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A name of its own: processes of a job share the folder, and may share a number.
+        # A unique name: the job's processes share the folder, and may have the same process id.
         tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.").close()
     except OSError as error:
         raise InputError(f"--workdir: {folder}: this folder cannot be written ({error.strerror})") from error

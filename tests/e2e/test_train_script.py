@@ -16,7 +16,7 @@ from instdiff_jax.cli import train
 from instdiff_jax.cli.config_flags import read_config as read_flags
 from instdiff_jax.cli.config_flags import read_settings
 from instdiff_jax.errors import InputError
-from instdiff_jax.training import export, metrics
+from instdiff_jax.training import export, loop, metrics
 from instdiff_jax.training.metrics import Clock, MetricsWriter, ProfilerWindow, peak_flops
 from instdiff_jax.training.settings import RunSettings
 from instdiff_jax.tree import flatten
@@ -249,7 +249,7 @@ def test_a_devices_share_of_a_step_is_counted_once():
 
     def flops(devices, *more):
         run, _ = read_settings([CONFIG, "--config.train.batch_size=8", *more], RunSettings)
-        return train.local_flops(run, batch, types.SimpleNamespace(size=devices))
+        return loop.local_flops(run, batch, types.SimpleNamespace(size=devices))
 
     whole = flops(1)
     assert whole == 2 * flops(2)

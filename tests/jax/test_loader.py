@@ -18,7 +18,7 @@ from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.examples import DataConfig, select_instances
 from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.data.latents import LatentCache, cache_latents
-from instdiff_jax.data.loader import BatchReader, DevicePrefetch, make_loader
+from instdiff_jax.data.loader import BatchReader, DevicePrefetch, LoaderSettings, Sources, make_loader
 from instdiff_jax.data.phrases import phrase_table
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.regions import region_bits
@@ -50,6 +50,15 @@ def settings(data_dir):
     return dict(tokenize=tokenize, phrases=phrase_table(data_dir, "test"), batch_size=4, seed=5)
 
 
+def load(dataset, examples, tokenize, phrases, start_step=0, latents=None, **settings):
+    """A loader; its settings by name."""
+    return make_loader(Sources(dataset, tokenize, phrases, latents), LoaderSettings(examples, **settings), start_step)
+
+
+def reader_of(dataset, examples, phrases, batch_size=4, **settings):
+    return BatchReader(Sources(dataset, tokenize, phrases), LoaderSettings(examples, batch_size, seed=5, **settings))
+
+
 def take(loader, count):
     return [next(loader) for _ in range(count)]
 
@@ -66,7 +75,7 @@ def join(parts):
 
 
 def test_shapes(data_dir, settings):
-    batch = next(make_loader(InstanceDataset(data_dir, "train"), CONFIG, **settings))
+    batch = next(load(InstanceDataset(data_dir, "train"), CONFIG, **settings))
     shapes = {key: (value.shape, value.dtype.name) for key, value in flatten(batch).items()}
     slots = {key: ((4, 30), "float32") for key in ("valid", "has_box", "has_point", "has_scribble", "has_mask")}
     assert shapes == slots | {
@@ -85,50 +94,50 @@ def test_shapes(data_dir, settings):
 def test_processes_make_the_same_batches(data_dir, settings):
     """One process, two, four, and two that take every other row."""
     dataset = InstanceDataset(data_dir, "train")
-    whole = take(make_loader(dataset, CONFIG, **settings), 6)
+    whole = take(load(dataset, CONFIG, **settings), 6)
     for split in ([[0, 1], [2, 3]], [[0], [1], [2], [3]]):
-        parts = [take(make_loader(dataset, CONFIG, rows=rows, **settings), 6) for rows in split]
+        parts = [take(load(dataset, CONFIG, rows=rows, **settings), 6) for rows in split]
         for step in range(6):
             assert_same_trees(join([part[step] for part in parts]), whole[step])
-    odd = take(make_loader(dataset, CONFIG, rows=[3, 1], **settings), 2)
+    odd = take(load(dataset, CONFIG, rows=[3, 1], **settings), 2)
     np.testing.assert_array_equal(odd[1]["image"], whole[1]["image"][[3, 1]])
 
 
 def test_resuming_equals_running_on(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
-    whole = take(make_loader(dataset, CONFIG, **settings), 7)
+    whole = take(load(dataset, CONFIG, **settings), 7)
     for start in (1, 5):
-        rest = take(make_loader(dataset, CONFIG, start_step=start, **settings), 7 - start)
+        rest = take(load(dataset, CONFIG, start_step=start, **settings), 7 - start)
         for step, batch in enumerate(rest, start):
             assert_same_trees(batch, whole[step])
-    far = next(make_loader(dataset, CONFIG, start_step=10**7, **settings))
+    far = next(load(dataset, CONFIG, start_step=10**7, **settings))
     assert far["image"].shape[0] == 4
 
 
 def test_workers_make_the_same_batches(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
-    whole = take(make_loader(dataset, CONFIG, **settings), 5)
-    for step, batch in enumerate(take(make_loader(dataset, CONFIG, workers=2, **settings), 5)):
+    whole = take(load(dataset, CONFIG, **settings), 5)
+    for step, batch in enumerate(take(load(dataset, CONFIG, workers=2, **settings), 5)):
         assert_same_trees(batch, whole[step])
 
 
 def test_every_image_once_an_epoch(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
-    reader = BatchReader(dataset, CONFIG, tokenize, settings["phrases"], 4, range(4), 5)
+    reader = reader_of(dataset, CONFIG, settings["phrases"])
     order = [int(reader.order[i]) for i in range(33)]
     epochs = [order[i : i + 11] for i in (0, 11, 22)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    straight = BatchReader(dataset, CONFIG, tokenize, settings["phrases"], 4, range(4), 5, shuffle=False)
+    straight = reader_of(dataset, CONFIG, settings["phrases"], shuffle=False)
     assert [int(straight.order[i]) for i in range(12)] == [*range(11), 0]
 
 
 def test_draws_change_with_seed_and_epoch(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
-    one = make_loader(dataset, CONFIG, **settings)
-    other = make_loader(dataset, CONFIG, **(settings | {"seed": 6}))
+    one = load(dataset, CONFIG, **settings)
+    other = load(dataset, CONFIG, **(settings | {"seed": 6}))
     assert not np.array_equal(next(one)["image"], next(other)["image"])
-    reader = BatchReader(dataset, CONFIG.without_chance(), tokenize, settings["phrases"], 11, range(11), 5, False)
+    reader = reader_of(dataset, CONFIG.without_chance(), settings["phrases"], 11, shuffle=False)
     first, second = reader(0), reader(1)
     np.testing.assert_array_equal(first["image"], second["image"])
     assert (first["caption_ids"] != second["caption_ids"]).any()
@@ -139,22 +148,22 @@ def test_draws_change_with_seed_and_epoch(data_dir, settings):
 
 def test_null_grounding_and_dropout(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
-    args = (tokenize, settings["phrases"], 8, range(8), 5)
-    null = BatchReader(dataset, DataConfig(image_size=SIZE, map_size=SIZE, null_grounding=1.0), *args)(0)
+    args = (settings["phrases"], 8)
+    null = reader_of(dataset, DataConfig(image_size=SIZE, map_size=SIZE, null_grounding=1.0), *args)(0)
     assert not any(array.any() for array in null["grounding"].values())
     per_batch = DataConfig(image_size=SIZE, map_size=SIZE, null_grounding=0.4, dropout_per="batch", only_point=0.5)
     by_batch, by_sample = set(), set()
     for step in range(12):
-        grounding = BatchReader(dataset, per_batch, *args)(step)["grounding"]
+        grounding = reader_of(dataset, per_batch, *args)(step)["grounding"]
         by_batch.add(len(np.unique(grounding["valid"][:, 0])))
-        sample = BatchReader(dataset, DataConfig(image_size=SIZE, map_size=SIZE, null_grounding=0.4), *args)(step)
+        sample = reader_of(dataset, DataConfig(image_size=SIZE, map_size=SIZE, null_grounding=0.4), *args)(step)
         by_sample.add(len(np.unique(sample["grounding"]["valid"][:, 0])))
     assert by_batch == {1} and 2 in by_sample
 
 
 def test_phrase_embeddings_follow_the_instances(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
-    reader = BatchReader(dataset, CONFIG.without_chance(), tokenize, settings["phrases"], 4, range(4), 5, False)
+    reader = reader_of(dataset, CONFIG.without_chance(), settings["phrases"], shuffle=False)
     grounding = reader(0)["grounding"]
     np.testing.assert_array_equal(grounding["phrase_embeddings"].any(axis=-1), grounding["valid"] > 0)
     for i in range(4):
@@ -173,8 +182,8 @@ def encode(canvases):
 def test_cached_latents_follow_image_and_flip(data_dir, settings, tmp_path):
     dataset = InstanceDataset(data_dir, "train")
     cache = cache_latents(encode, dataset, tmp_path / "latents", "vae", SIZE, batch_size=5)
-    images = take(make_loader(dataset, CONFIG, **settings), 4)
-    latents = take(make_loader(dataset, CONFIG, latents=cache, **settings), 4)
+    images = take(load(dataset, CONFIG, **settings), 4)
+    latents = take(load(dataset, CONFIG, latents=cache, **settings), 4)
     for with_image, with_latents in zip(images, latents, strict=True):
         assert "image" not in with_latents
         np.testing.assert_array_equal(with_latents["latent_mean"], encode(with_image["image"])[0])
@@ -226,8 +235,8 @@ def test_two_runs_may_make_one_cache(data_dir, tmp_path):
 @pytest.mark.parametrize("orientation", ["correct", "official"])
 def test_regions_are_those_of_the_groundings(data_dir, settings, orientation):
     dataset = InstanceDataset(data_dir, "train")
-    batch = next(make_loader(dataset, CONFIG, masked=(orientation, 8), **settings))
-    assert "regions" not in next(make_loader(dataset, CONFIG, **settings))
+    batch = next(load(dataset, CONFIG, masked=(orientation, 8), **settings))
+    assert "regions" not in next(load(dataset, CONFIG, **settings))
     for i in range(settings["batch_size"]):
         grounding = {name: value[i] for name, value in batch["grounding"].items()}
         visual, tokens = region_bits(grounding, 8, 8, orientation)
@@ -239,8 +248,8 @@ def test_fewer_slots(data_dir, settings):
     """`max_instances` keeps the largest: batches are the first slots of those without it."""
     dataset = InstanceDataset(data_dir, "train")
     config = dataclasses.replace(CONFIG, max_instances=2)
-    fewer = take(make_loader(dataset, config, masked=("correct", 8), **settings), 3)
-    whole = take(make_loader(dataset, CONFIG, masked=("correct", 8), **settings), 3)
+    fewer = take(load(dataset, config, masked=("correct", 8), **settings), 3)
+    whole = take(load(dataset, CONFIG, masked=("correct", 8), **settings), 3)
     assert max(batch["grounding"]["valid"].sum(axis=1).max() for batch in whole) > 2  # something is left out
     for few, all_ in zip(fewer, whole, strict=True):
         for key, value in few["grounding"].items():
@@ -255,10 +264,10 @@ def test_fewer_slots(data_dir, settings):
 
 def test_everything_sent_to_workers_is_small(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
-    reader = BatchReader(dataset, CONFIG, tokenize, settings["phrases"], 4, range(4), 5)
+    reader = reader_of(dataset, CONFIG, settings["phrases"])
     reader(0)
     assert_same_trees(pickle.loads(pickle.dumps(reader))(3), reader(3))
-    assert len(pickle.dumps((reader.dataset, reader.phrases))) < 2000
+    assert len(pickle.dumps((reader.sources.dataset, reader.sources.phrases))) < 2000
 
 
 def test_device_prefetch():
@@ -277,18 +286,19 @@ def test_device_prefetch():
         with pytest.raises(InputError, match="broken"):
             next(batches)
     assert batches.wait_seconds > 0.1
+    threads = threading.active_count()
     endless = DevicePrefetch(iter(range(10**9)), lambda value: value)
     next(endless)
     endless.close()
-    assert not endless._thread.is_alive()
+    assert threading.active_count() == threads
 
 
 def test_bad_settings(data_dir, settings):
     dataset = InstanceDataset(data_dir, "train")
     with pytest.raises(InputError, match="rows: expected numbers from 0 to 3"):
-        make_loader(dataset, CONFIG, rows=[4], **settings)
+        load(dataset, CONFIG, rows=[4], **settings)
     with pytest.raises(InputError, match="seed"):
-        make_loader(dataset, CONFIG, **(settings | {"seed": -1}))
+        load(dataset, CONFIG, **(settings | {"seed": -1}))
 
 
 def test_an_array_has_its_room_on_the_disk(tmp_path):

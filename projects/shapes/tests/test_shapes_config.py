@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from configs import shapes
-from instdiff_jax.cli import train
 from instdiff_jax.cli.config_flags import read_settings
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel.mesh import make_mesh
+from instdiff_jax.training.inputs import check_data
 from instdiff_jax.training.settings import RunSettings
 from instdiff_jax.training.state import make_sharding_plan
 from instdiff_jax.tree import flatten
@@ -25,7 +25,7 @@ def stage(name):
 
 def trained(name):
     run = stage(name)
-    train.check_data(run)
+    check_data(run)
     plan = make_sharding_plan(run.model, run.train, run.parallel, make_mesh(run.parallel))
     return set(plan.trainable), plan
 

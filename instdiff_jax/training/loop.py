@@ -1,0 +1,149 @@
+"""The training run, from top to bottom."""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from instdiff_jax.analysis.flops import count_flops
+from instdiff_jax.data.dataset import InstanceDataset
+from instdiff_jax.errors import InputError
+from instdiff_jax.files import write_json
+from instdiff_jax.parallel.mesh import ParallelSettings, check_batch, initialize_distributed, make_mesh
+from instdiff_jax.parallel.runtime import enable_compilation_cache
+from instdiff_jax.training.checkpoints import Checkpoints, StopSignal
+from instdiff_jax.training.inputs import open_inputs, open_tokenizer
+from instdiff_jax.training.metrics import Clock, MetricsWriter, ProfilerWindow, Reporter
+from instdiff_jax.training.settings import RunSettings
+from instdiff_jax.training.start import run_facts, start_params
+from instdiff_jax.training.state import Params, ShardingPlan, TrainState, init_state, make_sharding_plan
+from instdiff_jax.training.step import compile_step, make_train_step
+from instdiff_jax.training.validation import SampleGrid, Validation, check_validation, validates
+
+
+def train(run: RunSettings, workdir: Path) -> str:
+    """Trains until the last step or a signal; returns a line that says how the run ended.
+
+    Raises:
+        InputError: for settings or inputs that do not fit, or if too many updates in a row were not finite.
+    """
+    # ---- mesh
+    mesh = start_devices(run)
+    plan = make_sharding_plan(run.model, run.train, run.parallel, mesh)
+
+    # ---- inputs on disk: what is missing is reported before any long work
+    dataset = InstanceDataset(run.data.dir, run.data.train_split)
+    check_validation(run)
+    tokenizer = open_tokenizer(run)
+
+    # ---- state: restored, or initialised in its shards
+    facts = run_facts(run.train, run.model, dataset.fingerprint)
+    checkpoints = Checkpoints(workdir, facts, run.train.keep_newest, run.train.keep_every)
+    state, frozen = restore_or_start(run, plan, checkpoints)
+    done, steps, window = int(state.step), run.train.steps, (run.train.profile_start, run.train.profile_steps)
+    if jax.process_index() == 0:
+        write_json(workdir / "config.json", config_of(run))
+        print(f"{workdir}: from step {done} to {steps} on {mesh.size} devices", file=sys.stderr)
+
+    # ---- input pipeline
+    inputs = open_inputs(run, plan, dataset, tokenizer, frozen)
+    validation = Validation(inputs) if validates(run) else None
+    grid = SampleGrid(run, plan, workdir, tokenizer) if run.train.sample_every else None
+
+    # ---- loop
+    step = compile_step(make_train_step(run.model, run.train, plan), plan)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(contextlib.closing(StopSignal()))
+        batches = stack.enter_context(contextlib.closing(inputs.batches(done)))
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, done, steps, jax.process_index() == 0)))
+        stack.callback(checkpoints.close)
+        profiler = stack.enter_context(contextlib.closing(ProfilerWindow(workdir, *window)))
+        reporter, stopped = Reporter(run.train, writer, batches), False
+        stack.enter_context(jax.transfer_guard("disallow"))
+        while done < steps and reporter.sound and not stopped:
+            batch = next(batches)
+            if not reporter.started:
+                reporter.start(done, make_clock(run, batch, mesh))
+            profiler.before(done)
+            state, metrics = step(state, frozen, batch)
+            profiler.after(done, metrics)
+            done += 1
+            reporter.add(done, metrics)
+            with jax.transfer_guard("allow"):
+                if validation and due(done, run.train.validate_every):
+                    writer.write(done, {"validation_loss": validation.loss(state, frozen)})
+                if grid and due(done, run.train.sample_every):
+                    writer.image(done, "samples", grid.draw(done, state, frozen))
+                stopped = stop.reached(done)
+                if due(done, run.train.save_every) or stopped or not reporter.sound or done == steps:
+                    # Saving waits for the step anyway; what is saved has its numbers written.
+                    reporter.flush()
+                    checkpoints.save(done, state)
+    return outcome(run, workdir, done, reporter.sound, stopped)
+
+
+def start_devices(run: RunSettings) -> Mesh:
+    """Joins the job's processes, configures jax for the run and makes the mesh."""
+    initialize_distributed()
+    enable_compilation_cache()
+    if run.train.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    mesh = make_mesh(run.parallel)
+    check_batch(run.train.batch_size, run.train.accumulate, mesh)
+    return mesh
+
+
+def restore_or_start(run: RunSettings, plan: ShardingPlan, checkpoints: Checkpoints) -> tuple[TrainState, Params]:
+    """The newest checkpoint's state, or a new one from the run's start; and the frozen parameters."""
+    state = checkpoints.restore(plan.state_shapes())
+    trainable, frozen = start_params(plan, run.model, run.train, only_frozen=state is not None)
+    if state is None:
+        state = jax.jit(init_state, out_shardings=plan.state_shardings())(trainable)
+    return state, frozen
+
+
+def config_of(run: RunSettings) -> dict[str, Any]:
+    """What config.json holds. `train.start` is absolute: export and sampling may run in another folder."""
+    groups = run.to_dict()
+    if run.train.start:
+        groups["train"]["start"] = str(Path(run.train.start).absolute())
+    return groups
+
+
+def make_clock(run: RunSettings, batch: Mapping[str, Any], mesh: Mesh) -> Clock:
+    """Measures the speed of steps like this batch's."""
+    return Clock(run.train.batch_size, functools.partial(local_flops, run, batch, mesh), jax.devices()[0])
+
+
+def local_flops(run: RunSettings, batch: Mapping[str, Any], mesh: Mesh) -> int:
+    """Model FLOPs of one device's share of a step, without recomputation; counted from the jaxpr, nothing runs."""
+    one = ParallelSettings(data=1, fsdp=1)
+    settings = dataclasses.replace(run.train, remat="none", accumulate=1)
+    plan = make_sharding_plan(run.model, settings, one, make_mesh(one, jax.local_devices()[:1]))
+    rows = run.train.batch_size // mesh.size
+    share = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), batch)
+    step = make_train_step(run.model, settings, plan)
+    return count_flops(step, plan.state_shapes(), plan.frozen_shapes(), share)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether what happens every `every` steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def outcome(run: RunSettings, workdir: Path, done: int, sound: bool, stopped: bool) -> str:
+    """The run's last line; InputError if it was stopped because its updates were not finite."""
+    if not sound:
+        raise InputError(
+            f"{workdir}: stopped after step {done}: loss or gradient not finite {run.train.max_skips} times in a row; "
+            "the state is saved; look at the learning rate, the data and config.train.dtype"
+        )
+    if stopped:
+        return f"{workdir}: stopped by a signal, saved after step {done}; the same command goes on"
+    return f"{workdir}: trained to step {done}"
