@@ -11,14 +11,14 @@ COMMANDS = {
     "sample": ("instdiff_jax.cli.sample", "generate images from layouts"),
     "train": ("instdiff_jax.cli.train", "train on a dataset"),
     "convert": ("instdiff_jax.cli.convert", "convert PyTorch checkpoints to a checkpoint folder, and back"),
-    "export": ("instdiff_jax.training.export", "make a checkpoint folder from a training run"),
+    "export": ("instdiff_jax.cli.export", "make a checkpoint folder from a training run"),
     "evaluate": ("instdiff_jax.cli.evaluate", "measure how well images follow their layouts"),
     "build-coco": ("instdiff_jax.cli.build_coco", "build a training dataset from a COCO folder"),
     "build-official-json": (
         "instdiff_jax.cli.build_official_json",
         "build a training dataset from the official training JSON",
     ),
-    "build-tokenizer": ("instdiff_jax.data.build_tokenizer", "build a CLIP tokenizer from a dataset's captions"),
+    "build-tokenizer": ("instdiff_jax.cli.build_tokenizer", "build a CLIP tokenizer from a dataset's captions"),
     "aot": ("instdiff_jax.cli.aot", "compile for a TPU without having one; report time and memory"),
 }
 USAGE = "\n".join(

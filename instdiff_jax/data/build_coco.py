@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from instdiff_jax.coco import Coco, CocoAnnotation, CocoImage, SplitFiles, split_files
-from instdiff_jax.data.dataset import AnnotatedInstance, Record, check_output, write_dataset
+from instdiff_jax.data.dataset import AnnotatedInstance, Record
 from instdiff_jax.data.images import load_image
 from instdiff_jax.data.report import Report
+from instdiff_jax.data.write import check_output, write_dataset
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json
 from instdiff_jax.geometry.checks import read_xywh

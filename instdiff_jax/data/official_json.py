@@ -18,10 +18,11 @@ import numpy as np
 from jaxtyping import Float
 
 from instdiff_jax.data.build_coco import make_instance
-from instdiff_jax.data.dataset import AnnotatedInstance, Record, caption_phrase, check_output, write_dataset
+from instdiff_jax.data.dataset import AnnotatedInstance, Record, caption_phrase
 from instdiff_jax.data.images import load_image
 from instdiff_jax.data.phrases import ImportedEmbeddings
 from instdiff_jax.data.report import Report
+from instdiff_jax.data.write import check_output, write_dataset
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json
 

@@ -11,9 +11,8 @@ from training_common import save_start
 from common import SUPPORT
 from instdiff_jax.checkpoint.folder import restore_params
 from instdiff_jax.cli import build_coco as coco
-from instdiff_jax.cli import convert, sample, train
+from instdiff_jax.cli import convert, export, sample, train
 from instdiff_jax.data.dataset import InstanceDataset
-from instdiff_jax.training import export
 from instdiff_jax.tree import flatten
 
 CONFIG = f"--config={SUPPORT / 'tiny_config.py'}"

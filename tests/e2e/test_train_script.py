@@ -12,6 +12,7 @@ from training_common import save_dataset, save_start, tiny_batch, tiny_model
 
 from common import PARITY, SUPPORT
 from instdiff_jax.checkpoint.folder import read_config, restore_params
+from instdiff_jax.cli import export as export_command
 from instdiff_jax.cli import train
 from instdiff_jax.cli.config_flags import read_config as read_flags
 from instdiff_jax.cli.config_flags import read_settings
@@ -129,7 +130,7 @@ def test_no_config_and_no_workdir(inputs, capsys, tmp_path):
 
 def test_export_says_what_is_missing(tmp_path, capsys):
     argv = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
-    assert "config.json: expected the config of a training run" in complaint(capsys, export.main, argv)
+    assert "config.json: expected the config of a training run" in complaint(capsys, export_command.main, argv)
     assert not (tmp_path / "out").exists()
 
 
@@ -150,7 +151,7 @@ def test_a_run_from_a_base_without_adapters_trains_validates_and_exports(tmp_pat
     assert os.listdir(tmp_path / "run" / "samples") == ["00000004.png"]
     assert any(name.startswith("events") for name in os.listdir(tmp_path / "run" / "tensorboard"))
 
-    export.main([f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
+    export_command.main([f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
     model, _, lacks = read_config(tmp_path / "out")
     assert lacks == () and model.unet == tiny_model().unet
     params, base = (flatten(restore_params(tmp_path / name, as_numpy=True)) for name in ("out", "start"))

@@ -12,7 +12,9 @@ from common import PARITY, make_array
 from instdiff_jax.checkpoint.folder import save_folder
 from instdiff_jax.checkpoint.shapes import parameter_shapes
 from instdiff_jax.config import ModelConfig, SamplingConfig
-from instdiff_jax.data.dataset import AnnotatedInstance, Record, Report, write_dataset
+from instdiff_jax.data.dataset import AnnotatedInstance, Record
+from instdiff_jax.data.report import Report
+from instdiff_jax.data.write import write_dataset
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
 from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import ShardingPlan, init_state, make_sharding_plan

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.cli.build_coco import main as make_dataset
-from instdiff_jax.data.build_tokenizer import dataset_texts, main, write_tokenizer
+from instdiff_jax.cli.build_tokenizer import main
+from instdiff_jax.data.build_tokenizer import dataset_texts, write_tokenizer
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.tokenizer import Tokenizer
 from projects.shapes.render import write_coco

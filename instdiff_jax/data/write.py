@@ -1,0 +1,178 @@
+"""Writes a dataset; see `dataset` for what it holds."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from instdiff_jax.data.dataset import FORMAT, RECORDS, VERSION, Record, caption_phrase
+from instdiff_jax.data.report import Report
+from instdiff_jax.errors import InputError
+from instdiff_jax.files import replace_folder, write_json
+
+Splits = Mapping[str, tuple[int, Iterable[Record]]]
+
+
+class InstancesBuilder(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder of images with instances; `splits` maps a name to a function that yields records."""
+
+    VERSION = tfds.core.Version(VERSION)
+    name = RECORDS
+
+    def __init__(self, *, splits: Mapping[str, Callable[[], Iterator[Record]]] | None = None, **kwargs: Any):
+        self._splits = splits or {}
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features
+        return self.dataset_info_from_configs(
+            description="Images with boxes, masks, categories and captions of their instances.",
+            features=features.FeaturesDict(
+                {
+                    "image": features.Image(shape=(None, None, 3), doc="the encoded file, unchanged"),
+                    "width": np.int64,
+                    "height": np.int64,
+                    "image_id": np.int64,
+                    "file_name": features.Text(),
+                    "captions": features.Sequence(features.Text()),
+                    "detection": np.bool_,
+                    "instances": features.Sequence(
+                        {
+                            "box": features.Tensor(shape=(4,), dtype=np.float32, doc="x, y, width, height in pixels"),
+                            "mask": features.Text(doc="counts of compressed COCO RLE, empty without a mask"),
+                            "crowd": np.bool_,
+                            "category": features.Text(),
+                            "caption": features.Text(),
+                            "category_id": np.int64,
+                            "annotation_id": np.int64,
+                            "phrase": np.int64,
+                            "caption_phrase": np.int64,
+                        }
+                    ),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        return {name: self._generate_examples(records) for name, records in self._splits.items()}
+
+    def _generate_examples(self, records: Callable[[], Iterator[Record]]) -> Iterator[tuple[int, dict]]:
+        for key, record in enumerate(records()):
+            example = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+            example["captions"] = list(record.captions)
+            example["instances"] = [dataclasses.asdict(instance) for instance in record.instances]
+            yield key, example
+
+
+def check_output(data_dir: Path, overwrite: bool) -> None:
+    """Raises InputError unless a dataset may be written to `data_dir`; to be called before any long work."""
+    if data_dir.is_symlink() or os.path.ismount(data_dir):
+        raise InputError(f"{data_dir}: expected a folder that can be replaced, found a link or a mount point")
+    if data_dir.exists() and not data_dir.is_dir():
+        raise InputError(f"{data_dir}: expected a folder for the dataset, found a file")
+    if data_dir.exists() and any(data_dir.iterdir()):
+        if not (data_dir / "dataset.json").exists():
+            raise InputError(f"{data_dir}: expected an empty or new folder, found one that holds other files")
+        if not overwrite:
+            raise InputError(f"{data_dir}: already holds a dataset; pass --overwrite to replace it")
+    parent = data_dir.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(data_dir if data_dir.exists() else parent, os.W_OK):
+        raise InputError(f"{data_dir}: this folder cannot be written")
+
+
+def write_dataset(
+    data_dir: str | Path,
+    splits: Splits,
+    report: Report,
+    source: str,
+    overwrite: bool = False,
+    finish: Callable[[Path, list[str]], None] | None = None,
+) -> dict[str, Any]:
+    """Writes a dataset, whole or not at all.
+
+    Args:
+        data_dir: the dataset's folder; new, empty, or a dataset to overwrite.
+        splits: for each split, the expected number of records (for the progress bar) and the records.
+        report: what the source skipped; written to report.json.
+        source: where the records come from, noted in dataset.json.
+        overwrite: replace an existing dataset.
+        finish: called with the unfinished folder and the list of phrases, to add files.
+
+    Returns:
+        What dataset.json holds.
+
+    Raises:
+        InputError: for a split without records, or a folder that cannot be written.
+    """
+    check_output(Path(data_dir), overwrite)
+    with replace_folder(data_dir) as folder:
+        phrases, facts = _write_records(folder, splits)
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        meta = {
+            "format": FORMAT,
+            "source": source,
+            "fingerprint": digest[:32],
+            "splits": facts,
+            "phrases": len(phrases),
+        }
+        write_json(folder / "phrases.json", phrases, indent=None, sync=False)
+        write_json(folder / "report.json", {"counts": report.counts(), "skipped": report.skipped}, sync=False)
+        write_json(folder / "dataset.json", meta, sync=False)
+        if finish is not None:
+            finish(folder, phrases)
+    return meta
+
+
+def _write_records(folder: Path, splits: Splits) -> tuple[list[str], dict[str, dict]]:
+    """Writes the records; returns the phrases that they refer to, and the facts of every split."""
+    phrases: dict[str, int] = {}
+    facts: dict[str, dict] = {}
+    generators = {
+        name: functools.partial(_watched, name, total, records, phrases, facts)
+        for name, (total, records) in splits.items()
+    }
+    tfds.disable_progress_bar()
+    builder = InstancesBuilder(splits=generators, data_dir=str(folder), file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download that does not take place
+        builder.download_and_prepare()
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
+    return list(phrases), facts
+
+
+def _watched(
+    split: str, total: int, records: Iterable[Record], phrases: dict[str, int], facts: dict[str, dict]
+) -> Iterator[Record]:
+    """Yields the records with their phrases numbered; shows a progress bar, and sets the split's facts at the end."""
+    digest, instances, count = hashlib.sha256(), 0, 0
+    bar = tqdm(records, total=total, desc=split, unit="image", smoothing=0.05)
+    for record in bar:
+        numbered = []
+        for instance in record.instances:
+            phrase = phrases.setdefault(instance.category, len(phrases))
+            own = -1
+            if instance.caption:
+                own = phrases.setdefault(caption_phrase(instance.category, instance.caption), len(phrases))
+            numbered.append(dataclasses.replace(instance, phrase=phrase, caption_phrase=own))
+        record = dataclasses.replace(record, instances=tuple(numbered))
+        digest.update(hashlib.sha256(record.image).digest())
+        digest.update(repr(dataclasses.replace(record, image=b"")).encode())
+        instances, count = instances + len(numbered), count + 1
+        yield record
+    bar.total = bar.n  # skipped images never come
+    bar.refresh()
+    if not count:
+        raise InputError(f"split {split}: empty, expected at least one image that can be read")
+    facts[split] = {"images": count, "instances": instances, "fingerprint": digest.hexdigest()[:32]}
