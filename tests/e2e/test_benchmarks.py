@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def two_sides(monkeypatch):
-    """Ours stands in for the baseline too: the ratios are of one thing to itself."""
+    """Our code takes the place of the baseline too."""
 
     def sides(args, model, dtype):
         return {name: Worker("benchmarks.ours:Ours", model, dtype) for name in ("ours", "official")}
@@ -38,7 +38,7 @@ def two_sides(monkeypatch):
 
 
 def read(folder: Path, name: str) -> list[dict]:
-    """The rows of the one table of that name; its Markdown is what the JSON renders to."""
+    """The rows of the only table of that name, after checking that its Markdown matches its JSON."""
     (path,) = folder.glob(f"{name}_*.json")
     report = json.loads(path.read_text())
     assert path.with_suffix(".md").read_text() == tables.render(report)
@@ -92,7 +92,7 @@ def test_layouts_stay_on_the_canvas():
 
 
 def test_the_docs_tables_are_those_of_the_results():
-    """`python docs/make_performance.py` was run since a benchmark last wrote a table."""
+    """`python docs/make_performance.py` was run after the last benchmark."""
     text = make_performance.PAGE.read_text(encoding="utf-8")
     assert make_performance.fill(text) == text
     assert "<!-- table " in text

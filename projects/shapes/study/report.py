@@ -27,8 +27,8 @@ def write_study(results: Mapping[str, Any], docs: Path) -> None:
     """
     write_json(docs / "results.json", results)
     figures = draw_plots(results)
-    for name, picture in figures.items():
-        write_file(docs / "figures" / f"results_{name}.png", lambda file, picture=picture: file.write(picture))
+    for name, png in figures.items():
+        write_file(docs / "figures" / f"results_{name}.png", lambda file, png=png: file.write(png))
     write_text(docs / "results.md", page(results, list(figures)))
 
 

@@ -196,9 +196,9 @@ def machine() -> dict[str, Any]:
     return {"device": f"{name} ({platform.machine()})", "jax": jax.__version__, "python": platform.python_version()}
 
 
-def _sums(picture: EvaluatedImage, kinds: Sequence[str]) -> dict[str, float]:
+def _sums(image: EvaluatedImage, kinds: Sequence[str]) -> dict[str, float]:
     """An image's numbers as sums over its instances, for paired comparisons of two rows."""
-    measures, targets = picture.measures, picture.scene.asked
+    measures, targets = image.measures, image.scene.asked
     sums: dict[str, float] = {"instances": len(targets), "found": sum(item.match is not None for item in measures)}
     for name, field in (("mask_IoU", "mask_iou"), ("PiM_point", "point_in"), ("PiM_scribble", "scribble_in")):
         sums[name] = sum(getattr(item, field) or 0.0 for item in measures)

@@ -1,4 +1,4 @@
-"""The shapes' segmentation network: perfect maps give the instances back, it learns, and files survive."""
+"""The segmentation network: instances are recovered from perfect maps, training lowers the loss, files are safe."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def perfect(scene):
 
 @pytest.mark.parametrize("index", range(12))
 def test_perfect_maps_give_the_instances_back(index):
-    """Also a part inside its host, whose centres coincide; only two of one shape so close together would merge."""
+    """Also a part inside its host, with the same centre; only two of the same shape would merge."""
     scene = render_scene(21, index, 64, SceneSettings(min_instances=2, max_instances=6, nested=1.0))
     found = find_instances(perfect(scene))
     matched = 0
@@ -37,7 +37,7 @@ def test_perfect_maps_give_the_instances_back(index):
     assert matched == len(scene.instances) == len(found)
 
 
-def test_an_empty_picture_has_none():
+def test_an_empty_image_has_no_instances():
     scene = render_scene(21, 0, 64, SceneSettings())
     maps = perfect(scene)
     blank = np.zeros_like(maps.shape)
@@ -55,7 +55,7 @@ def test_training_lowers_the_loss_the_same_way_each_time():
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True))
 
 
-def test_augmented_pictures_stay_near():
+def test_augmented_images_stay_similar():
     images, _ = render(9, 4, 64, SceneSettings())
     changed = augment(images, np.random.default_rng(0))
     assert changed.dtype == np.uint8 and not np.array_equal(changed, images)

@@ -22,7 +22,7 @@ from projects.shapes.study.sections import NAMES, SECTIONS, Sizes, make_tasks
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
+    """The programs here run in milliseconds and compile in seconds."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -43,7 +43,7 @@ def study(folders, root, *flags):
     return json.loads((root / "docs" / "results.json").read_text())
 
 
-def pictures(root):
+def image_times(root):
     return {path: path.stat().st_mtime_ns for path in (root / "work" / "pictures").rglob("*.png")}
 
 
@@ -59,17 +59,17 @@ def test_a_reduced_run_and_its_resuming(folders, tmp_path, monkeypatch, capsys):
         whole(path, pixels)
         made.append(path)
 
-    # Killed in the middle of a row: what is done stays.
+    # Killed in the middle of a row: the finished images stay.
     monkeypatch.setattr(generate, "write_image", write)
     with pytest.raises(KeyboardInterrupt):
         study(folders, tmp_path, "--sections", sections)
     monkeypatch.undo()
-    first = pictures(tmp_path)
+    first = image_times(tmp_path)
     assert set(first) == set(made)
 
     results = study(folders, tmp_path, "--sections", sections)
-    done = pictures(tmp_path)
-    assert first.items() <= done.items(), "pictures were made again"
+    done = image_times(tmp_path)
+    assert first.items() <= done.items(), "images were made again"
     own = SamplingConfig.from_dict(results["made"]["sampling"])
     tasks = make_tasks(sections.split(","), Sizes(2, 1, 2, 1), own)
     assert len(done) == 2 * len(tasks)
@@ -82,21 +82,21 @@ def test_a_reduced_run_and_its_resuming(folders, tmp_path, monkeypatch, capsys):
         assert SECTIONS[name].title in text
     assert (tmp_path / "docs" / "figures" / "results_mis.png").read_bytes().startswith(b"\x89PNG")
 
-    # All is there: nothing is drawn or measured, and the numbers are the same.
+    # Nothing is missing, so nothing is generated or measured, and the numbers are the same.
     with monkeypatch.context() as patch:
         patch.setattr("projects.shapes.study.runs.Pipeline", None)
         patch.setattr("projects.shapes.study.runs.inspect", None)
         again = study(folders, tmp_path, "--sections", sections)
-    assert pictures(tmp_path) == done and again["tables"] == results["tables"]
+    assert image_times(tmp_path) == done and again["tables"] == results["tables"]
 
-    # A second seed adds its own pictures; the first one's numbers stay.
+    # A second seed adds its images; the numbers of the first stay.
     more = study(folders, tmp_path, "--sections", "baselines", "--seeds", 2)
-    assert done.items() <= pictures(tmp_path).items()
+    assert done.items() <= image_times(tmp_path).items()
     for before, after in zip(results["tables"]["baselines"]["rows"], more["tables"]["baselines"]["rows"], strict=True):
         assert after["seeds"] == (1 if before["settings"]["pictures"] == "real" else 2)
         assert after["metrics"]["FID"]["by_seed"][0] == before["metrics"]["FID"]["mean"]
 
-    # No time left: what there is, is shown, and the rest is said to be missing.
+    # No time left: the page shows what is measured, and says what is not.
     capsys.readouterr()
     short = study(folders, tmp_path, "--sections", "formats,leakage", "--minutes", 0)
     assert "--minutes 0 are over" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_bad_input_is_one_line(folders, tmp_path, capsys):
         ({"checkpoint": tmp_path / "none"}, f"{tmp_path / 'none'}"),
         ({"segmenter": tmp_path / "none"}, "config.json: cannot be read"),
         ({"size": 44, "sections": "formats"}, "expected sides that are multiples of 8 pixels"),
-        # Elsewhere: the scenes of 44 pixels are there by now.
+        # Another workdir, as the scenes of 44 pixels exist by now.
         (
             {"size": 42, "sections": "mis", "workdir": tmp_path / "other"},
             "width: expected a multiple of 4 pixels, got 42",
@@ -159,13 +159,13 @@ def test_the_order_of_tasks():
     assert seeds == sorted(seeds) and set(seeds) == {0, 1, 2}
     assert [task.row.label for task in tasks.values()][:2] == ["real images", "box"]
     assert all(task.seed == 0 for task in tasks.values() if task.row.source == "real")
-    # The row that every sweep passes through is drawn once, with the checkpoint's own settings.
+    # The row with the checkpoint's own settings is in every sweep, but is measured once.
     assert [key for key, task in tasks.items() if key[0] == "main-box" and task.seed == 0 and task.count == 100] == [
         ("main-box", 0, 100)
     ]
 
 
-def test_slugs_tell_pictures_apart():
+def test_slugs_are_unique():
     rows = {row.slug(OWN): row for section in SECTIONS.values() for row in section.rows}
     made = {(row.scenes, row.source, row.format, row.drop, row.scaleu, row.settings(OWN)) for row in rows.values()}
     assert len(made) == len(rows)
@@ -174,7 +174,7 @@ def test_slugs_tell_pictures_apart():
 
 @pytest.mark.parametrize("mis", [0.0, 0.25])
 def test_mis_is_on_where_a_row_says_so(mis):
-    """Also with a checkpoint that leaves it out by itself."""
+    """Also with a checkpoint whose own settings have it off."""
     own = dataclasses.replace(OWN, mis=mis)
     fractions = {row.label: row.settings(own).mis for row in SECTIONS["leakage"].rows}
     assert fractions["MIS alone"] == fractions["MIS and masked attention"] == (mis or 0.36)
@@ -182,7 +182,7 @@ def test_mis_is_on_where_a_row_says_so(mis):
 
 
 def test_what_options_cost(folders, tmp_path):
-    """Evaluations as they are counted; one that reuses features counts as its share. Distance: of pixels."""
+    """An evaluation that reuses features counts as its fraction of FLOPs; distance is that of pixels."""
     study = Study(StudySettings(*folders, tmp_path, SIDE, 2, "float32"))
     rows = {row.label: row for row in SECTIONS["fewer"].rows}
     tasks = {label: Task(row, 0, 2) for label, row in rows.items()}
@@ -216,7 +216,7 @@ def test_scenes_are_held_out():
 
 @pytest.mark.parametrize("flags", [["--minutes", "5"], ["--minutes=5"]])
 def test_the_page_names_a_command_that_makes_all_of_it(monkeypatch, flags):
-    """How long one run may draw is no part of it."""
+    """It leaves --minutes out."""
     said = []
     monkeypatch.setattr(study_command, "run", lambda args, command: said.append((args.minutes, command)))
     main(["--docs", "a b", *flags, "--count", "9"])

@@ -22,7 +22,7 @@ OWN = SamplingConfig(steps=20, sampler="dpm++", guidance_scale=4.0, alpha=(0.75,
 
 
 def numbers_of(tasks, accuracy):
-    """Numbers as a study measures them, where `accuracy` says of a task how many of 4 instances are right."""
+    """Made-up numbers of tasks; `accuracy` gives how many of 4 instances of a task are right."""
     made = {}
     for key, task in tasks.items():
         # Of its own: what other tasks there are changes nothing.
@@ -32,8 +32,8 @@ def numbers_of(tasks, accuracy):
         sums = ("found", "mask_IoU", "PiM_point", "PiM_scribble", "colour_accuracy", "texture_accuracy")
         names = ("box_AP", "box_AP50", "box_AR", "mask_AP", "mask_AP50", "colour_leak", *sums)
         metrics = dict.fromkeys(names, share)
-        pictures = [{"instances": 4} | dict.fromkeys(sums, value) for value in right]
-        made[key] = {"metrics": metrics | {"FID": 2 - share, "images": task.count}, "of_picture": pictures}
+        images = [{"instances": 4} | dict.fromkeys(sums, value) for value in right]
+        made[key] = {"metrics": metrics | {"FID": 2 - share, "images": task.count}, "of_picture": images}
     return made
 
 
@@ -46,7 +46,7 @@ def results_of(accuracy, sizes=Sizes(40, 2, 40, 2), keep=lambda task: True, own=
 
 
 def right_of(task):
-    """Real images 3.9 of 4, the model's own way 3.5, without MIS 2.5, with masked attention 3, the rest 3.5."""
+    """3.9 of 4 for real images, 2.5 without MIS, 3 with masked attention, otherwise 3.5."""
     row = task.row
     if row.source == "real":
         return 3.9
@@ -57,7 +57,7 @@ def right_of(task):
     return 2.5 if row.sampling.get("mis") == 0.0 else 3.5
 
 
-def test_the_page_says_what_the_numbers_do():
+def test_the_page_follows_the_numbers():
     results = results_of(right_of)
     verdicts = {
         (item["claim"], line["metric"]): line["verdict"] for item in results["comparisons"] for line in item["lines"]
@@ -90,8 +90,8 @@ def test_targets_follow_from_the_numbers():
 
 
 @pytest.mark.parametrize("own", ["none", "correct", "strict"])
-def test_what_the_checkpoint_does_by_itself_is_one_row(own):
-    """Whether it samples with masked attention or without, tables have each kind of picture once, and all claims do."""
+def test_no_table_has_equal_rows(own):
+    """With masked attention on or off in the checkpoint, no table has equal rows, and all claims have numbers."""
     results = results_of(right_of, own=dataclasses.replace(OWN, masked_attention=own))
     for table in results["tables"].values():
         kinds = [json.dumps(row["settings"], sort_keys=True) for row in table["rows"]]
