@@ -1,8 +1,8 @@
 """COCO annotation files: the one reader of them, for layouts, training data and evaluation.
 
-A file is read and indexed once. What makes it no COCO file, such as ids that are not numbers, is an InputError at
-once. An image or an annotation is checked when it is asked for: a caller that builds a dataset catches the error,
-notes it and goes on; one that needs the whole file lets it pass.
+A file is read and indexed once. Errors of the file as a whole, such as ids that are not numbers, are raised at once.
+Images and annotations are checked when they are read: a caller that builds a dataset catches the error and reports it;
+others let it through.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class CocoAnnotation:
     """An annotation of a known category.
 
     Attributes:
-        where: the file and the place in it, for error messages.
+        where: the file and the row in it, for error messages.
         values: the file's object.
         category: name of its category.
     """
@@ -74,7 +74,7 @@ class CocoAnnotation:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """x, y, width, height in pixels; InputError where that is not what it has."""
+        """x, y, width, height in pixels; InputError for anything else."""
         return read_xywh(self.values.get("bbox"), f"{self.where}.bbox")
 
     @property
@@ -87,7 +87,7 @@ class CocoAnnotation:
 
 
 class Unused(NamedTuple):
-    """A row of a file that belongs to nothing: its kind (image, annotation or caption), a name, and why."""
+    """A row that cannot be used: its kind (image, annotation or caption), its name and the reason."""
 
     kind: str
     name: str
@@ -108,7 +108,7 @@ class Coco:
         """Reads the files.
 
         Raises:
-            InputError: for files that cannot be read or are no COCO annotations.
+            InputError: for files that cannot be read or are not COCO annotations.
         """
         self.path, self.captions_file = Path(path), captions_file
         data = read_json(path)
@@ -142,7 +142,7 @@ class Coco:
         """An image.
 
         Raises:
-            InputError: where there is none of this id, or its size or file name is not valid.
+            InputError: if there is no such image, or its size or file name is not valid.
         """
         place, row = self._find(image_id)
         where = f"{self.path}: {place}"
@@ -159,7 +159,7 @@ class Coco:
         """An image's annotations, in the file's order.
 
         Raises:
-            InputError: where there is no such image, or an annotation's category does not exist.
+            InputError: if there is no such image, or an annotation's category does not exist.
         """
         self._find(image_id)
         annotations = []
@@ -171,7 +171,7 @@ class Coco:
         return annotations
 
     def caption(self, image_id: int) -> str:
-        """An image's first caption; InputError where it has none."""
+        """An image's first caption; InputError if it has none."""
         self._find(image_id)
         if image_id not in self.captions:
             raise InputError(f"{self.captions_file}: annotations: no caption for image {image_id}")

@@ -63,9 +63,7 @@ def null_grounding(map_size: int, context_dim: int, batch: tuple[int, ...] = ())
     )
 
 
-def fill_slot(
-    grounding: Grounding, slot: int, coordinates: Mapping[str, np.ndarray | None], used: Collection[str]
-) -> None:
+def fill_slot(grounding: Grounding, slot: int, coordinates: Mapping[str, np.ndarray], used: Collection[str]) -> None:
     """Puts an instance into a slot: its coordinates, and which formats it has.
 
     The released rule: features are null where a format is dropped, or where the sum of coordinates and `valid` is
@@ -74,13 +72,13 @@ def fill_slot(
     Args:
         grounding: changed in place.
         slot: from 0 to 29.
-        coordinates: format to fractions of the canvas; zeros where it is missing or None.
+        coordinates: format to fractions of the canvas; zeros where it is missing.
         used: the formats whose features are used.
     """
     grounding["valid"][slot] = 1
     for name, array in ARRAYS.items():
-        if (values := coordinates.get(name)) is not None:
-            grounding[array][slot] = np.ravel(values)
+        if name in coordinates:
+            grounding[array][slot] = np.ravel(coordinates[name])
         grounding[f"has_{name}"][slot] = name in used
 
 

@@ -1,8 +1,8 @@
-"""A COCO folder becomes a dataset for training.
+"""Builds a training dataset from a COCO folder.
 
-The folder is as people download it: annotations/instances_NAME.json, annotations/captions_NAME.json and a folder of
-images NAME/ (or images/NAME/) for every split NAME, for example train2017. Images and annotations that are broken
-are skipped, counted and named in DATA_DIR/report.json.
+The folder has COCO's own structure: annotations/instances_NAME.json, annotations/captions_NAME.json and a folder of
+images NAME/ (or images/NAME/) for each split NAME, for example train2017. Broken images and annotations are skipped,
+counted and listed in DATA_DIR/report.json.
 """
 
 import os
@@ -25,9 +25,9 @@ from instdiff_jax.geometry.masks import RLE
 
 
 def make_instance(
-    box: Any, mask: Any, size: tuple[int, int], category: str, where: str, **fields: Any
+    box: Any, mask: Any, size: tuple[int, int], category: str, where: str, mask_field: str, **fields: Any
 ) -> tuple[AnnotatedInstance, str]:
-    """One annotation, checked.
+    """Makes a checked instance of one annotation.
 
     Args:
         box: x, y, width, height in pixels.
@@ -35,10 +35,11 @@ def make_instance(
         size: width and height of the image in pixels.
         category: the category's name.
         where: names the annotation in messages.
+        mask_field: the mask's name in the file.
         **fields: further fields of `AnnotatedInstance`.
 
     Returns:
-        The instance, and a remark, which is mostly "": a mask without pixels is left out.
+        The instance, and a remark if its mask has no pixel and is left out, else "".
 
     Raises:
         InputError: for an annotation that cannot be used.
@@ -49,16 +50,16 @@ def make_instance(
         raise InputError(f"{where}.bbox: expected a box on the image of {width}x{height} pixels, got {list(box)}")
     counts, remark = b"", ""
     if mask:
-        rle = RLE.from_coco(mask, height, width, f"{where}.segmentation")
+        rle = RLE.from_coco(mask, height, width, f"{where}.{mask_field}")
         if rle.area:
             counts = rle.counts.encode("ascii")
         else:
-            remark = f"{where}.segmentation: has no pixel; the instance keeps its box only"
+            remark = f"{where}.{mask_field}: has no pixel; the instance keeps its box only"
     return AnnotatedInstance(box=(x, y, w, h), category=category, mask=counts, **fields), remark
 
 
 class CocoSplit:
-    """One split of a COCO folder: iterate over its records; what is broken goes to the report.
+    """The records of one split of a COCO folder; what is broken goes to the report.
 
     Attributes:
         annotations: image id to annotations.
@@ -126,6 +127,7 @@ class CocoSplit:
             (image.width, image.height),
             annotation.category,
             annotation.where,
+            "segmentation",
             crowd=annotation.is_crowd,
             category_id=annotation.values["category_id"],
             annotation_id=annotation.number,
@@ -142,7 +144,7 @@ class CocoSplit:
         return reason.removeprefix(f"{self.coco.path}: ")
 
     def _read_images(self) -> Iterator[tuple[int, tuple[CocoImage, bytes] | str]]:
-        """The images in order, read and decoded by threads ahead of their use; text says what is wrong with one."""
+        """The images in order, read and decoded ahead by threads; a text is the error of a broken image."""
         with ThreadPoolExecutor(self.workers) as pool:
             waiting: deque = deque()
             for image_id in self.coco.image_ids:

@@ -1,4 +1,4 @@
-"""A record becomes a training example: which instances, formats, caption and phrases, and the grounding of them.
+"""Training examples from records: choice of instances, formats, caption and phrases, and the grounding.
 
 Follows the released training data code (paper, section 3, "training details").
 """
@@ -25,12 +25,11 @@ from instdiff_jax.layout import MAX_INSTANCES
 class DataConfig(Settings):
     """How records become examples; the defaults are the released training's (its configs and README).
 
-    `image_size` is the side of the square canvas in pixels, `map_size` that of the maps. Of an image the
-    `max_instances` largest instances are kept; below 30, batches carry no more slots than that. Probabilities: `flip`;
+    `image_size` is the side of the square canvas in pixels, `map_size` that of the maps. The
+    `max_instances` largest instances of an image are kept, and batches have that many slots. Probabilities: `flip`;
     `keep_caption` (else the caption is empty); `instance_caption`, that an instance's phrase is its own caption instead
     of its category; `drop_*` and `only_*`, see `draw_formats`; `null_grounding`, that a sample has none.
-    `point` is the "center" of the instance's box, as released, or a random pixel of its "mask", as a user's click is
-    (in a ring, the center of the box is not).
+    `point` is the "center" of the instance's box, as released, or a random pixel of its "mask", like a user's click.
     """
 
     image_size: int = 512
@@ -65,7 +64,7 @@ class DataConfig(Settings):
             raise InputError(f"{where}.max_instances: expected at most {MAX_INSTANCES}, got {self.max_instances}")
 
     def without_chance(self) -> "DataConfig":
-        """The same data for validation: nothing is dropped or flipped; captions and scribbles are still drawn."""
+        """The config for validation: nothing is dropped or flipped; captions and scribbles are still random."""
         never = dict(flip=0.0, keep_caption=1.0, instance_caption=0.0, null_grounding=0.0)
         formats = ("drop_box", "drop_point", "drop_scribble", "drop_mask", "only_point", "only_mask", "only_scribble")
         return dataclasses.replace(self, **never, **dict.fromkeys(formats, 0.0))
@@ -76,11 +75,11 @@ def select_instances(
 ) -> list[tuple[AnnotatedInstance, Float[np.ndarray, "4"]]]:
     """The instances to train on with their boxes on the canvas in pixels: large enough, the largest first.
 
-    An instance needs `min_area` of the canvas after clipping; crowds are left out unless the config takes them.
+    An instance needs `min_area` of the canvas after clipping; crowds are left out unless `use_crowds`.
     """
     instances = [item for item in record.instances if config.use_crowds or not item.crowd]
     boxes, areas = crop.boxes(np.array([item.box for item in instances], np.float64).reshape(-1, 4))
-    # Torch sorts float32 areas there.
+    # The official code sorts float32 areas.
     order = np.argsort(-areas.astype(np.float32), kind="stable")
     large = (areas > 0) & (areas / (crop.size * crop.size) >= config.min_area)
     return [(instances[i], boxes[i]) for i in order if large[i]][: config.max_instances]
@@ -170,7 +169,7 @@ def _paint(
     columns: Int[np.ndarray, " S"],
     slot: int,
 ) -> None:
-    """Sets bit `slot` of the maps where the mask lies; only the mask's own box is touched."""
+    """Sets bit `slot` of the maps inside the mask; only the mask's box is read."""
     box = box_from_mask(mask)
     if box is None:
         return
@@ -178,22 +177,22 @@ def _paint(
     across = np.flatnonzero((columns >= x0) & (columns < x1))
     down = np.flatnonzero((rows >= y0) & (rows < y1))
     if len(across) and len(down):
-        # Decoded masks lie in memory column by column, so columns are taken first.
+        # Decoded masks are column-major in memory, so columns are taken first.
         part = mask.T[columns[across]][:, rows[down]].T
         maps[down[0] : down[-1] + 1, across[0] : across[-1] + 1] |= part.astype(np.uint32) << np.uint32(slot)
 
 
 def write_caption(record: Record, categories: Sequence[str], config: DataConfig, rng: np.random.Generator) -> str:
-    """The caption to train with: with detections it begins with what there is, "2 dog, 1 cat. a caption".
+    """The training caption; for detection data it starts with the counted categories, "2 dog, 1 cat. a caption".
 
     Args:
-        record: where it has several captions, one of them is drawn.
+        record: one of its captions is drawn.
         categories: names of the chosen instances, the largest first.
         config: `keep_caption`, `count_categories`.
-        rng: decides.
+        rng: random generator.
 
     Returns:
-        The caption; "" where it is dropped or there is nothing to say.
+        The caption; "" if it is dropped or there is none.
     """
     kept = rng.random() < config.keep_caption
     caption = record.captions[rng.integers(len(record.captions))] if record.captions else ""
@@ -208,7 +207,7 @@ def write_caption(record: Record, categories: Sequence[str], config: DataConfig,
 def choose_phrases(
     instances: Sequence[AnnotatedInstance], config: DataConfig, rng: np.random.Generator
 ) -> Int[np.ndarray, "30"]:
-    """The number of each slot's phrase in phrases.json: its category's or its own caption's; -1 for empty slots."""
+    """The number of each slot's phrase in phrases.json: of its category or of its own caption; -1 for empty slots."""
     numbers = np.full(MAX_INSTANCES, -1, np.int64)
     draws = rng.random(MAX_INSTANCES)
     for slot, instance in enumerate(instances):

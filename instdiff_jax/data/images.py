@@ -1,4 +1,4 @@
-"""Training images: decoding, and the resize, crop and flip that image and locations share.
+"""Training images: decoding, and the resize, crop and flip shared by an image and its locations.
 
 Follows the released training data code (paper, section 3, "training details"). Where that code rescales maps twice,
 ours does it once.
@@ -29,7 +29,7 @@ def load_image(data: bytes) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """Short side to `size`, centre crop, perhaps a flip: from pixels of an image to pixels of a square canvas.
+    """Resize of the short side to `size`, center crop and optional flip, from an image to a square canvas.
 
     Attributes:
         width: of the original image in pixels.
@@ -86,7 +86,7 @@ class Crop:
             boxes: x, y, width, height in pixels of the original image.
 
         Returns:
-            x0, y0, x1, y1 in pixels of the canvas, and each box's area in pixels; an area of 0 where nothing is left.
+            x0, y0, x1, y1 in pixels of the canvas, and each box's area in pixels; an area of 0 outside the canvas.
         """
         boxes = np.asarray(boxes, np.float64)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
@@ -97,7 +97,7 @@ class Crop:
         return corners, area
 
     def points(self, points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
-        """Points x, y in pixels of the original image as pixels of the canvas, moved to its edge from outside."""
+        """Points x, y in pixels of the original image as pixels of the canvas, clipped to it."""
         points = np.clip(np.asarray(points, np.float64) * self.scale - self.corner, 0, self.size)
         if self.flip:
             points[:, 0] = self.size - points[:, 0]

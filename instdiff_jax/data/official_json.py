@@ -1,11 +1,9 @@
-"""The official training JSON as the same dataset that COCO becomes.
-
-    python -m instdiff_jax build-official-json --input FOLDER_OR_FILES … --data_dir data/official
+"""Builds a training dataset from the official training JSON.
 
 Each file holds one image: {"image": base64, "caption", "data_id", "is_det", "annos": [{"bbox": [x, y, w, h], "mask":
 RLE, "category_name", "caption", "text_embedding_before": base64 float32, "blip_clip_embeddings": base64 float32}]}.
-A .txt file lists such files, one a line, as the official --train_file does. The embeddings are kept in a table beside
-the dataset, see `phrases`.
+A .txt file lists such files, one per line, like the official --train_file. The embeddings are stored with the dataset,
+see `phrases`.
 """
 
 import base64
@@ -28,10 +26,10 @@ from instdiff_jax.files import read_json
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
-    """The JSON files of folders (searched through), lists (.txt) and single files, in a fixed order.
+    """The JSON files of folders (recursively), lists (.txt) and single files, in a fixed order.
 
     Raises:
-        InputError: where an input does not exist or there is no file.
+        InputError: if an input does not exist or there is no file.
     """
     files: list[Path] = []
     for path in inputs:
@@ -50,7 +48,7 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
 
 
 def decode_embedding(text: Any, where: str) -> Float[np.ndarray, " width"] | None:
-    """An embedding from base64 of float32; None where it is absent or empty.
+    """An embedding from base64 of float32; None if it is absent or empty.
 
     Raises:
         InputError: for anything else.
@@ -67,10 +65,10 @@ def decode_embedding(text: Any, where: str) -> Float[np.ndarray, " width"] | Non
 
 
 def read_record(path: Path, number: int, report: Report, split: str, embeddings: ImportedEmbeddings) -> Record:
-    """One official file as a record; broken annotations go to the report, embeddings to the table.
+    """Reads one official file as a record; broken annotations go to the report, embeddings to the table.
 
     Raises:
-        InputError: for a file that cannot be used at all.
+        InputError: for a file that cannot be used.
     """
     item = read_json(path)
     if not isinstance(item, dict) or not isinstance(item.get("annos"), list):
@@ -121,7 +119,7 @@ def _read_instance(
             embeddings.check(row, f"{where}.{name}")
     if plain is not None and own is not None and plain.shape != own.shape:
         raise InputError(f"{where}.blip_clip_embeddings: expected {len(plain)} numbers, got {len(own)}")
-    # Without its embedding an instance's caption was never trained on (small instances there repeat the category).
+    # The official training ignores a caption without an embedding (small instances repeat their category).
     text = anno.get("caption")
     caption = " ".join(text.split()) if own is not None and isinstance(text, str) else ""
     number = anno.get("category_id")
@@ -131,6 +129,7 @@ def _read_instance(
         size,
         category,
         where,
+        "mask",
         crowd=bool(anno.get("iscrowd", 0)),
         caption=caption,
         category_id=number if type(number) is int else -1,
@@ -139,7 +138,7 @@ def _read_instance(
     remarks = [("mask", remark)] if remark else []
     for phrase, row in ((category, plain), (caption_phrase(category, caption), own if caption else None)):
         if row is not None and not embeddings.add(phrase, row):
-            remarks.append(("embedding", f"{phrase!r} came with another embedding before, which is kept"))
+            remarks.append(("embedding", f"{phrase!r} already has another embedding, which is kept"))
     return instance, remarks
 
 

@@ -2,13 +2,13 @@
 
 
 class Report:
-    """Counted, named, never silent."""
+    """Skipped files, images and annotations, each with its reason."""
 
     def __init__(self):
         self.skipped: list[dict[str, str]] = []
 
     def skip(self, kind: str, split: str, name: str, reason: str) -> None:
-        """Notes that `kind` (image, annotation, caption, file) `name` of a split was left out."""
+        """Records that `kind` (image, annotation, caption, file) `name` of a split was left out."""
         self.skipped.append({"kind": kind, "split": split, "name": name, "reason": reason})
 
     def counts(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The ground truth: a split of a COCO folder, every image and annotation on the canvas that pictures are made on."""
+"""The ground truth: a split of a COCO folder, with images and annotations on the canvas of the generated images."""
 
 import dataclasses
 import hashlib
@@ -19,12 +19,12 @@ from instdiff_jax.geometry.masks import decode_mask, encode_mask
 from instdiff_jax.geometry.points import sample_scribble
 from instdiff_jax.layout import MAX_INSTANCES
 
-# Side of the canvas in pixels where the split's images do not say one themselves: the released model's.
+# Side of the canvas in pixels if the split's images have no common one: the released model's.
 DEFAULT_SIZE = 512
-# The points that layouts give are drawn with this and the image's id: the same for every --seed.
+# Random points of layouts depend on this and the image's id, so that they are the same for every --seed.
 _POINTS_SEED = 2402
 _ATTRIBUTES_SEED = 3290
-# What attribute binding is measured with (paper, section 4): an instance's caption is one of these and its category.
+# Attribute binding (paper, section 4): an instance's caption is one of these and its category.
 ATTRIBUTES = {
     "colour": ("black", "white", "red", "green", "yellow", "blue", "pink", "purple"),
     "texture": ("rubber", "fluffy", "metallic", "wooden", "plastic", "fabric", "leather", "glass"),
@@ -43,7 +43,7 @@ class Target:
         point: a random pixel of its mask (of its box without one), x and y.
         scribble: 20 random pixels, in order of their distance to (0, 0).
         attributes: kind to value, {"colour": "red"}.
-        asked: False for a crowd, what is too small, and what goes beyond 30: measures ignore it, as COCO's a crowd.
+        asked: False for crowds, small instances and those beyond 30: metrics ignore them, like COCO's crowds.
     """
 
     category: str
@@ -67,7 +67,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scene:
-    """One image of a split: what a picture of it should show.
+    """One image of a split: what a generated image should show.
 
     Attributes:
         image_id: COCO's.
@@ -91,7 +91,7 @@ class Scene:
         return [target for target in self.targets if target.asked]
 
     def real_image(self) -> UInt8[np.ndarray, "size size 3"]:
-        """The real image on the canvas; InputError where its file is missing, broken or of another size."""
+        """The real image on the canvas; InputError if its file is missing, broken or of another size."""
         try:
             image = load_image(self.file.read_bytes())
         except OSError as error:
@@ -139,16 +139,16 @@ def read_split(
 
     Args:
         coco_dir: the COCO folder.
-        name: of the split; its images lie in NAME/ or images/NAME/.
-        size: side of the square canvas in pixels, onto which images are resized and cropped as in training. None: the
-            images' own side where all are squares of one size, else 512.
-        count: take the first so many scenes.
+        name: of the split; its images are in NAME/ or images/NAME/.
+        size: side of the square canvas in pixels, to which images are resized and cropped as in training. None: the
+            images' own side if all are squares of one size, else 512.
+        count: take only the first scenes.
         min_area: share of the canvas that an instance's box must cover to be asked for (as in training).
-        attributes: a kind of ATTRIBUTES: every instance gets one of its values, drawn by the image's id, in place of
-            the attributes and the caption that its annotation may have.
+        attributes: a key of ATTRIBUTES. Each instance gets one of its values, drawn by the image's id, which replaces
+            the annotation's own attributes and caption.
 
     Raises:
-        InputError: for files that are no COCO annotations, broken annotations, and no scenes.
+        InputError: for files that are not COCO annotations, broken annotations, or no scenes.
     """
     files = split_files(Path(coco_dir), name)
     coco = Coco(files.instances, files.captions if files.captions.exists() else None)
@@ -194,7 +194,7 @@ def _read_images(coco: Coco) -> list[CocoImage]:
 
 
 def _canvas_side(images: Sequence[CocoImage]) -> int:
-    """The images' own side where all are squares of one size, else 512."""
+    """The images' own side if all are squares of one size, else 512."""
     sides = {side for image in images for side in (image.width, image.height)}
     return sides.pop() if len(sides) == 1 and max(sides) <= MAX_SIDE else DEFAULT_SIZE
 
@@ -209,7 +209,7 @@ def _fingerprint(coco: Coco, attributes: str | None) -> str:
 
 
 def _targets(image: CocoImage, annotations: Sequence[CocoAnnotation], size: int, min_area: float) -> tuple[Target, ...]:
-    """An image's instances on the canvas, in the file's order; those of which nothing is left are left out."""
+    """An image's instances on the canvas, in the file's order, without those outside the crop."""
     crop = Crop(image.width, image.height, size)
     corners, areas = crop.boxes(np.array([annotation.box for annotation in annotations], np.float64).reshape(-1, 4))
     crowd = np.array([annotation.is_crowd for annotation in annotations], bool)
@@ -230,7 +230,7 @@ def _target(
     number: int,
     asked: bool,
 ) -> Target:
-    """One instance on the canvas; `number` is its place among the image's, which the random points follow from."""
+    """One instance on the canvas; `number` is its index in the image and seeds its random points."""
     mask, segmentation = None, annotation.values.get("segmentation")
     if segmentation:
         where = f"{annotation.where}.segmentation"

@@ -1,7 +1,7 @@
-"""Contours of a binary mask at level 0, as skimage.measure.find_contours gives them, many times faster.
+"""Contours of a binary mask at level 0, equal to skimage.measure.find_contours and many times faster.
 
-Training takes the boundary points of seven masks an image; skimage's assembly of segments, in Python dictionaries of
-coordinate pairs, would cost more than all else there is to do for the image.
+Training needs the boundary points of about seven masks per image; skimage's assembly of segments in Python
+dictionaries would take longer than all other work on the image.
 """
 
 from collections import deque

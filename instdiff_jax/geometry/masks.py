@@ -16,7 +16,7 @@ _POLYGON_MARGIN = 4
 
 
 class RLE(NamedTuple):
-    """A mask as compressed run lengths of COCO: some hundred bytes, whatever the size of the canvas.
+    """A mask as COCO's compressed run lengths: a few hundred bytes.
 
     Attributes:
         size: height and width in pixels.
@@ -33,10 +33,10 @@ class RLE(NamedTuple):
 
     @classmethod
     def from_coco(cls, mask: Any, height: int, width: int, where: str) -> Self:
-        """Reads any of COCO's formats, and makes no array of pixels; see `decode_mask` for the arguments."""
+        """Reads any of COCO's formats without decoding pixels; see `decode_mask` for the arguments."""
         if isinstance(mask, Mapping):
             runs = _read_runs(mask, height, width, where)
-            if (runs[1:] == 0).any():  # not as an encoder writes them: equal masks should have equal counts
+            if (runs[1:] == 0).any():  # no encoder writes empty runs; equal masks must have equal counts
                 return cls.from_mask(_fill_runs(runs, height, width).astype(bool))
             return cls._of(coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width))
         return cls._of(_merge_polygons(mask, height, width, where))
@@ -52,7 +52,7 @@ class RLE(NamedTuple):
         return int(coco_mask.area({"size": list(self.size), "counts": self.counts.encode()}))
 
     def decode(self) -> Bool[np.ndarray, "H W"]:
-        """The mask, read-only. The last 32 masks are kept: those of one layout are decoded once."""
+        """The mask, read-only. The last 32 masks are cached, enough for one layout."""
         return _decode(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _decode(rle: RLE) -> Bool[np.ndarray, "H W"]:
 
 
 class CompactMask:
-    """A field of a dataclass: a mask that is given as RLE is kept so, and decoded when it is read."""
+    """A dataclass field for a mask: an RLE is stored as it is and decoded when it is read."""
 
     def __get__(self, instance: object, owner: type) -> Bool[np.ndarray, "H W"] | None:
         if instance is None:

@@ -25,14 +25,14 @@ def mask_points(mask: Bool[np.ndarray, "H W"], rng: np.random.Generator | None =
 
     Returns:
         x, y in pixels. The boundary's coordinates are one too large, up to x1 + 1 and y1 + 1: the official code
-        pads the mask by one before it traces contours and never takes that off again. Zeros for an empty mask.
+        pads the mask by one before tracing and does not subtract it. Zeros for an empty mask.
     """
     box = box_from_mask(mask)
     if box is None:
         return np.zeros((MASK_POINTS, 2), np.float32)
     x0, y0, x1, y1 = box.astype(int)
     crop = np.ascontiguousarray(mask[y0:y1, x0:x1])
-    # Contours come in raster order of where they begin, so tracing the crop changes nothing but an offset.
+    # Contours are in raster order of their first point, so tracing the crop only changes the offset.
     contours = [contour for contour in trace_contours(np.pad(crop, 1)) if len(contour) >= 3]
     boundary = np.concatenate(contours)[:, ::-1] + (x0, y0)
     boundary = boundary[np.linspace(0, len(boundary) - 1, BOUNDARY_POINTS).astype(int)]
@@ -41,7 +41,7 @@ def mask_points(mask: Bool[np.ndarray, "H W"], rng: np.random.Generator | None =
 
 
 def sample_scribble(mask: Bool[np.ndarray, "H W"], rng: np.random.Generator) -> Float[np.ndarray, "20 2"]:
-    """20 random pixels of a mask ordered by distance to (0, 0): what training takes for a scribble.
+    """20 random pixels of a mask ordered by distance to (0, 0): the scribbles of training.
 
     Returns:
         x, y in pixels; zeros for an empty mask. A mask with fewer than 20 pixels repeats some.
@@ -59,7 +59,7 @@ def sample_scribble(mask: Bool[np.ndarray, "H W"], rng: np.random.Generator) -> 
 def resample_scribble(
     points: Real[np.ndarray, "n 2"], count: int = SCRIBBLE_POINTS, size: tuple[float, float] = (1.0, 1.0)
 ) -> Float[np.ndarray, "count 2"]:
-    """A scribble with any number of points as `count` of them, ordered by distance to (0, 0).
+    """Resamples a scribble to `count` points, ordered by distance to (0, 0).
 
     Exactly `count` points are kept as they are, as the official code does; other numbers are replaced by points
     at equal arc length along the path. The order is that of the released command line.
@@ -83,17 +83,17 @@ def resample_scribble(
 
 
 def normalize_points(points: Real[np.ndarray, "n 2"], width: float, height: float) -> Float[np.ndarray, "n 2"]:
-    """Pixels as fractions of the canvas, at most 1: the offset of boundary points can reach beyond the edge."""
+    """Pixels as fractions of the canvas, at most 1: boundary points may lie beyond the edge."""
     return np.minimum(np.asarray(points, np.float64) / (width, height), 1.0).astype(np.float32)
 
 
 def order_by_origin(points: Real[np.ndarray, "n 2"]) -> Real[np.ndarray, "n 2"]:
-    """Points in order of their distance to (0, 0); equally distant ones stay in the order they came."""
+    """Points in order of their distance to (0, 0); a stable sort."""
     return points[np.argsort(_norm(np.asarray(points, np.float64)), kind="stable")]
 
 
 def _norm(vectors: Real[np.ndarray, "n 2"]) -> Float[np.ndarray, " n"]:
-    # Not hypot, which rounds otherwise: distances that tie in the official code would no longer tie.
+    # Not hypot, which rounds differently: ties of the official code would no longer be ties.
     return np.sqrt(vectors[:, 0] ** 2 + vectors[:, 1] ** 2)
 
 
