@@ -32,6 +32,11 @@ def choose_kernel(
     """
     if platform == "gpu" and cudnn.supports(queries, dtype):
         return cudnn.attention
+    if platform == "tpu":
+        from instdiff_jax.models.kernels import flash_tpu  # Pallas, which nothing else needs, takes a while to import
+
+        if flash_tpu.supports(queries, keys, dtype):
+            return flash_tpu.attention
     return chunked.attention
 
 
