@@ -1,5 +1,6 @@
 """Our side of the benchmarks; runs in a worker process."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from common import grounding_arrays
 from instdiff_jax import grounding as groundings
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import SamplingConfig
-from instdiff_jax.diffusion.multi_instance import ImageRows, count_evaluations, plan_pieces
+from instdiff_jax.diffusion.plan import SamplerSettings, SamplingPlan, make_plan
+from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.models.clip_text import CLIPTextEncoder
 from instdiff_jax.models.tokenizer import Tokenizer
@@ -24,7 +26,9 @@ from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
 from instdiff_jax.parallel.runtime import spare_compiler_memory
-from instdiff_jax.sampling.pipeline import DTYPES, NoisePredictor, Pipeline
+from instdiff_jax.sampling.loading import DTYPES
+from instdiff_jax.sampling.pipeline import Pipeline
+from instdiff_jax.sampling.programs import NoisePredictor
 from instdiff_jax.sampling.start import initial_noise
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import init_state, make_sharding_plan, split_params
@@ -72,19 +76,20 @@ class Ours:
         """The smallest number of steps, at least 4, that runs all programs of a job with `steps` steps."""
 
         def programs(count: int) -> set:
-            table = solver_table("plms", count, self.model.config.schedule, (alpha, 0.0, 1.0 - alpha))
-            pieces = plan_pieces(table, int(table.steps * mis) if instances else 0)
-            return {piece._replace(start=0, stop=0) for piece in pieces}
+            return {piece._replace(start=0, stop=0) for piece in self._plan(instances, mis, count, alpha).pieces}
 
         return next((count for count in range(4, steps) if programs(count) == programs(steps)), steps)
 
     def evaluations(self, instances: int, mis: float, steps: int, alpha: float) -> tuple[int, int]:
         """UNet evaluations of single latents for an image, guidance included: with fusers, and without."""
+        plan, image = self._plan(instances, mis, steps, alpha), [ImageRows(0, 0, tuple(range(instances)))]
+        with_fusers = tuple(piece for piece in plan.pieces if piece.use_fusers)
+        fused = dataclasses.replace(plan, pieces=with_fusers).evaluations(image)
+        return fused, plan.evaluations(image) - fused
+
+    def _plan(self, instances: int, mis: float, steps: int, alpha: float) -> SamplingPlan:
         table = solver_table("plms", steps, self.model.config.schedule, (alpha, 0.0, 1.0 - alpha))
-        pieces = plan_pieces(table, int(table.steps * mis) if instances else 0)
-        image = [ImageRows(layout=0, negative=0, instances=tuple(range(instances)))]
-        fused = count_evaluations([piece for piece in pieces if piece.use_fusers], image, guided=True)
-        return fused, count_evaluations(pieces, image, guided=True) - fused
+        return make_plan(table, SamplerSettings(mis_steps=int(table.steps * mis) if instances else 0))
 
     # ------------------------------------------------------------ UNet
 

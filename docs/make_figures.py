@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image  # noqa: E402
 
 from instdiff_jax import Layout, Pipeline  # noqa: E402
+from instdiff_jax.parallel.runtime import set_up_compilation  # noqa: E402
 from instdiff_jax.sampling.visualize import contact_sheet, draw_layout, enlarge  # noqa: E402
 
 FIGURES = ROOT / "docs" / "figures"
@@ -46,7 +47,7 @@ def layouts_and_images(pipeline: Pipeline, names: Sequence[str]) -> list[tuple[n
     layouts = [Layout.from_json(ROOT / "examples" / "shapes" / f"{name}.json") for name in names]
     pairs = []
     for result in pipeline(layouts, seeds=[0]):
-        image = enlarge(np.asarray(result.image))
+        image = enlarge(result.array)
         pairs.append((draw_layout(result.layout, np.full_like(image, 255)), image))
     return pairs
 
@@ -61,6 +62,7 @@ def save(name: str, sheet: np.ndarray, width: int = 1200) -> None:
 def main() -> None:
     layouts = [Layout.from_json(ROOT / "examples" / f"{name}.json") for name in DEMOS]
     save("layout.png", contact_sheet([draw_layout(layout) for layout in layouts], columns=3))
+    set_up_compilation()
     pipeline = Pipeline.from_checkpoint(CHECKPOINT)
     images = [image for pair in layouts_and_images(pipeline, list(KINDS)) for image in pair]
     captions = [text for kind in KINDS.values() for text in (kind, "")]

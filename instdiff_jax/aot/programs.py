@@ -18,14 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from instdiff_jax.analysis.chips import CHIPS
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import ModelConfig
-from instdiff_jax.diffusion.multi_instance import denoise, start_state
+from instdiff_jax.diffusion.loop import Evaluations, denoise, start_state
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.errors import InputError
 from instdiff_jax.grounding import null_grounding
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import NUM_TOKENS
 from instdiff_jax.parallel.mesh import BATCH, REPLICATED, ParallelSettings, check_batch
-from instdiff_jax.sampling.pipeline import NoisePredictor
+from instdiff_jax.sampling.programs import NoisePredictor
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import make_sharding_plan
 from instdiff_jax.training.step import batch_keys, compile_step, make_train_step
@@ -138,8 +138,7 @@ def sample_program(model: ModelConfig, settings: TrainSettings, mesh: Mesh, rows
         place(params, mesh),
         place(jax.eval_shape(begin), mesh, BATCH),
         place(jax.eval_shape(condition, params), mesh, BATCH),
-        place(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, table)), mesh),
-        *place((bound, bound, scale), mesh),
+        place(Evaluations(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, table)), bound, bound, scale), mesh),
     )
     predict_noise = NoisePredictor(network)
     options = dict(use_fusers=True, sharding=NamedSharding(mesh, BATCH))

@@ -97,12 +97,13 @@ def run(args: argparse.Namespace) -> None:
     from instdiff_jax.evaluation.files import claim_folder
     from instdiff_jax.evaluation.split import read_split
     from instdiff_jax.parallel.mesh import PATIENCE, initialize_distributed
-    from instdiff_jax.parallel.runtime import spare_compiler_memory
+    from instdiff_jax.parallel.runtime import set_up_compilation
+    from instdiff_jax.sampling.loading import choose_dtype
 
-    spare_compiler_memory()
+    set_up_compilation()
     initialize_distributed(PATIENCE)
     shard = Shard.of_process() if args.shard is None else Shard.parse(args.shard)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = choose_dtype(args.dtype)
     split = read_split(args.coco_dir, args.split, args.size, args.count, args.min_area, args.attributes)
     # A mistake in what measures the images should be found before hours of generating them.
     measures = open_measures(args, split)

@@ -4,16 +4,15 @@ The UNet comes in as a function
 
     eps_fn(params, latents [n h w c], timesteps [n], conditions, alpha) -> ε [n h w c]
 
-that must be hashable and one object a model, since it is part of the compiled program's key. With
-guidance n is rows · 2, each row's conditional and unconditional entry side by side: halves one after
-the other would cost collectives when rows are sharded.
+that must be hashable and the same object for the same model, since it is part of the compiled program's key. With
+guidance n is 2 · rows, and each row's conditional and unconditional entries are adjacent: as two halves they would cost
+collectives when rows are sharded.
 
-Conditions are a dict of groups, each a tree of arrays. All leaves have one leading axis of unique
-entries, which rows point into. The group `grounding` is what only the fusers read; it is left out
-wherever they are off.
+Conditions are a dict of groups, each a tree of arrays whose first axis is the rows'. Only the fusers read the group
+`grounding`; it is left out where they are off.
 
-Where deep features are reused between evaluations (DeepCache; Ma et al. 2024), `eps_fn` has two parts besides:
-`deep(params, latents, timesteps, conditions, alpha)`, and `finish`, which takes its result after those.
+To reuse deep features between evaluations (DeepCache; Ma et al. 2024), `eps_fn` also has two parts:
+`deep(params, latents, timesteps, conditions, alpha)`, and `finish`, which takes its result as one more argument.
 """
 
 import functools
@@ -52,6 +51,25 @@ class Inpaint(NamedTuple):
     noise: Float[Array, "rows h w c"]
 
 
+class Evaluations(NamedTuple):
+    """Evaluations start … stop−1 of a solver's table. All values are traced: others compile nothing.
+
+    Attributes:
+        coefficients: the table's.
+        start: first evaluation.
+        stop: end of the evaluations.
+        guidance_scale: g of ε = u + g·(c − u) (classifier-free guidance); not read without unconditional entries.
+        reuse: compute deep features in every `reuse`-th evaluation from `start` on; None computes them in each, by
+            another program.
+    """
+
+    coefficients: Coefficients
+    start: Int[Array, ""] | int
+    stop: Int[Array, ""] | int
+    guidance_scale: Float[Array, ""] | float = 1.0
+    reuse: Int[Array, ""] | int | None = None
+
+
 def start_state(latents: Float[Array, "rows h w c"]) -> DenoiseState:
     """The state before a solver's first evaluation."""
     latents = jnp.asarray(latents, jnp.float32)
@@ -65,73 +83,81 @@ def denoise(
     params: Any,
     state: DenoiseState,
     conditions: Any,
-    coefficients: Coefficients,
-    start: Int[Array, ""] | int,
-    stop: Int[Array, ""] | int,
-    guidance_scale: Float[Array, ""] | float,
+    evaluations: Evaluations,
     *,
     use_fusers: bool,
     inpaint: Inpaint | None = None,
     sharding: NamedSharding | None = None,
-    reuse: Int[Array, ""] | int | None = None,
 ) -> DenoiseState:
-    """Runs evaluations start … stop−1 of a solver's table on every row, in one compiled loop.
+    """Runs evaluations of a solver on every row, in one compiled loop.
 
-    Only shapes, `eps_fn`, `use_fusers`, `sharding` and whether there are `inpaint` and `reuse` decide the program.
+    The program depends only on shapes, `eps_fn`, `use_fusers`, `sharding`, and whether there are `inpaint` and `reuse`.
 
     Args:
         eps_fn: the UNet, see the top of the file.
         params: its parameters.
         state: donated.
         conditions: tree of [rows, G, …]; G = 2 with guidance (conditional, negative), 1 without.
-        coefficients: the table's.
-        start: first evaluation.
-        stop: end of the evaluations.
-        guidance_scale: g of ε = u + g·(c − u) (classifier-free guidance); not read where G = 1.
+        evaluations: which ones.
         use_fusers: False passes alpha=None to `eps_fn`, which leaves the fusers out of the program.
         inpaint: a region to keep.
         sharding: how the rows axis is split over a mesh.
-        reuse: deep features are computed in every `reuse`-th evaluation from `start` on; None, in each.
     """
+    run = functools.partial(_denoise_part, eps_fn, use_fusers)
+    evaluations = jax.tree.map(jnp.asarray, evaluations)
+    return on_each_device(run, sharding, whole=(0, 3))(params, state, conditions, evaluations, inpaint)
 
-    def run(params, state, conditions, coefficients, start, stop, guidance_scale, reuse, inpaint):
-        groups = jax.tree.leaves(conditions)[0].shape[1]
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditions)
 
-        def predict(i, deep, *inputs):
-            """ε and the deep features it was made of."""
-            if reuse is None:
-                return eps_fn(params, *inputs), deep
+def _denoise_part(
+    eps_fn: EpsFn,
+    use_fusers: bool,
+    params: Any,
+    state: DenoiseState,
+    conditions: Any,
+    evaluations: Evaluations,
+    inpaint: Inpaint | None,
+) -> DenoiseState:
+    """`denoise` on the rows of one device."""
+    coefficients, start, stop, scale, reuse = evaluations
+    groups = jax.tree.leaves(conditions)[0].shape[1]
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditions)
+
+    def inputs(c: Coefficients, x: Array) -> tuple:
+        """What `eps_fn` takes: each row once per group."""
+        latents = jnp.repeat(x, groups, axis=0)
+        return latents, jnp.broadcast_to(c.timestep, latents.shape[:1]), flat, c.alpha if use_fusers else None
+
+    def evaluate(i: Array, carry: tuple[DenoiseState, Array | None]) -> tuple[DenoiseState, Array | None]:
+        state, deep = carry
+        c = _entry(coefficients, i)
+        x = state.latents if inpaint is None else _keep_known(c, state.latents, inpaint)
+        if reuse is None:
+            eps = eps_fn(params, *inputs(c, x))
+        else:
             fresh = (i - start) % reuse == 0
-            deep = jax.lax.cond(fresh, lambda: eps_fn.deep(params, *inputs), lambda: deep)
-            return eps_fn.finish(params, *inputs, deep), deep
+            deep = jax.lax.cond(fresh, lambda: eps_fn.deep(params, *inputs(c, x)), lambda: deep)
+            eps = eps_fn.finish(params, *inputs(c, x), deep)
+        eps = _guide(eps.astype(jnp.float32).reshape(-1, groups, *x.shape[1:]), scale)
+        return DenoiseState(*update(c, x, state.anchor, state.history, eps)), deep
 
-        def evaluate(i, carry):
-            state, deep = carry
-            c = jax.tree.map(lambda column: column[i], coefficients)
-            x = state.latents
-            if inpaint is not None:
-                known = c.signal * inpaint.latents + c.sigma * inpaint.noise
-                keep = jnp.where(c.blend, inpaint.keep, 0.0)
-                x = keep * known + (1.0 - keep) * x
-            pairs = jnp.repeat(x, groups, axis=0)
-            alpha = c.alpha if use_fusers else None
-            eps, deep = predict(i, deep, pairs, jnp.broadcast_to(c.timestep, pairs.shape[:1]), flat, alpha)
-            eps = eps.astype(jnp.float32).reshape(-1, groups, *x.shape[1:])
-            if groups == 2:
-                eps = eps[:, 1] + guidance_scale * (eps[:, 0] - eps[:, 1])
-            else:
-                eps = eps[:, 0]
-            return DenoiseState(*update(c, x, state.anchor, state.history, eps)), deep
+    deep = None
+    if reuse is not None:  # zeros of the right shape: the first evaluation replaces them
+        shape = jax.eval_shape(eps_fn.deep, params, *inputs(_entry(coefficients, 0), state.latents))
+        deep = jnp.zeros(shape.shape, shape.dtype)
+    return jax.lax.fori_loop(start, stop, evaluate, (state, deep))[0]
 
-        deep = None
-        if reuse is not None:  # replaced before it is read
-            pairs = jnp.repeat(state.latents, groups, axis=0)
-            times = jnp.broadcast_to(coefficients.timestep[0], pairs.shape[:1])
-            inputs = params, pairs, times, flat, coefficients.alpha[0] if use_fusers else None
-            shape = jax.eval_shape(eps_fn.deep, *inputs)
-            deep = jnp.zeros(shape.shape, shape.dtype)
-        return jax.lax.fori_loop(start, stop, evaluate, (state, deep))[0]
 
-    numbers = jax.tree.map(jnp.asarray, (coefficients, start, stop, guidance_scale, reuse))
-    return on_each_device(run, sharding, whole=(0, 3, 4, 5, 6, 7))(params, state, conditions, *numbers, inpaint)
+def _entry(coefficients: Coefficients, i: Array | int) -> Coefficients:
+    return jax.tree.map(lambda column: column[i], coefficients)
+
+
+def _keep_known(c: Coefficients, x: Float[Array, "rows h w c"], inpaint: Inpaint) -> Float[Array, "rows h w c"]:
+    """Puts the known image, noised to the step, into the region to keep."""
+    known = c.signal * inpaint.latents + c.sigma * inpaint.noise
+    keep = jnp.where(c.blend, inpaint.keep, 0.0)
+    return keep * known + (1.0 - keep) * x
+
+
+def _guide(eps: Float[Array, "rows groups h w c"], scale: Float[Array, ""]) -> Float[Array, "rows h w c"]:
+    """Classifier-free guidance (Ho and Salimans 2022), where there is an unconditional prediction."""
+    return eps[:, 1] + scale * (eps[:, 0] - eps[:, 1]) if eps.shape[1] == 2 else eps[:, 0]

@@ -86,7 +86,7 @@ def generate(
         seeds = [image_seed(settings.seed, scene.image_id) for scene in part]
         results = pipeline.stream(layouts, layout_seeds=seeds, drop=settings.drop, **sampling)
         for scene, result in zip(part, results, strict=True):
-            write_image(image_path(folder, scene), result.image)
+            write_image(image_path(folder, scene), result.array)
             drawn += 1
             report()
     return drawn

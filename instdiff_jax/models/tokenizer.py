@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from jaxtyping import Int32
@@ -36,9 +37,9 @@ class Tokenizer:
             InputError: naming the tokenizer, if it is not there or does not fit.
         """
         # Imported here: it takes a second, and only this class needs it.
-        # transformers would warn that PyTorch is missing, which tokenizers do not need.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import CLIPTokenizer
+        with mock.patch.dict(os.environ, TRANSFORMERS_NO_ADVISORY_WARNINGS="1"):
+            # Otherwise it warns that PyTorch is missing, which tokenizers do not need.
+            from transformers import CLIPTokenizer
 
         self.max_length = max_length
         try:

@@ -1,4 +1,4 @@
-"""The persistent cache of compiled programs, and the memory that compiling leaves behind."""
+"""Compiling: the cache of compiled programs, and the memory that compiling takes."""
 
 import ctypes
 import functools
@@ -12,14 +12,25 @@ import jax
 import jaxlib
 
 _EMITTERS_FLAG = "xla_cpu_use_fusion_emitters"
-# XLA ends the process at a flag it does not know: jaxlib 0.10.2 knows this one, 0.11.2 does not.
+# XLA ends the process at an unknown flag: jaxlib 0.10.2 knows this one, 0.11.2 does not.
 _FIRST_WITHOUT = (0, 11)
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
+def set_up_compilation() -> None:
+    """Sets up compiling for a command: cache and memory. Call before jax looks for devices.
+
+    It changes the process (environment, jax's configuration, the allocator), so it is the command line's to call,
+    never the library's.
+    """
+    spare_compiler_memory()
+    enable_compilation_cache()
+    return_compiler_memory()
+
+
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs under the user's cache folder, unless jax is configured otherwise already."""
+    """Keeps compiled programs in the user's cache folder, unless jax is configured otherwise already."""
     if jax.config.jax_compilation_cache_dir is not None:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -33,11 +44,11 @@ def enable_compilation_cache() -> None:
 
 
 def spare_compiler_memory() -> None:
-    """Has XLA compile for CPUs in less memory; to be called before jax looks for devices, after which it is too late.
+    """Makes XLA compile for CPUs in less memory. Has no effect once jax has looked for devices.
 
-    Its newer way to compile fusions needs half a gigabyte more for a small UNet, which then lies beside the weights,
-    and the program is no faster (docs/performance.md). A user's own XLA_FLAGS on it stay. And glibc, whose threads have
-    a heap each that is never quite full, gets one for every two cores, unless the user says how many.
+    XLA's newer way to compile fusions needs half a gigabyte more for a small UNet, beside the weights, and the program
+    is no faster (docs/performance.md). And glibc gives every thread a heap of its own, each never quite full: here it
+    gets one per two cores. A user's own XLA_FLAGS and MALLOC_ARENA_MAX are kept.
     """
     if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
         _set_heaps(max(1, (os.cpu_count() or 1) // 2))
@@ -48,17 +59,17 @@ def spare_compiler_memory() -> None:
 
 @functools.cache
 def return_compiler_memory() -> None:
-    """From now on gives the memory that the compiler has freed back to the system, after each long compilation.
+    """From now on returns the compiler's freed memory to the system after each long compilation, on CPUs.
 
-    For CPUs, where compiler and programs share memory: glibc would keep it for the process, half a gigabyte after a
-    small UNet, and lie beside the pictures. Does nothing where the C library cannot.
+    There compiler and programs share memory, and glibc would keep half a gigabyte after a small UNet. Does nothing with
+    another C library.
     """
     trim = _heap_trim()
     if trim is None:
         return
 
     def trim_after(event: str, duration: float, **_: Any) -> None:
-        if event == _BACKEND_COMPILE and duration > 0.5:
+        if event == _BACKEND_COMPILE and duration > 0.5 and jax.default_backend() == "cpu":
             trim()
 
     jax.monitoring.register_event_duration_secs_listener(trim_after)

@@ -1,4 +1,4 @@
-"""Opens what `--checkpoint` may name, a checkpoint folder or a training run, for sampling."""
+"""Opens a checkpoint folder or a training run for sampling; the type that networks compute in."""
 
 import hashlib
 from pathlib import Path
@@ -13,9 +13,11 @@ from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.tokenizer import Tokenizer
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
 
 class Model(NamedTuple):
-    """A model ready to sample: sizes, sampling defaults, trees of all four networks, tokenizer."""
+    """A model ready to sample: sizes, sampling settings, parameter trees of all four networks, tokenizer."""
 
     config: ModelConfig
     sampling: SamplingConfig
@@ -23,16 +25,31 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
 
 
+def choose_dtype(dtype: str | None = None) -> str:
+    """The name of the type that the networks compute in: the given one, or the platform's default.
+
+    The default is float32 on CPUs and bfloat16 on GPUs and TPUs.
+
+    Raises:
+        InputError: for a type that is not supported.
+    """
+    if dtype is None:
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    return dtype
+
+
 def load_model(directory: str | Path, dtype: Any, sharding: jax.sharding.Sharding | None = None) -> Model:
     """Loads a checkpoint folder, or the averaged parameters of a training run's newest checkpoint.
 
     Args:
         directory: the folder.
-        dtype: of the leaves with two axes or more; vectors, scalars and the autoencoder are float32.
-        sharding: where the parameters go; the default device otherwise.
+        dtype: of leaves with two axes or more; vectors, scalars and the autoencoder are float32.
+        sharding: where the parameters go; None for the default device.
 
     Raises:
-        InputError: for a folder that is neither, is damaged, or has no adapters to sample with.
+        InputError: if the folder is neither, is damaged, or has no adapters to sample with.
     """
     directory = Path(directory)
     if (directory / "checkpoints").is_dir():
@@ -67,22 +84,22 @@ def _open_tokenizer(config: ModelConfig, name: str | Path) -> Tokenizer:
 
 
 def checkpoint_fingerprint(directory: Path) -> str:
-    """Tells a checkpoint, or a training run's newest step, from another at the same place: a hash of its contents.
+    """A hash that tells a checkpoint, or a training run's newest step, from another one in the same folder.
 
     Raises:
-        InputError: for a folder that is neither.
+        InputError: if the folder is neither.
     """
     try:
         digest = hashlib.sha256((directory / "config.json").read_bytes())
         if (directory / "checkpoints").is_dir():
             steps = [path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
             newest = max(steps, key=lambda path: int(path.name), default=None)
-            # Beside the step its facts, which hold a checksum of every array: a run made anew is another model.
+            # The step's facts hold a checksum of every array: a run trained again is another model.
             files = [] if newest is None else sorted(path for path in (newest / "facts").rglob("*") if path.is_file())
             names = [f"{path.parts[-3:]} {_ends(path)}" for path in files if not path.name.startswith("_")]
             names += [] if newest is None else [newest.name]
         else:
-            # What orbax writes holds a hash or the data itself: sizes alone would not tell a later export apart.
+            # Sizes alone would not tell a later export apart.
             files = sorted(path for path in (directory / "params").rglob("*") if path.is_file())
             names = [f"{path.relative_to(directory)} {_ends(path)}" for path in files if not path.name.startswith("_")]
     except OSError as error:

@@ -1,11 +1,12 @@
-"""The networks around the denoising loop as programs: texts, groundings and pictures, split over a mesh.
+"""The networks around the denoising loop as programs: texts, groundings and images, split over a mesh.
 
-Each program takes a few entries a device, so that one small program does for any number of them. A sharding of None is
-one device and no mesh. Everything returns before it is ready.
+Each program takes a few entries per device, so that one small program does for any number of them. A sharding of None
+is one device without a mesh. Everything returns before it is ready.
 
 Axes: t texts, u unique conditions, b batch, h and w latent height and width, H and W pixels.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,21 +18,52 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
 from instdiff_jax import grounding as groundings
+from instdiff_jax.config import ModelConfig
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
 from instdiff_jax.models.unet import Conditions, UNet
 from instdiff_jax.models.unifusion import UniFusion
 from instdiff_jax.parallel.rows import count_devices, on_each_device, settled, spread, take
-from instdiff_jax.sampling.conditions import Entry
+from instdiff_jax.sampling.conditions import ConditionInput
 
-CHUNK = 4  # texts or groundings a device
+CHUNK = 4  # texts or groundings per device
 
 
-class Networks(NamedTuple):
-    """What makes conditions; hashable, since it is part of the compiled programs' keys."""
+class SamplingNetworks(NamedTuple):
+    """The four networks, without parameters; hashable, since they are part of the compiled programs' keys."""
 
     unet: UNet
     unifusion: UniFusion
+    text_encoder: CLIPTextEncoder
+    autoencoder: Autoencoder
+
+
+def make_networks(config: ModelConfig, dtype: Any) -> SamplingNetworks:
+    """The networks of a model, computing in `dtype`; the autoencoder always in float32 (as the official code)."""
+    return SamplingNetworks(
+        unet=UNet(config.unet, dtype=dtype),
+        unifusion=UniFusion(config.unifusion, config.unet.context_dim, dtype=dtype),
+        text_encoder=CLIPTextEncoder(config.text_encoder, dtype=dtype),
+        autoencoder=Autoencoder(config.autoencoder, dtype=jnp.float32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisePredictor:
+    """The UNet as diffusion/loop.py takes it; equal for equal networks, so that programs are shared."""
+
+    unet: UNet
+
+    def __call__(self, params, latents, timesteps, conditions, alpha):
+        return self.unet.apply({"params": params}, latents, timesteps, conditions, alpha)
+
+    def deep(self, params, *inputs):
+        """The part whose result may be reused in the next evaluations."""
+        return self.unet.apply({"params": params}, *inputs, method="deep_features")
+
+    def finish(self, params, *inputs):
+        """The rest, given that result."""
+        return self.unet.apply({"params": params}, *inputs, method="finish")
 
 
 def encode_text(
@@ -39,37 +71,37 @@ def encode_text(
 ) -> tuple[Float[Array, "padded 77 e"], Float[Array, "padded e"]]:
     """Last hidden states and pooled states of texts, padded to whole chunks."""
     parts = [
-        _encode_text(encoder, sharding, params, spread(ids[chunk], sharding))
+        encode_text_chunk(encoder, sharding, params, spread(ids[chunk], sharding))
         for chunk in _chunks(len(ids), CHUNK, count_devices(sharding))
     ]
     return _join(parts, sharding)
 
 
 def make_conditions(
-    networks: Networks,
+    networks: SamplingNetworks,
     params: dict[str, Any],
-    entries: Sequence[Entry],
+    inputs: Sequence[ConditionInput],
     hidden: Float[Array, "t 77 e"],
     pooled: Float[Array, "p e"],
     sharding: NamedSharding | None,
 ) -> Conditions:
-    """Conditions of entries, the last of which is the null one; padded to whole chunks.
+    """Keys and values of conditions, padded to whole chunks.
 
     Args:
-        networks: what makes them.
+        networks: of which UNet and UniFusion make them.
         params: trees of unet and unifusion.
-        entries: what they are made of.
-        hidden: of the texts that entries number.
-        pooled: of the phrases that entries number.
+        inputs: what each is made of.
+        hidden: of the texts that `inputs` index.
+        pooled: of the phrases that `inputs` index.
         sharding: how they are split over a mesh.
     """
-    texts = np.array([entry.text for entry in entries])
-    phrases = np.full((len(entries), groundings.MAX_INSTANCES), -1)
-    for row, entry in zip(phrases, entries, strict=True):
+    texts = np.array([entry.text for entry in inputs])
+    phrases = np.full((len(inputs), groundings.MAX_INSTANCES), -1)
+    for row, entry in zip(phrases, inputs, strict=True):
         row[: len(entry.phrases)] = entry.phrases
     parts = []
-    for chunk in _chunks(len(entries), CHUNK, count_devices(sharding)):
-        batch = groundings.stack([entries[i].grounding for i in chunk])
+    for chunk in _chunks(len(inputs), CHUNK, count_devices(sharding)):
+        batch = groundings.stack([inputs[i].grounding for i in chunk])
         del batch["phrase_embeddings"]
         use_maps = bool(batch["has_map"].any())
         if not use_maps:
@@ -78,7 +110,7 @@ def make_conditions(
         context = take(hidden, texts[chunk], sharding)
         embeddings = take(pooled, np.maximum(phrases[chunk], 0), sharding)
         trees = params["unifusion"], params["unet"]
-        made = _condition(networks, sharding, use_maps, trees, *arrays, embeddings, context)
+        made = make_conditions_chunk(networks, sharding, use_maps, trees, *arrays, embeddings, context)
         parts.append(settled(made, sharding))
     return _join(parts, sharding)
 
@@ -90,26 +122,26 @@ def decode(
     most: int,
     sharding: NamedSharding | None,
 ) -> list[UInt8[Array, "n H W 3"]]:
-    """Pixels, in equal parts of at most `most` pictures a device; the last one is filled up. See `Pipeline.decode`."""
+    """Pixels, in equal parts of at most `most` images per device; the last part is padded. See `Pipeline.decode`."""
     count, devices = len(latents), count_devices(sharding)
     calls = -(-count // (most * devices))
     size = -(-count // (calls * devices)) * devices
     latents, parts = spread(latents, sharding), []
     for first in range(0, count, size):
         part = take(latents, np.minimum(np.arange(first, first + size), count - 1), sharding)
-        parts.append(settled(_decode(autoencoder, sharding, params, part), sharding))
+        parts.append(settled(decode_chunk(autoencoder, sharding, params, part), sharding))
     return parts
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(autoencoder: Autoencoder, params: Any, image: Float[Array, "b H W 3"]) -> Float[Array, "b h w z"]:
-    """The mean latents of pictures in [−1, 1], scaled."""
+    """The mean latents of images in [−1, 1], scaled."""
     mean, _ = autoencoder.apply({"params": params}, image, method="encode")
     return mean.astype(jnp.float32) * autoencoder.config.scale_factor
 
 
 def _chunks(count: int, size: int, devices: int) -> Int[np.ndarray, "chunks n"]:
-    """Numbers of entries, `size` a device at a time, so that `_join` puts them in order; the last one fills up."""
+    """Indices, `size` per device at a time, so that `_join` puts them in order; the last index pads."""
     chunks = -(-count // (size * devices))
     numbers = np.arange(chunks * size * devices).reshape(devices, chunks, size)
     return np.minimum(numbers.transpose(1, 0, 2).reshape(chunks, -1), count - 1)
@@ -117,7 +149,7 @@ def _chunks(count: int, size: int, devices: int) -> Int[np.ndarray, "chunks n"]:
 
 @functools.partial(jax.jit, static_argnames="sharding")
 def _join(parts: list[Any], sharding: NamedSharding | None) -> Any:
-    """Trees one after the other, on every device its own."""
+    """Concatenates trees, each device its own part."""
 
     def local(*parts: Any) -> Any:
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
@@ -126,7 +158,11 @@ def _join(parts: list[Any], sharding: NamedSharding | None) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode_text(encoder, sharding, params, ids: Int[Array, "t 77"]) -> tuple[Array, Array]:
+def encode_text_chunk(
+    encoder: CLIPTextEncoder, sharding: NamedSharding | None, params: Any, ids: Int[Array, "t 77"]
+) -> tuple[Array, Array]:
+    """The program of `encode_text` for one chunk."""
+
     def run(params, ids):
         hidden, pooled = encoder.apply({"params": params}, ids)
         return hidden, pooled.astype(jnp.float32)
@@ -135,7 +171,18 @@ def _encode_text(encoder, sharding, params, ids: Int[Array, "t 77"]) -> tuple[Ar
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _condition(networks, sharding, use_maps, params, grounding, phrases, embeddings, context) -> Conditions:
+def make_conditions_chunk(
+    networks: SamplingNetworks,
+    sharding: NamedSharding | None,
+    use_maps: bool,
+    params: tuple[Any, Any],
+    grounding: dict[str, Array],
+    phrases: Int[Array, "u 30"],
+    embeddings: Float[Array, "u 30 e"],
+    context: Float[Array, "u 77 e"],
+) -> Conditions:
+    """The program of `make_conditions` for one chunk. A phrase of −1 is an empty slot."""
+
     def run(params, grounding, phrases, embeddings, context):
         given = jnp.where(phrases[..., None] >= 0, embeddings, 0.0)
         grounding = grounding | {"phrase_embeddings": given}
@@ -146,7 +193,11 @@ def _condition(networks, sharding, use_maps, params, grounding, phrases, embeddi
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(autoencoder, sharding, params, latents: Float[Array, "b h w z"]) -> UInt8[Array, "b H W 3"]:
+def decode_chunk(
+    autoencoder: Autoencoder, sharding: NamedSharding | None, params: Any, latents: Float[Array, "b h w z"]
+) -> UInt8[Array, "b H W 3"]:
+    """The program of `decode` for one part."""
+
     def run(params, latents):
         image = autoencoder.apply({"params": params}, latents, method="decode")
         return ((jnp.clip(image, -1, 1) * 0.5 + 0.5) * 255).astype(jnp.uint8)

@@ -78,7 +78,7 @@ class SampleGrid:
         run, size = self._run, self._run.data.examples.image_size
         pipeline = Pipeline(run.model, run.sampling, params, self._tokenizer, run.train.dtype)
         results = pipeline(self._layouts, seeds=[0], width=size, height=size)
-        pairs = [(result.layout, enlarge(result.image)) for result in results]
+        pairs = [(result.layout, enlarge(result.array)) for result in results]
         sheet = contact_sheet([image for pair in pairs for image in (draw_layout(*pair), pair[1])])
         self._folder.mkdir(exist_ok=True)
         Image.fromarray(sheet).save(self._folder / f"{step:08d}.png")

@@ -46,7 +46,7 @@ def test_layouts_with_seeds_of_their_own(pipeline):
     for layout, seed, result in zip(layouts, [8, 5], together, strict=True):
         alone = pipeline([layout], seeds=[seed])[0]
         assert relative_error(result.latents, alone.latents) <= 1e-4
-        assert np.abs(result.image.astype(int) - alone.image).max() <= 1
+        assert np.abs(result.array.astype(int) - alone.array).max() <= 1
     other = pipeline(layouts[:1], layout_seeds=[5])[0]
     assert relative_error(other.latents, together[0].latents) > 1e-2
 

@@ -60,7 +60,7 @@ SCENES = [
 def generated():
     """Two images of each scene, [scenes, seeds, 64, 64, 3]."""
     results = Pipeline.from_checkpoint(CHECKPOINT)([boxes(*scene) for scene in SCENES], seeds=[0, 1])
-    return np.stack([np.asarray(result.image) for result in results]).reshape(len(SCENES), 2, 64, 64, 3).astype(float)
+    return np.stack([result.array for result in results]).reshape(len(SCENES), 2, 64, 64, 3).astype(float)
 
 
 def test_things_have_their_colours_in_their_boxes(generated):
@@ -112,7 +112,7 @@ def test_scenes_are_generated_from_their_layouts(place, least_found, least_overl
 
     layouts = [Layout("", 64, 64, tuple(map(asked, scene.instances))) for scene in scenes]
     pipeline = Pipeline.from_checkpoint(CHECKPOINT)
-    images = np.stack([np.asarray(result.image) for result in pipeline(layouts)])
+    images = np.stack([result.array for result in pipeline(layouts)])
     best = overlaps_of(scenes, images)
     assert (best >= 0.5).mean() >= least_found and best.mean() >= least_overlap
     # Not by chance: images of other layouts have almost none of them.

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 from instdiff_jax.cli import sample
-from instdiff_jax.sampling import loading
+from instdiff_jax.sampling import loading, outputs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Sockets that reach anything but this machine are an error.
@@ -75,7 +75,7 @@ def test_outputs(folder):
     flags = ("--num_images", 2, "--seed", 7, "--save_latents", "--steps", 3, "--alpha", "0.5,0.25,0.25")
     done = run(folder, *GOOD, *flags, prelude=NO_NETWORK)
     assert done.returncode == 0, done.stderr
-    assert "2 pictures in out" in done.stdout
+    assert "2 images in out" in done.stdout
     out = folder / "out"
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     inside = [f"scene/{name}" for name in ("7.png", "8.png", "latents.npy", "layout.png")]
@@ -100,13 +100,13 @@ def many(folder, monkeypatch):
     for i in range(5):
         (place / f"scene{i}.json").write_text(make_layout(1, seed=i).to_json())
     monkeypatch.chdir(folder)
-    drawn, write = [], sample.write_results
+    drawn, write = [], outputs.OutputFolder.write
 
-    def write_and_note(args, results):
-        drawn.append(write(args, results))
+    def write_and_note(folder, results):
+        drawn.append(write(folder, results))
         return drawn[-1]
 
-    monkeypatch.setattr(sample, "write_results", write_and_note)
+    monkeypatch.setattr(outputs.OutputFolder, "write", write_and_note)
 
     def draw(*flags) -> list[str]:
         drawn.clear()
@@ -141,7 +141,7 @@ def test_shards_make_up_the_whole_and_a_resumed_run_redoes_nothing(many, folder)
 
 
 def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
-    out, write = folder / "cut", sample.write_picture
+    out, write = folder / "cut", outputs.write_image
 
     def fail(path, pixels):
         if path.parent.name == "scene2":
@@ -150,7 +150,7 @@ def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
 
     def cut_off(*flags):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(sample, "write_picture", fail)
+            patched.setattr(outputs, "write_image", fail)
             many("--output", out, *flags)
 
     cut_off()
@@ -160,7 +160,7 @@ def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
     assert many("--output", out, "--resume", "--save_latents", "--seed", 0)[:1] == ["scene0"]
     record = json.loads((out / "run.json").read_text())
     assert record["seconds"] and len(record["layouts"]) == 5, "without latents no layout was finished"
-    with pytest.raises(sample.InputError, match=r"run.json: sampling: the pictures there were made with .*--output"):
+    with pytest.raises(sample.InputError, match=r"run.json: sampling: the images there were made with .*--output"):
         (out / "scene3" / "0.png").unlink()
         many("--output", out, "--resume", "--guidance_scale", 2)
     assert many("--output", out, "--resume") == ["scene3"]
@@ -175,7 +175,7 @@ def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
     assert many("--output", out, "--resume", "--guidance_scale", 2) == ["scene2", "scene3", "scene4"]
     with (
         monkeypatch.context() as patched,
-        pytest.raises(sample.InputError, match="run.json: fingerprint: the pictures"),
+        pytest.raises(sample.InputError, match="run.json: fingerprint: the images"),
     ):
         patched.setattr(loading, "checkpoint_fingerprint", lambda folder: "retrained")
         many("--output", out, "--resume", "--guidance_scale", 2)
@@ -191,7 +191,7 @@ def test_an_output_folder_is_no_layout(many, folder):
 
 
 def test_pictures_are_written_as_they_come(many, folder, monkeypatch):
-    out, write, made = folder / "streamed", sample.write_picture, []
+    out, write, made = folder / "streamed", outputs.write_image, []
 
     def fail(path, pixels):
         if len(made) == 2:
@@ -200,7 +200,7 @@ def test_pictures_are_written_as_they_come(many, folder, monkeypatch):
         write(path, pixels)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(sample, "write_picture", fail)
+        patched.setattr(outputs, "write_image", fail)
         many("--output", out, "--num_images", 3, "--max_rows", 1)
     assert [path.name for path in made] == ["0.png", "1.png"] and all(path.exists() for path in made)
 
@@ -232,8 +232,8 @@ WRONG = [
     (("--noise", "several.npz"), "--noise: several.npz: expected a float32 .npy file, got several arrays"),
     (("--width", "0"), "width: expected a multiple of"),
     (("--noise", "double.npy"), "--noise: double.npy: expected float32, got float64"),
-    (("--init_image", "text.npy"), "--init_image: text.npy: expected a picture"),
-    (("--inpaint_mask", "nowhere.png"), "--inpaint_mask: nowhere.png: expected a picture"),
+    (("--init_image", "text.npy"), "--init_image: text.npy: expected an image"),
+    (("--inpaint_mask", "nowhere.png"), "--inpaint_mask: nowhere.png: expected an image"),
     (("--checkpoint", "nowhere"), "nowhere: not a checkpoint folder"),
     (("--checkpoint", "empty"), "empty: not a checkpoint folder"),
     (("--noise", "small.npy"), "noise: expected float32 of shape"),
@@ -252,7 +252,7 @@ WRONG = [
     (("--seed", "-1"), "seed: expected a whole number"),
     (("--image_id", "5"), "--image_id: only means something with --coco"),
     (("--captions", "coco.json"), "--captions: only means something with --coco"),
-    (("--init_image", "damaged.png"), "--init_image: damaged.png: expected a picture"),
+    (("--init_image", "damaged.png"), "--init_image: damaged.png: expected an image"),
     (("--output", "taken"), "taken/scene: expected a folder to write to, found a file"),
     (("--layout", '{"caption": "' + 300 * "x" + '"}'), "File name too long"),
     (("--output", 300 * "x"), "--output: "),
@@ -355,5 +355,5 @@ def test_a_process_with_nothing_to_draw_waits_for_the_others(folder):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "1 pictures in two" in said[0] and "0 pictures in two" in said[1]
+    assert "1 images in two" in said[0] and "0 images in two" in said[1]
     assert (folder / "two" / "scene" / "0.png").exists()

@@ -10,11 +10,13 @@ from jax.lax import conv_general_dilated
 import common
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import SamplingConfig
-from instdiff_jax.diffusion.multi_instance import bucket_size, plan_pieces
+from instdiff_jax.diffusion.plan import make_plan
+from instdiff_jax.diffusion.rows import bucket_size
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.grounding import null_grounding
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion
+from instdiff_jax.sampling.request import sampler_settings
 
 GIGA = 10**9
 
@@ -141,7 +143,7 @@ def sampling_flops(counts: tuple[int, ...]) -> int:
     table = solver_table("plms", settings.steps, common.model_config("full").schedule, settings.alpha)
     rows = {True: sum(1 + n for n in counts), False: len(counts)}
     total = (rows[True] + 1) * (costs()["condition"] + costs()["unifusion"])
-    for piece in plan_pieces(table, int(table.steps * settings.mis)):
+    for piece in make_plan(table, sampler_settings(settings, table)).pieces:
         padded = bucket_size(rows[piece.rows == "all"])
         total += (piece.stop - piece.start) * 2 * padded * costs()["fused" if piece.use_fusers else "unfused"]
     return total

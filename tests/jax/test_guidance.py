@@ -7,13 +7,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from sampler_cases import SCHEDULE, fake_eps, make_images, make_inputs
+from compilations import compilations
+from sampler_cases import SCHEDULE, fake_eps, make_images, make_inputs, sample
 
 from common import relative_error
-from instdiff_jax.cli import sample
+from instdiff_jax.cli.sample import parse_args
+from instdiff_jax.cli.sampling_flags import read_overrides
 from instdiff_jax.config import SamplingConfig
-from instdiff_jax.diffusion import multi_instance as mi
+from instdiff_jax.diffusion.loop import Evaluations, denoise, start_state
+from instdiff_jax.diffusion.plan import SamplerSettings, make_plan
+from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.diffusion.solvers import solver_table
+from instdiff_jax.sampling.request import sampler_settings
 
 SAMPLERS = ("plms", "ddim", "dpm++")
 COUNTS = (1, 4, 0, 2)
@@ -33,7 +38,7 @@ def run(sampler, images=None, first=0, mis_steps=10, fractions=(0.7, 0.0, 0.3), 
     params, noise, conditions = make_inputs(len(COUNTS))
     table = solver_table(sampler, 20, SCHEDULE, fractions)
     noise = noise[first : first + len(images)]
-    return mi.sample_rows(eps_fn, params, noise, conditions, images, table, mis_steps=mis_steps, **options)
+    return sample(eps_fn, params, noise, conditions, images, table, mis_steps=mis_steps, **options)
 
 
 def by_hand(sampler, image, noise, mis_steps, scale, guidance_interval=(0.0, 1.0), mis_guidance=True):
@@ -51,12 +56,12 @@ def by_hand(sampler, image, noise, mis_steps, scale, guidance_interval=(0.0, 1.0
             given = jax.tree.map(lambda a, entries=entries: a[entries], conditions)
             use_fusers = i < table.fused_evaluations
             given = given if use_fusers else {"text": given["text"]}
-            window = table.coefficients, i, i + 1, scale
-            state = mi.denoise(fake_eps, params, state, given, *window, use_fusers=use_fusers)
+            one = Evaluations(table.coefficients, i, i + 1, scale)
+            state = denoise(fake_eps, params, state, given, one, use_fusers=use_fusers)
         return state
 
-    state = mi.start_state(noise[None])
-    rows = [row(mi.start_state(noise[None]), entry, 0, mis_steps, True) for entry in image.instances]
+    state = start_state(noise[None])
+    rows = [row(start_state(noise[None]), entry, 0, mis_steps, True) for entry in image.instances]
     state = row(state, image.layout, 0, mis_steps)
     if rows:
         state = state._replace(latents=sum([one.latents for one in rows], state.latents) / (1 + len(rows)))
@@ -136,9 +141,7 @@ def test_evaluations_counted_are_evaluations_done(sampler, options):
     run(sampler, images, eps_fn=counting_eps, **options).block_until_ready()
     jax.effects_barrier()
     table = solver_table(sampler, 20, SCHEDULE, (0.7, 0.0, 0.3))
-    scale = options.get("guidance_scale", 7.5)
-    rules = {name: value for name, value in options.items() if name != "guidance_scale"}
-    assert sum(CALLS) == mi.count_evaluations(mi.plan_pieces(table, 10, **rules), images, scale != 1)
+    assert sum(CALLS) == make_plan(table, SamplerSettings(10, **options)).evaluations(images)
 
 
 def test_the_table_of_costs_in_the_docs():
@@ -149,34 +152,34 @@ def test_the_table_of_costs_in_the_docs():
     rows = [line.split("|")[1:-2] for line in itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :])]
     assert len(rows) >= 9 and instances == [1, 4, 6, 13, 30]
     for flags, *cells in rows:
-        overrides = sample.read_overrides(sample.parse_args(flags.strip(" `").split()))
+        overrides = read_overrides(parse_args(flags.strip(" `").split()))
         settings = SamplingConfig.from_dict(overrides)
         table = solver_table(settings.sampler, settings.steps, SCHEDULE, settings.alpha)
-        rules = dict(guidance_interval=settings.guidance_interval, mis_guidance=settings.mis_guidance)
-        pieces = mi.plan_pieces(table, int(table.steps * settings.mis), **rules)
-        counted = [mi.count_evaluations(pieces, [mi.ImageRows(0, 0, (0,) * n)]) for n in instances]
+        plan = make_plan(table, sampler_settings(settings, table))
+        counted = [plan.evaluations([ImageRows(0, 0, (0,) * n)]) for n in instances]
         assert [int(cell) for cell in cells] == counted, flags
 
 
 def test_other_values_compile_nothing():
     """One program for each number of rows, with guidance or without, with fusers or without."""
     eps_fn = functools.partial(fake_eps)  # no other test's programs
-    before = mi.denoise._cache_size()
-    run("plms", eps_fn=eps_fn, mis_guidance=False, guidance_interval=(0.1, 0.9), fractions=(0.6, 0.0, 0.4))
+    with compilations() as compiled:
+        run("plms", eps_fn=eps_fn, mis_guidance=False, guidance_interval=(0.1, 0.9), fractions=(0.6, 0.0, 0.4))
     # Images with fusers: guided and not; without: guided and not; instances with fusers, not guided.
-    assert mi.denoise._cache_size() == before + 5
+    assert compiled.count("denoise") == 5
     for sampler, interval, fractions, mis_steps in (
         ("ddim", (0.2, 0.8), (0.65, 0.0, 0.35), 8),
         ("dpm++", (0.3, 0.7), (0.5, 0.1, 0.4), 3),
     ):
         options = dict(fractions=fractions, mis_steps=mis_steps, guidance_scale=2.0)
-        run(sampler, eps_fn=eps_fn, mis_guidance=False, guidance_interval=interval, **options)
-    assert mi.denoise._cache_size() == before + 5
+        with compilations() as compiled:
+            run(sampler, eps_fn=eps_fn, mis_guidance=False, guidance_interval=interval, **options)
+        assert "denoise" not in compiled
 
 
 def test_instances_without_guidance_add_no_program():
     """Instances without guidance take the place of all rows with it; the global rows run the images' program."""
     eps_fn = functools.partial(fake_eps)
-    before = mi.denoise._cache_size()
-    run("plms", eps_fn=eps_fn, mis_guidance=False)
-    assert mi.denoise._cache_size() == before + 3
+    with compilations() as compiled:
+        run("plms", eps_fn=eps_fn, mis_guidance=False)
+    assert compiled.count("denoise") == 3

@@ -1,6 +1,5 @@
 """Packed rows against the multi-instance sampler stated one image and one instance at a time."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -9,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampler_cases import SCHEDULE, TRACES, C, H, W, fake_eps, make_images, make_inputs, sequential
+from compilations import compilations
+from sampler_cases import SCHEDULE, TRACES, C, H, W, fake_eps, make_images, make_inputs, sample, sequential
 
 from common import PYTHONPATH, SUPPORT, relative_error
 from instdiff_jax.diffusion import multi_instance as mi
+from instdiff_jax.diffusion.loop import Evaluations, Inpaint, denoise, start_state
+from instdiff_jax.diffusion.plan import SamplerSettings, make_plan
+from instdiff_jax.diffusion.rows import ImageRows, bucket_size, pack_rows
 from instdiff_jax.diffusion.solvers import solver_table
 
 CASES = [  # steps, α, M, guidance
@@ -34,9 +37,7 @@ def test_packed_rows_equal_the_sequential_sampler(steps, fractions, mis_steps, g
     params, noise, conditions = make_inputs(4)
     images = make_images((1, 4, 0, 6))
     table = solver_table("plms", steps, SCHEDULE, fractions)
-    actual = mi.sample_rows(
-        fake_eps, params, noise, conditions, images, table, mis_steps=mis_steps, guidance_scale=guidance
-    )
+    actual = sample(fake_eps, params, noise, conditions, images, table, mis_steps=mis_steps, guidance_scale=guidance)
     evaluations = 0
     for i, image in enumerate(images):
         expected, count = sequential(params, noise[i], conditions, image, steps, fractions, mis_steps, guidance)
@@ -46,26 +47,32 @@ def test_packed_rows_equal_the_sequential_sampler(steps, fractions, mis_steps, g
         n = len(image.instances)
         formula = (n + 1) * (mis_steps + 1) + table.steps - mis_steps if mis_steps else table.steps + 1
         assert count == (1 + (guidance != 1)) * formula
-    assert mi.count_evaluations(mi.plan_pieces(table, mis_steps), images, guidance != 1) == evaluations
+    assert make_plan(table, SamplerSettings(mis_steps, guidance)).evaluations(images) == evaluations
 
 
 def test_pieces():
     table = solver_table("plms", 50, SCHEDULE, (0.8, 0.0, 0.2))
-    plan = functools.partial(mi.plan_pieces, table)
+
+    def plan(mis_steps, **settings):
+        return list(make_plan(table, SamplerSettings(mis_steps, **settings)).pieces)
+
     released = [(0, 19, "all", True, True), (19, 41, "image", True, True), (41, 51, "image", False, True)]
     assert plan(18) == plan(18, guidance_interval=(0.0, 1.0), mis_guidance=True) == released
     assert plan(0) == [(0, 41, "image", True, True), (41, 51, "image", False, True)]
     assert plan(45) == [(0, 41, "all", True, True), (41, 46, "all", False, True), (46, 51, "image", False, True)]
     full = solver_table("plms", 50, SCHEDULE)
-    assert mi.plan_pieces(full, 0) == [(0, 51, "image", True, True)]
+    assert list(make_plan(full, SamplerSettings()).pieces) == [(0, 51, "image", True, True)]
     for n, expected in ((4, 254), (6, 330), (30, 1242)):
-        assert mi.count_evaluations(plan(18), [mi.ImageRows(0, 0, (1,) * n)]) == expected
+        assert make_plan(table, SamplerSettings(18)).evaluations([ImageRows(0, 0, (1,) * n)]) == expected
 
 
 def test_pieces_without_guidance():
     """Guidance begins and ends between steps, and instances' rows may have none."""
     table = solver_table("plms", 50, SCHEDULE, (0.8, 0.0, 0.2))
-    plan = functools.partial(mi.plan_pieces, table, 18)
+
+    def plan(**settings):
+        return list(make_plan(table, SamplerSettings(18, **settings)).pieces)
+
     unguided = [(0, 19, "all", True, False), (19, 41, "image", True, False), (41, 51, "image", False, False)]
     for nothing in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
         for mis_guidance in (True, False):
@@ -85,7 +92,7 @@ def test_pieces_without_guidance():
         (41, 46, "image", False, True),
         (46, 51, "image", False, False),
     ]
-    image = mi.ImageRows(0, 0, (1,) * 4)
+    image = ImageRows(0, 0, (1,) * 4)
     for options, expected in (
         (dict(), 254),
         (dict(mis_guidance=False), 4 * 19 + 2 * 51),
@@ -93,42 +100,34 @@ def test_pieces_without_guidance():
         (dict(guidance_interval=(0.36, 1.0)), 5 * 19 + 2 * 32),
         (dict(guidance_interval=(1.0, 1.0)), 5 * 19 + 32),
     ):
-        assert mi.count_evaluations(plan(**options), [image]) == expected
+        assert make_plan(table, SamplerSettings(18, **options)).evaluations([image]) == expected
 
 
 def test_nothing_compiles_again():
     params, noise, conditions = make_inputs(3)
     images = make_images((2, 3, 1))
     first = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
-    mi.sample_rows(fake_eps, params, noise, conditions, images, first, mis_steps=7)
-    traces, compiled = len(TRACES), mi.denoise._cache_size()
+    sample(fake_eps, params, noise, conditions, images, first, mis_steps=7)
+    traces = len(TRACES)
     for sampler, steps, alpha, mis_steps, guidance in (
         ("plms", 50, (0.5, 0.25, 0.25), 18, 5.0),
         ("ddim", 1000, (0.3, 0.0, 0.7), 20, 2.0),
         ("dpm++", 12, (0.5, 0.0, 0.5), 3, 7.5),
     ):
-        table = solver_table(sampler, steps, SCHEDULE, alpha)
-        mi.sample_rows(
-            fake_eps,
-            params,
-            noise,
-            make_inputs(3, seed=5)[2],
-            make_images((2, 3, 1), seed=3),
-            table,
-            mis_steps=mis_steps,
-            guidance_scale=guidance,
-            marks=[],
-        )
-    assert (len(TRACES), mi.denoise._cache_size()) == (traces, compiled)
+        options = dict(mis_steps=mis_steps, guidance_scale=guidance, events=[])
+        table, other = solver_table(sampler, steps, SCHEDULE, alpha), make_inputs(3, seed=5)[2]
+        with compilations() as compiled:
+            sample(fake_eps, params, noise, other, make_images((2, 3, 1), seed=3), table, **options)
+        assert len(TRACES) == traces and "denoise" not in compiled
 
 
 def test_an_image_is_the_same_in_any_batch():
     params, noise, conditions = make_inputs(3)
     images = make_images((1, 4, 13))
     table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
-    together = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7)
+    together = sample(fake_eps, params, noise, conditions, images, table, mis_steps=7)
     for i in range(3):
-        alone = mi.sample_rows(fake_eps, params, noise[i : i + 1], conditions, images[i : i + 1], table, mis_steps=7)
+        alone = sample(fake_eps, params, noise[i : i + 1], conditions, images[i : i + 1], table, mis_steps=7)
         assert relative_error(together[i], alone[0]) <= 1e-5
 
 
@@ -139,18 +138,18 @@ def test_chunks_equal_one_batch(merge, max_rows):
     images = make_images((1, 4, 0, 6))
     table = solver_table("plms", 10, SCHEDULE, (0.3, 0.0, 0.7))
     settings = dict(mis_steps=5, merge=merge)
-    whole = mi.sample_rows(fake_eps, params, noise, conditions, images, table, **settings)
-    chunked = mi.sample_rows(fake_eps, params, noise, conditions, images, table, max_rows=max_rows, **settings)
+    whole = sample(fake_eps, params, noise, conditions, images, table, **settings)
+    chunked = sample(fake_eps, params, noise, conditions, images, table, max_rows=max_rows, **settings)
     assert relative_error(chunked, whole) <= 1e-5
 
 
-def test_marks_count_every_evaluation():
+def test_events_count_every_evaluation():
     params, noise, conditions = make_inputs(4)
     images = make_images((1, 4, 0, 6))
     table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
-    marks = []
-    quiet = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=7, max_rows=10)
-    shown = mi.sample_rows(
+    events = []
+    quiet = sample(fake_eps, params, noise, conditions, images, table, mis_steps=7, max_rows=10)
+    shown = sample(
         fake_eps,
         params,
         noise,
@@ -159,45 +158,45 @@ def test_marks_count_every_evaluation():
         table,
         mis_steps=7,
         max_rows=10,
-        marks=marks,
+        events=events,
     )
     assert relative_error(shown, quiet) <= 1e-6
-    assert all(np.isfinite(mark.ready).all() and mark.evaluations > 0 for mark in marks)
-    total = mi.count_evaluations(mi.plan_pieces(table, 7), images)
-    assert sum(mark.evaluations for mark in marks) == total and len(marks) > total / (2 * 10 * 6)
+    assert all(np.isfinite(event.ready).all() and event.evaluations > 0 for event in events)
+    total = make_plan(table, SamplerSettings(7)).evaluations(images)
+    assert sum(event.evaluations for event in events) == total and len(events) > total / (2 * 10 * 6)
 
 
 @pytest.mark.parametrize("devices", [1, 4, 8])
 def test_buckets_waste_little(devices):
     for rows in range(1, 400):
-        size = mi.bucket_size(rows, devices)
+        size = bucket_size(rows, devices)
         each = -(-rows // devices)
         assert size >= rows and size % devices == 0
         assert size == each * devices if each <= 8 else size <= 1.2 * each * devices
-    assert mi.bucket_size(21) == 25
+    assert bucket_size(21) == 25
 
 
 def test_rows_of_a_batch():
-    rows = mi.pack_rows(make_images((1, 0, 7)), devices=4)
+    rows = pack_rows(make_images((1, 0, 7)), devices=4)
     assert (rows.count, rows.chunk, len(rows.image)) == (11, 12, 12)
     np.testing.assert_array_equal(rows.segment, [0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3])
     np.testing.assert_array_equal(rows.slot, [0, 1, 0, 0, 1, 2, 3, 4, 5, 6, 7, -1])
     np.testing.assert_array_equal(rows.conditions[:4], [[1, 0], [2, 0], [3, 0], [4, 0]])
     for which in ("global", "image"):
-        alone = mi.pack_rows(make_images((1, 0, 7)), which)
+        alone = pack_rows(make_images((1, 0, 7)), which)
         np.testing.assert_array_equal(alone.conditions, [[1, 0], [3, 0], [4, 0]])
-    instances = mi.pack_rows(make_images((1, 0, 7)), "instances", devices=3)
+    instances = pack_rows(make_images((1, 0, 7)), "instances", devices=3)
     assert (instances.count, instances.chunk, len(instances.image)) == (8, 9, 9)
     np.testing.assert_array_equal(instances.segment, [0, *(2,) * 7, 3])
     np.testing.assert_array_equal(instances.slot, [1, *range(1, 8), -1])
     for max_rows in range(1, 80):
-        rows = mi.pack_rows(make_images((3,) * 18), max_rows=max_rows)
+        rows = pack_rows(make_images((3,) * 18), max_rows=max_rows)
         assert rows.chunk <= max_rows and len(rows.image) % rows.chunk == 0
         assert 0 <= len(rows.image) - rows.count < rows.chunk
 
 
 def test_padding_takes_no_part_in_a_merge():
-    rows = mi.pack_rows(make_images((1, 2)), devices=8)
+    rows = pack_rows(make_images((1, 2)), devices=8)
     latents = np.random.default_rng(0).standard_normal((8, H, W, C)).astype(np.float32)
     latents[rows.count :] = np.nan
     for weights in (mi.mean_weights(rows), mi.crop_weights(rows, H, W)):
@@ -211,8 +210,8 @@ def test_padding_takes_no_part_in_a_merge():
 def test_crop_merge_pastes_boxes_on_the_right_axes():
     height, width = 8, 12
     boxes = [(0.0, 0.5, 0.25, 1.0), (0.1, 0.4, 0.5, 0.8), (0.0, 0.0, 0.0, 0.0), (0.3, 0.3, 0.31, 0.31)]
-    images = [mi.ImageRows(0, 0), mi.ImageRows(0, 0, (1, 2, 3, 4), boxes)]
-    rows = mi.pack_rows(images, devices=8)
+    images = [ImageRows(0, 0), ImageRows(0, 0, (1, 2, 3, 4), boxes)]
+    rows = pack_rows(images, devices=8)
     latents = np.random.default_rng(0).standard_normal((len(rows.image), height, width, C)).astype(np.float32)
     weights = mi.crop_weights(rows, height, width)
     merged = mi.merge_rows(jnp.asarray(latents), jnp.asarray(rows.segment), 2, jnp.asarray(weights))
@@ -229,7 +228,7 @@ def test_inpainting_follows_the_released_blend():
     keep = (rng.uniform(size=(2, H, W, 1)) < 0.5).astype(np.float32)
     clean, fixed = (rng.standard_normal((2, H, W, C)).astype(np.float32) for _ in range(2))
     table = solver_table("plms", 20, SCHEDULE, (0.8, 0.0, 0.2))
-    actual = mi.sample_rows(
+    actual = sample(
         fake_eps,
         params,
         noise,
@@ -238,7 +237,7 @@ def test_inpainting_follows_the_released_blend():
         table,
         mis_steps=7,
         guidance_scale=3.0,
-        inpaint=mi.Inpaint(*map(jnp.asarray, (clean, keep, fixed))),
+        inpaint=Inpaint(*map(jnp.asarray, (clean, keep, fixed))),
     )
     for i, image in enumerate(images):
         known = clean[i], keep[i], fixed[i]
@@ -248,7 +247,7 @@ def test_inpainting_follows_the_released_blend():
 
 def test_low_precision_networks_keep_a_float32_solver():
     params, noise, conditions = make_inputs(1)
-    rows = mi.pack_rows(make_images((0,)), "image")
+    rows = pack_rows(make_images((0,)), "image")
     seen = []
 
     def bfloat16_eps(params, latents, timesteps, conditions, alpha):
@@ -256,17 +255,8 @@ def test_low_precision_networks_keep_a_float32_solver():
         return fake_eps(params, latents, timesteps, conditions, alpha).astype(jnp.bfloat16)
 
     given = jax.tree.map(lambda a: a[rows.conditions], conditions)
-    state = mi.denoise(
-        bfloat16_eps,
-        params,
-        mi.start_state(noise),
-        given,
-        solver_table("plms", 5, SCHEDULE).coefficients,
-        0,
-        6,
-        7.5,
-        use_fusers=True,
-    )
+    evaluations = Evaluations(solver_table("plms", 5, SCHEDULE).coefficients, 0, 6, 7.5)
+    state = denoise(bfloat16_eps, params, start_state(noise), given, evaluations, use_fusers=True)
     assert {*seen, *(leaf.dtype for leaf in state)} == {jnp.dtype(jnp.float32)}
 
 

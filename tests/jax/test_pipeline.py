@@ -9,9 +9,9 @@ import sys
 import types
 
 import jax
-import jax.monitoring
 import numpy as np
 import pytest
+from compilations import compilations
 from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 from common import PYTHONPATH, relative_error
@@ -20,13 +20,9 @@ from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import PRESETS, ModelConfig
 from instdiff_jax.diffusion import multi_instance
 from instdiff_jax.errors import InputError
-from instdiff_jax.sampling.pipeline import NoisePredictor
+from instdiff_jax.sampling import memory
 
 LATENT = (SIDE // 2, SIDE // 2, 4)
-COMPILATIONS = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda name, _, **__: COMPILATIONS.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,10 +52,9 @@ def recorded(monkeypatch):
     """What `denoise` is called with: (FLOPs of one evaluation, evaluations, with fusers)."""
     calls, original = [], multi_instance.denoise
 
-    def record(eps_fn, params, state, conditions, coefficients, start, stop, scale, **settings):
-        args = params, state, conditions, coefficients, start, stop, scale
+    def record(eps_fn, *args, **settings):
         flops = count_flops(lambda *args: original.__wrapped__(eps_fn, *args, **settings), *args)
-        calls.append((flops, int(stop) - int(start), settings["use_fusers"]))
+        calls.append((flops, int(args[-1].stop) - int(args[-1].start), settings["use_fusers"]))
         return original(eps_fn, *args, **settings)
 
     monkeypatch.setattr(multi_instance, "denoise", record)
@@ -81,7 +76,7 @@ def test_a_batch_equals_each_layout_alone(checkpoint, recorded):
     assert [result.layout.name for result in together] == ["scene1", "scene4", "scene13"]
     for ours, one in zip(together, alone, strict=True):
         assert relative_error(ours.latents, one.latents) <= 1e-4
-        assert np.abs(ours.image.astype(int) - one.image).max() <= 1
+        assert np.abs(ours.array.astype(int) - one.array).max() <= 1
     two_rows = recorded[0][0]
     rows = sum(count + 1 for count in (1, 4, 13))
     assert phase[0][0] / (two_rows / 2 * rows) <= 1.2
@@ -117,19 +112,19 @@ def test_given_noise_takes_the_place_of_the_seed(pipeline):
 def test_chunks_of_max_rows_and_canvases_that_differ(checkpoint, pipeline):
     layouts = [make_layout(3, "a"), make_layout(3, "b", side=48), make_layout(3, "c", seed=2)]
     results = Pipeline.from_checkpoint(checkpoint, max_rows=2)(layouts, alpha=1.0)
-    assert [result.image.shape for result in results] == [(32, 32, 3), (48, 48, 3), (32, 32, 3)]
+    assert [result.array.shape for result in results] == [(32, 32, 3), (48, 48, 3), (32, 32, 3)]
     whole = pipeline([layouts[2]], alpha=1.0)[0]
     assert relative_error(results[2].latents, whole.latents) <= 1e-4
 
 
 def test_rows_of_a_program_follow_the_canvas(checkpoint, pipeline):
     rows = [
-        Pipeline(ModelConfig(), pipeline.sampling, {}, None)._max_rows(canvas)
+        Pipeline(ModelConfig(), pipeline.sampling, {}, None).limits.row_limit(canvas)
         for canvas in ((512, 512), (1024, 1024), (256, 256))
     ]
     assert rows[1] == max(rows[0] // 4, 1) and rows[2] == 4 * rows[0]
-    assert pipeline._max_rows((32, 32)) == 16 * rows[0]
-    assert Pipeline.from_checkpoint(checkpoint, max_rows=3)._max_rows((1024, 1024)) == 3
+    assert pipeline.limits.row_limit((32, 32)) == 16 * rows[0]
+    assert Pipeline.from_checkpoint(checkpoint, max_rows=3).limits.row_limit((1024, 1024)) == 3
 
 
 def test_progress_counts_to_its_end(pipeline):
@@ -145,24 +140,25 @@ def test_progress_counts_to_its_end(pipeline):
 
 def test_nothing_compiles_again(pipeline, monkeypatch):
     """A new prompt, layout, step count, α, mis and solver run the programs there are: three of the UNet at most."""
-    before = multi_instance.denoise._cache_size()
-    fresh = pipeline._predict_noise.unet.clone(name="fresh")  # no other test's programs
-    monkeypatch.setattr(pipeline, "_predict_noise", NoisePredictor(fresh))
-    pipeline([make_layout(3, mask=True)], seeds=[0], steps=6, alpha=0.8, mis=0.4)
-    assert multi_instance.denoise._cache_size() == before + 3
-    COMPILATIONS.clear()
+    fresh = pipeline.networks.unet.clone(name="fresh")  # no other test's programs
+    monkeypatch.setattr(pipeline, "networks", pipeline.networks._replace(unet=fresh))
+    with compilations() as compiled:
+        pipeline([make_layout(3, mask=True)], seeds=[0], steps=6, alpha=0.8, mis=0.4)
+    assert compiled.count("denoise") == 3
     other = Layout.from_dict(make_layout(3, seed=9, mask=True).to_dict() | {"caption": "quite another prompt"})
     for settings in (
         dict(steps=9, alpha=(0.5, 0.25, 0.25), mis=0.4, negative_prompt="ugly", guidance_scale=3.0),
         dict(steps=12, alpha=0.6, mis=0.25, sampler="ddim"),
         dict(steps=7, alpha=0.5, mis=0.3, sampler="dpm++"),
     ):
-        pipeline([other], seeds=[7], **settings)
-    assert COMPILATIONS == []
+        with compilations() as compiled:
+            pipeline([other], seeds=[7], **settings)
+        assert compiled == []
     # Nor does the UNet where a run is cut for a progress bar, or begins without MIS: with the same rows.
     for settings in (dict(mis=0.0, alpha=0.8), dict(mis=0.6, alpha=0.8), dict(mis=0.5, alpha=0.8)):
-        list(pipeline.stream([other], seeds=[7], steps=14, **settings, progress=lambda done, total: None))
-    assert multi_instance.denoise._cache_size() == before + 3
+        with compilations() as compiled:
+            list(pipeline.stream([other], seeds=[7], steps=14, **settings, progress=lambda done, total: None))
+        assert "denoise" not in compiled
 
 
 def test_only_what_is_pasted_is_denoised_alone(pipeline, recorded):
@@ -193,14 +189,13 @@ def test_only_what_is_pasted_is_denoised_alone(pipeline, recorded):
         np.testing.assert_array_equal(with_mis, without.latents)
 
 
-def test_memory_of_masked_attention_counts_on_a_gpu(pipeline, monkeypatch):
+def test_memory_of_masked_attention_counts_on_a_gpu(monkeypatch):
     """cuDNN takes a mask as a bias of all pairs of tokens, in 16 bits alone."""
-    config = ModelConfig()
-    monkeypatch.setattr(Pipeline, "_in_memory", lambda self, beside, each: max(1, int((80e9 - beside) / each)))
-    half, whole = (Pipeline(config, pipeline.sampling, {}, None, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    monkeypatch.setattr(memory, "gpu_memory", lambda: 80 * 10**9)
+    half, whole = (memory.MemoryLimits(ModelConfig(), itemsize, parameter_bytes=0) for itemsize in (2, 4))
     latents = 128 * 128
-    assert half._fitting_rows(latents, masked=True) < half._fitting_rows(latents, masked=False)
-    assert whole._fitting_rows(latents, masked=True) == whole._fitting_rows(latents, masked=False)
+    assert half.rows_in_memory(latents, masked=True) < half.rows_in_memory(latents, masked=False)
+    assert whole.rows_in_memory(latents, masked=True) == whole.rows_in_memory(latents, masked=False)
 
 
 def test_fusers_leave_the_program_after_alpha(pipeline, recorded):
@@ -278,7 +273,7 @@ def test_bfloat16_stays_close_to_float32(checkpoint, pipeline):
     exact, rough = pipeline(layouts, **settings), Pipeline.from_checkpoint(checkpoint, "bfloat16")(layouts, **settings)
     assert rough[0].latents.dtype == np.float32
     error = relative_error(rough[0].latents, exact[0].latents)
-    print(f"bfloat16: {error:.3f}, pixels {np.abs(rough[0].image.astype(int) - exact[0].image).mean():.2f}")
+    print(f"bfloat16: {error:.3f}, pixels {np.abs(rough[0].array.astype(int) - exact[0].array).mean():.2f}")
     assert error <= 0.06
 
 
@@ -293,14 +288,14 @@ def test_inpainting_keeps_the_known_region(pipeline):
     mask, settings = np.zeros((SIDE, SIDE), bool), dict(mis=0.0, alpha=1.0)
     mask[5:20, 9:30] = True
     result = pipeline([make_layout(3)], init_image=picture(), inpaint_mask=mask, **settings)[0]
-    assert np.array_equal(result.image[~mask], picture()[~mask])
-    assert np.abs(result.image[mask].astype(int) - picture()[mask]).mean() > 5
+    assert np.array_equal(result.array[~mask], picture()[~mask])
+    assert np.abs(result.array[mask].astype(int) - picture()[mask]).mean() > 5
     free = pipeline([make_layout(3)], **settings)[0]
     assert relative_error(result.latents, free.latents) > 1e-2, "the painted part knows of the rest"
 
 
 def test_strength_orders_how_far_a_picture_moves(pipeline):
-    start = np.asarray(pipeline._encode(picture()))[0]
+    start = np.asarray(pipeline.encode(picture()))[0]
     moved, quiet = [], dict(guidance_scale=1.5)
     for strength in (0.2, 0.6, 1.0):
         result = pipeline([make_layout(3)], init_image=picture(), strength=strength, steps=10, **quiet)[0]
@@ -318,7 +313,6 @@ def test_strength_orders_how_far_a_picture_moves(pipeline):
     [
         (dict(width=30), "width: expected a multiple of 4 pixels, got 30; nearest: 32"),
         (dict(height=-4), "height: expected a multiple of 4"),
-        (dict(stepz=4), "sampling.stepz: nothing reads this key"),
         (dict(steps=0), "sampling.steps: expected a whole number from 1 to 1000, got 0"),
         (dict(mis=1.5), "sampling.mis: expected a fraction"),
         (dict(guidance_interval=(0.5, 1.5)), "sampling.guidance_interval: expected two fractions"),
@@ -395,21 +389,22 @@ def test_eight_devices_draw_the_same(checkpoint, pipeline, tmp_path):
 
 
 def test_a_gpus_memory_bounds_rows_and_decoding(pipeline, monkeypatch):
-    """Rows and pictures are as many as fit beside the parameters, at least one; a CPU's are not bounded."""
-    assert pipeline._fitting_rows(64 * 64) == sys.maxsize
+    """Rows and images are as many as fit beside the parameters, at least one; a CPU's are not bounded."""
+    limits = pipeline.limits
+    assert limits.rows_in_memory(64 * 64) == sys.maxsize
     device = types.SimpleNamespace()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
 
     def rows(limit, latents=64 * 64):
         device.memory_stats = lambda: {"bytes_limit": limit}
-        return pipeline._fitting_rows(latents)
+        return limits.rows_in_memory(latents)
 
     def decoded(limit):
         device.memory_stats = lambda: {"bytes_limit": limit}
-        return pipeline._max_decoded((64, 64))
+        return limits.decode_limit((64, 64))
 
     assert decoded(10**6) == 1 < decoded(10**10)
     assert rows(10**6) == 1 < rows(6 * 10**9) < rows(12 * 10**9) < rows(12 * 10**9, 32 * 32)
     device.memory_stats = lambda: None
-    assert pipeline._fitting_rows(64 * 64) == sys.maxsize
+    assert limits.rows_in_memory(64 * 64) == sys.maxsize

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampler_cases import SCHEDULE, make_images, make_inputs
+from sampler_cases import SCHEDULE, make_images, make_inputs, sample
 from training_common import tiny_model
 
 from common import relative_error
 from instdiff_jax.analysis.flops import count_flops
-from instdiff_jax.diffusion import multi_instance as mi
-from instdiff_jax.diffusion.loop import denoise, start_state
+from instdiff_jax.diffusion.loop import Evaluations, denoise, start_state
+from instdiff_jax.diffusion.plan import SamplerSettings, make_plan
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.models.unet import UNet
 
@@ -62,20 +62,21 @@ def test_features_are_kept_between_fresh_ones(sampler, reuse):
     noise = np.array(noise)  # a state is donated
     given = jax.tree.map(lambda a: a[np.array([[1, 0], [2, 0], [3, 0]])], conditions)
     table = solver_table(sampler, 11, SCHEDULE, (1.0, 0.0, 0.0))
-    window = table.coefficients, 2, 10, 3.0
+    window = Evaluations(table.coefficients, 2, 10, 3.0)
     expected = start_state(noise)
     eps = ByHand(reuse)
     with jax.disable_jit():
         for i in range(2, 10):
-            args = params, expected, given, table.coefficients, i, i + 1, 3.0
-            expected = denoise(eps, *args, use_fusers=True)
+            one = Evaluations(table.coefficients, i, i + 1, 3.0)
+            expected = denoise(eps, params, expected, given, one, use_fusers=True)
     DEEP.clear()
-    reused = denoise(TwoParts(), params, start_state(noise), given, *window, use_fusers=True, reuse=reuse)
+    every = window._replace(reuse=reuse)
+    reused = denoise(TwoParts(), params, start_state(noise), given, every, use_fusers=True)
     jax.block_until_ready(reused)
     jax.effects_barrier()
     assert DEEP == [6] * -(-8 // reuse)
     assert relative_error(reused.latents, expected.latents) <= 1e-5
-    each = denoise(TwoParts(), params, start_state(noise), given, *window, use_fusers=True)
+    each = denoise(TwoParts(), params, start_state(noise), given, window, use_fusers=True)
     assert relative_error(each.latents, reused.latents) > 1e-3
 
 
@@ -84,12 +85,18 @@ def test_one_is_none():
     params, noise, conditions = make_inputs(2)
     images, table = make_images((2, 1)), solver_table("ddim", 8, SCHEDULE, (0.75, 0.0, 0.25))
     args = params, noise, conditions, images, table
-    whole = mi.sample_rows(TwoParts().__call__, *args, mis_steps=3)
-    assert np.array_equal(mi.sample_rows(TwoParts(), *args, mis_steps=3, reuse=1), whole)
+    whole = sample(TwoParts().__call__, *args, mis_steps=3)
+    assert np.array_equal(sample(TwoParts(), *args, mis_steps=3, reuse=1), whole)
     given, noise = jax.tree.map(lambda a: a[np.array([[1, 0], [2, 0]])], conditions), np.array(noise)
-    window = params, given, table.coefficients, 0, 5, 3.0
     one, none = (
-        denoise(TwoParts(), window[0], start_state(noise), *window[1:], use_fusers=True, reuse=reuse).latents
+        denoise(
+            TwoParts(),
+            params,
+            start_state(noise),
+            given,
+            Evaluations(table.coefficients, 0, 5, 3.0, reuse),
+            use_fusers=True,
+        ).latents
         for reuse in (1, None)
     )
     assert relative_error(one, none) <= 1e-6
@@ -103,12 +110,12 @@ def test_neither_progress_nor_chunks_nor_other_images_change_a_result(reuse):
     def run(first=0, last=3, **options):
         rows = images[first:last]
         settings = dict(mis_steps=8, guidance_interval=(0.0, 0.8), mis_guidance=False, reuse=reuse)
-        return mi.sample_rows(TwoParts(), params, noise[first:last], conditions, rows, table, **settings, **options)
+        return sample(TwoParts(), params, noise[first:last], conditions, rows, table, **settings, **options)
 
-    whole, marks = run(), []
-    assert relative_error(run(marks=marks), whole) <= 1e-6
-    pieces = mi.plan_pieces(table, 8, guidance_interval=(0.0, 0.8), mis_guidance=False)
-    assert sum(mark.evaluations for mark in marks) == mi.count_evaluations(pieces, images)
+    whole, events = run(), []
+    assert relative_error(run(events=events), whole) <= 1e-6
+    plan = make_plan(table, SamplerSettings(8, guidance_interval=(0.0, 0.8), mis_guidance=False))
+    assert sum(event.evaluations for event in events) == plan.evaluations(images)
     assert relative_error(run(max_rows=2), whole) <= 1e-5
     for i in range(3):
         assert relative_error(run(i, i + 1)[0], whole[i]) <= 1e-5

@@ -41,7 +41,7 @@ def test_eight_devices_draw_what_one_does(seen):
         for name, settings in CASES.items():
             results = pipeline(LAYOUTS, seeds=[0, 1], **settings)
             assert relative_error(there[name], [result.latents for result in results]) <= 1e-4
-            pixels = np.stack([result.image for result in results]).astype(int)
+            pixels = np.stack([result.array for result in results]).astype(int)
             assert np.abs(there[f"{name}_images"] - pixels).max() <= 1
 
 

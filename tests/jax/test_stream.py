@@ -14,7 +14,7 @@ from common import relative_error
 from instdiff_jax import Pipeline
 from instdiff_jax.diffusion import multi_instance
 from instdiff_jax.errors import InputError
-from instdiff_jax.sampling.request import one_ahead
+from instdiff_jax.sampling.results import one_ahead
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,13 +42,13 @@ def scenes(count: int) -> list:
 @pytest.fixture
 def events(pipeline, monkeypatch):
     """Which layouts' batches were launched, as tests add what they take."""
-    events, original = [], pipeline._launch
+    events, original = [], pipeline.start_batch
 
-    def launch(job, batch, watched):
-        events.append(("launch", batch[0].layout.name))
-        return original(job, batch, watched)
+    def start(request, batch, watched):
+        events.append(("start", batch[0].layout.name))
+        return original(request, batch, watched)
 
-    monkeypatch.setattr(pipeline, "_launch", launch)
+    monkeypatch.setattr(pipeline, "start_batch", start)
     return events
 
 
@@ -61,22 +61,22 @@ def test_results_in_order_equal_one_by_one(pipeline):
         assert result.layout is layout and result.seed == seed
         alone = pipeline([layout], seeds=[seed], **FAST)[0]
         assert relative_error(result.latents, alone.latents) <= 1e-4
-        assert np.abs(result.image.astype(int) - alone.image).max() <= 1
+        assert np.abs(result.array.astype(int) - alone.array).max() <= 1
 
 
 def test_the_next_batch_is_launched_before_results_come(pipeline, events):
     for result in pipeline.stream(scenes(4), **FAST):
         events.append(("result", result.layout.name))
     names = [f"scene{i}" for i in range(4)]
-    expected = [("launch", names[0])]
+    expected = [("start", names[0])]
     for name, following in itertools.pairwise(names):
-        expected += [("launch", following), ("result", name)]
+        expected += [("start", following), ("result", name)]
     assert events == [*expected, ("result", names[3])]
 
 
 def test_a_launch_waits_for_nothing(pipeline, monkeypatch):
     """Two batches are on their way while the first one's loop has not come to its end."""
-    original, launch, ready, rounds = multi_instance.denoise, pipeline._launch, [], 1
+    original, start, ready, rounds = multi_instance.denoise, pipeline.start_batch, [], 1
 
     @jax.jit
     def delayed(latents, rounds):
@@ -86,32 +86,32 @@ def test_a_launch_waits_for_nothing(pipeline, monkeypatch):
     def denoise(eps_fn, params, state, *args, **settings):
         return original(eps_fn, params, state._replace(latents=delayed(state.latents, rounds)), *args, **settings)
 
-    def watched_launch(job, batch, watched):
-        flight = launch(job, batch, watched)
-        ready.append(flight.latents.is_ready())
-        return flight
+    def watched_start(request, batch, watched):
+        pending = start(request, batch, watched)
+        ready.append(pending.latents.is_ready())
+        return pending
 
     monkeypatch.setattr(multi_instance, "denoise", denoise)
     list(pipeline.stream(scenes(2), **FAST))  # compiles everything
     began = time.monotonic()
     delayed(jnp.ones((4, 8, 8, 4)), 1000).block_until_ready()
     rounds = int(1000 * 5 / (time.monotonic() - began))  # 5 seconds a loop
-    monkeypatch.setattr(pipeline, "_launch", watched_launch)
+    monkeypatch.setattr(pipeline, "start_batch", watched_start)
     calls = []
     results = list(pipeline.stream(scenes(2), progress=lambda done, total: calls.append(done), **FAST))
     assert len(results) == 2 and ready == [False, False] and calls
 
 
 def test_never_more_than_two_batches_alive(pipeline, monkeypatch):
-    flights, alive, held, launch = [], [], [], pipeline._launch
+    started, alive, held, start = [], [], [], pipeline.start_batch
 
-    def watched_launch(job, batch, watched):
-        alive.append(1 + sum(latents() is not None for latents in flights))
-        flight = launch(job, batch, watched)
-        flights.append(weakref.ref(flight.latents))
-        return flight
+    def watched_start(request, batch, watched):
+        alive.append(1 + sum(latents() is not None for latents in started))
+        pending = start(request, batch, watched)
+        started.append(weakref.ref(pending.latents))
+        return pending
 
-    monkeypatch.setattr(pipeline, "_launch", watched_launch)
+    monkeypatch.setattr(pipeline, "start_batch", watched_start)
     drawn = []
 
     def source():
@@ -175,14 +175,14 @@ def test_a_list_is_checked_before_anything_is_drawn(pipeline, events):
 
 
 def test_an_error_of_a_launch_comes_in_its_turn(pipeline, monkeypatch):
-    launch = pipeline._launch
+    start = pipeline.start_batch
 
-    def fail(job, batch, watched):
+    def fail(request, batch, watched):
         if batch[0].layout.name == "scene2":
             raise RuntimeError("out of memory")
-        return launch(job, batch, watched)
+        return start(request, batch, watched)
 
-    monkeypatch.setattr(pipeline, "_launch", fail)
+    monkeypatch.setattr(pipeline, "start_batch", fail)
     names = []
     with pytest.raises(RuntimeError, match="out of memory"):
         for result in pipeline.stream(scenes(4), **FAST):

@@ -20,7 +20,9 @@ import common
 from common import channels_first, channels_last, parity, relative_error
 from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
-from instdiff_jax.diffusion.multi_instance import ImageRows, sample_rows
+from instdiff_jax.diffusion.multi_instance import SamplerInputs, sample_rows
+from instdiff_jax.diffusion.plan import SamplerSettings, make_plan
+from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.grounding import instance_groundings, stack
 from instdiff_jax.models.autoencoder import Autoencoder
@@ -31,7 +33,8 @@ from instdiff_jax.models.regions import EVERYWHERE, region_bits
 from instdiff_jax.models.scaleu import scale_low_frequencies
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion, fourier_features
-from instdiff_jax.sampling.pipeline import NoisePredictor, Pipeline
+from instdiff_jax.sampling.pipeline import Pipeline
+from instdiff_jax.sampling.programs import NoisePredictor
 from instdiff_jax.tree import unflatten
 
 MODULE, UNET, SAMPLER = 2e-5, 5e-5, 2e-4  # tolerances
@@ -246,12 +249,14 @@ def _sampler(entry: str) -> float:
     latents = sample_rows(
         NoisePredictor(unet),
         params,
-        jnp.asarray(channels_last(data["noise"])),
-        conditions,
-        [ImageRows(layout=0, negative=4, instances=(1, 2, 3))] * 2,
-        table,
-        mis_steps=int(table.steps * mis),
-        guidance_scale=float(data["guidance_scale"]),
+        SamplerInputs(
+            jnp.asarray(channels_last(data["noise"])),
+            conditions,
+            [ImageRows(layout=0, negative=4, instances=(1, 2, 3))] * 2,
+        ),
+        make_plan(
+            table, SamplerSettings(mis_steps=int(table.steps * mis), guidance_scale=float(data["guidance_scale"]))
+        ),
     )
     return relative_error(channels_first(latents), data[entry])
 
@@ -291,7 +296,7 @@ def end_to_end(format: str, dtype: str = "float32") -> tuple[np.ndarray, np.ndar
         format=format,
         **sampling_settings(data),
     )
-    return np.stack([result.latents for result in results]), np.stack([result.image for result in results])
+    return np.stack([result.latents for result in results]), np.stack([result.array for result in results])
 
 
 def sampling_settings(data: dict) -> dict[str, Any]:

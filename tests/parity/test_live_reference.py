@@ -19,12 +19,14 @@ from instdiff_jax.checkpoint.pytorch import save_pytorch
 from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.config import ModelConfig
-from instdiff_jax.diffusion.multi_instance import ImageRows, sample_rows
+from instdiff_jax.diffusion.multi_instance import SamplerInputs, sample_rows
+from instdiff_jax.diffusion.plan import SamplerSettings, make_plan
+from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.grounding import instance_groundings, stack
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion
-from instdiff_jax.sampling.pipeline import NoisePredictor
+from instdiff_jax.sampling.programs import NoisePredictor
 
 REFERENCE = os.environ.get("INSTDIFF_REFERENCE")
 pytestmark = pytest.mark.skipif(
@@ -135,12 +137,12 @@ def test_plms_and_multi_instance_sampler(official, steps, mis, guidance, fractio
     ours = sample_rows(
         NoisePredictor(UNet(config().unet)),
         jax.device_put(our_params()["unet"]),
-        jnp.asarray(channels_last(noise)),
-        jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions),
-        [ImageRows(layout=0, negative=4, instances=(1, 2, 3))],
-        table,
-        mis_steps=int(table.steps * mis),
-        guidance_scale=guidance,
+        SamplerInputs(
+            jnp.asarray(channels_last(noise)),
+            jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions),
+            [ImageRows(layout=0, negative=4, instances=(1, 2, 3))],
+        ),
+        make_plan(table, SamplerSettings(mis_steps=int(table.steps * mis), guidance_scale=guidance)),
     )
 
     alone = []

@@ -17,6 +17,7 @@ from instdiff_jax import Pipeline
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.diffusion import multi_instance
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
+from instdiff_jax.parallel.runtime import enable_compilation_cache
 
 LAYOUTS = [make_layout(count, f"scene{i}", seed=i, mask=i == 1) for i, count in enumerate((3, 5, 2, 3, 4))]
 CASES = {
@@ -46,8 +47,8 @@ def watch(pipeline, calls: list) -> None:
     """Notes every call of the denoising loop, and of the networks around it."""
     original = multi_instance.denoise
 
-    def record(eps_fn, params, state, conditions, coefficients, start, stop, scale, **settings):
-        args = params, state, conditions, coefficients, start, stop, scale
+    def record(eps_fn, *args, **settings):
+        params, state, conditions, _ = args
         inside = count_flops(lambda *args: original.__wrapped__(eps_fn, *args, **settings), *args)
         calls.append(
             dict(
@@ -56,7 +57,7 @@ def watch(pipeline, calls: list) -> None:
                 pairs=jax.tree.leaves(conditions)[0].shape[:2],
                 conditions_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(conditions)),
                 flops_a_device=inside,
-                copied=copied_bytes(pipeline._params),
+                copied=copied_bytes(pipeline.params),
             )
         )
         return original(eps_fn, *args, **settings)
@@ -65,6 +66,7 @@ def watch(pipeline, calls: list) -> None:
 
 
 def main(folder: Path) -> None:
+    enable_compilation_cache()
     mesh = make_mesh(ParallelSettings(fsdp=2), jax.devices())
     pipeline = Pipeline.from_checkpoint(folder / "checkpoint", mesh=mesh, max_rows=2)
     seen, latents, calls = {"devices": jax.device_count()}, {}, []
@@ -72,7 +74,7 @@ def main(folder: Path) -> None:
     for name, settings in CASES.items():
         results = pipeline(LAYOUTS, seeds=[0, 1], **settings)
         latents[name] = np.stack([result.latents for result in results])
-        latents[f"{name}_images"] = np.stack([result.image for result in results])
+        latents[f"{name}_images"] = np.stack([result.array for result in results])
         seen[name] = list(calls)
         calls.clear()
     np.savez(folder / "latents.npz", **latents)

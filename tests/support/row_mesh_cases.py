@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sampler_cases import SCHEDULE, C, H, W, fake_eps, looping_eps, make_images, make_inputs
+from sampler_cases import SCHEDULE, C, H, W, fake_eps, looping_eps, make_images, make_inputs, sample
 
 from common import relative_error
-from instdiff_jax.diffusion import multi_instance as mi
+from instdiff_jax.diffusion.loop import Evaluations, denoise, start_state
 from instdiff_jax.diffusion.solvers import solver_table
 
 
@@ -24,8 +24,8 @@ def main() -> None:
     for counts, max_rows in (((1, 4, 0, 6), 8), ((2,), None)):
         params, noise, conditions = make_inputs(len(counts))
         images = make_images(counts)
-        plain = mi.sample_rows(fake_eps, params, noise, conditions, images, table, mis_steps=4)
-        split = mi.sample_rows(
+        plain = sample(fake_eps, params, noise, conditions, images, table, mis_steps=4)
+        split = sample(
             fake_eps,
             jax.device_put(params, replicated),
             noise,
@@ -37,11 +37,11 @@ def main() -> None:
             max_rows=max_rows,
         )
         assert relative_error(split, plain) <= 1e-5
-    state = jax.device_put(mi.start_state(np.zeros((16, H, W, C), np.float32)), sharding)
+    state = jax.device_put(start_state(np.zeros((16, H, W, C), np.float32)), sharding)
     given = jax.device_put(jax.tree.map(lambda a: a[np.zeros((16, 2), int)], conditions), sharding)
-    args = jax.device_put((params, table.coefficients, 0, 3, 7.5), replicated)
+    params, evaluations = jax.device_put((params, Evaluations(table.coefficients, 0, 3, 7.5)), replicated)
     for eps_fn in (fake_eps, looping_eps):
-        lowered = mi.denoise.lower(eps_fn, args[0], state, given, *args[1:], use_fusers=True, sharding=sharding)
+        lowered = denoise.lower(eps_fn, params, state, given, evaluations, use_fusers=True, sharding=sharding)
         text = lowered.compile().as_text()
         assert "all-" not in text and "collective" not in text, "rows must not talk to each other"
         assert f"f32[32,{H},{W},{C}]" not in text, "the work must be split"

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from instdiff_jax.config import ScheduleConfig
-from instdiff_jax.diffusion import multi_instance as mi
 from instdiff_jax.diffusion import schedule as schedules
+from instdiff_jax.diffusion.multi_instance import Placement, SamplerInputs, sample_rows
+from instdiff_jax.diffusion.plan import SamplerSettings, make_plan
+from instdiff_jax.diffusion.rows import ImageRows
 
 SCHEDULE = ScheduleConfig(linear_start=0.00085, linear_end=0.012, timesteps=1000)
 H, W, C, UNIQUE = 5, 7, 4, 24
@@ -41,9 +43,16 @@ def make_images(counts, seed=1):
     for count in counts:
         low = rng.uniform(0, 0.6, (count, 2))
         boxes = np.concatenate([low, low + rng.uniform(0.2, 0.4, (count, 2))], axis=1)
-        images.append(mi.ImageRows(entry, 0, tuple(range(entry + 1, entry + 1 + count)), boxes.tolist()))
+        images.append(ImageRows(entry, 0, tuple(range(entry + 1, entry + 1 + count)), boxes.tolist()))
         entry += 1 + count
     return images
+
+
+def sample(eps_fn, params, noise, conditions, images, table, events=None, **options):
+    """`sample_rows` with the fields of its settings objects as keywords."""
+    inputs = SamplerInputs(noise, conditions, images, options.pop("inpaint", None))
+    placement = Placement(options.pop("max_rows", None), options.pop("sharding", None))
+    return sample_rows(eps_fn, params, inputs, make_plan(table, SamplerSettings(**options)), placement, events)
 
 
 def sequential(params, noise, conditions, image, steps, fractions, mis_steps, guidance, known=None):

@@ -13,24 +13,17 @@ from docs.make_structure import PAGE, drawing, fill, imported_names, imports, mo
 FOLDERS = ("instdiff_jax", "projects", "benchmarks", "configs", "docs", "examples", "tests")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 350, 60, 8
 # Functions that are easier to use with many parameters, each with its reason.
-MANY_PARAMETERS: dict[str, str] = {}
+_KEYWORDS = "every option is a keyword that an editor completes"
+MANY_PARAMETERS: dict[str, str] = {
+    "instdiff_jax/sampling/pipeline.py: __call__ has many parameters": _KEYWORDS,
+    "instdiff_jax/sampling/pipeline.py: stream has many parameters": _KEYWORDS,
+}
 # What still breaks a rule. Take a line out when it is mended.
 REMAIN = {
     "tests/unit/test_layout.py",
-    "instdiff_jax/cli/sample.py",
-    "instdiff_jax/cli/sample.py: draw",
     "instdiff_jax/data/phrases.py: phrase_table",
-    "instdiff_jax/diffusion/loop.py: denoise",
-    "instdiff_jax/diffusion/loop.py: denoise has many parameters",
-    "instdiff_jax/diffusion/loop.py: run has many parameters",
-    "instdiff_jax/diffusion/multi_instance.py",
-    "instdiff_jax/diffusion/multi_instance.py: sample_rows",
-    "instdiff_jax/diffusion/multi_instance.py: sample_rows has many parameters",
     "instdiff_jax/evaluation/split.py: read_split",
     "instdiff_jax/layout.py",
-    "instdiff_jax/sampling/pipeline.py",
-    "instdiff_jax/sampling/pipeline.py: stream",
-    "instdiff_jax/sampling/pipeline.py: stream has many parameters",
     "tests/e2e/test_convert.py",
     "tests/e2e/test_evaluate_script.py",
     "tests/e2e/test_sample.py",

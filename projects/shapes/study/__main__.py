@@ -80,15 +80,16 @@ def run(args: argparse.Namespace, command: str) -> None:
     sections, sizes = check_args(args), Sizes(args.count, args.seeds, args.small_count, args.small_seeds)
 
     # Imported here, so that a bad flag is reported without waiting for jax.
-    import jax
-
     from instdiff_jax.evaluation.report import metrics_line
+    from instdiff_jax.parallel.runtime import set_up_compilation
+    from instdiff_jax.sampling.loading import choose_dtype
     from projects.shapes.study.cost import known_cost, measure_cost, option_costs
     from projects.shapes.study.report import write_study
     from projects.shapes.study.results import make_results
     from projects.shapes.study.runs import Study, StudySettings, TimeUp
 
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    set_up_compilation()
+    dtype = choose_dtype(args.dtype)
     names = ("checkpoint", "segmenter", "workdir", "size", "reference_count", "steps", "max_rows")
     study = Study(StudySettings(**{name: getattr(args, name) for name in names}, dtype=dtype))
     tasks = make_tasks(sections, sizes, study.sampling)

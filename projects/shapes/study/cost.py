@@ -3,6 +3,7 @@
 The measured programs are those of the pipeline, for one full batch of images with four instances each.
 """
 
+import dataclasses
 import functools
 import json
 import time
@@ -17,16 +18,9 @@ import numpy as np
 from instdiff_jax import grounding as groundings
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import ModelConfig
-from instdiff_jax.diffusion.multi_instance import (
-    FUSER_GROUP,
-    ImageRows,
-    Piece,
-    count_evaluations,
-    count_fresh,
-    denoise,
-    pack_rows,
-    start_state,
-)
+from instdiff_jax.diffusion.loop import FUSER_GROUP, Evaluations, denoise, start_state
+from instdiff_jax.diffusion.plan import Piece, make_plan
+from instdiff_jax.diffusion.rows import ImageRows, pack_rows
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.evaluation.files import image_path, read_image
 from instdiff_jax.evaluation.generate import image_seed
@@ -37,7 +31,7 @@ from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import NUM_TOKENS
 from instdiff_jax.sampling import programs
 from instdiff_jax.sampling.pipeline import Pipeline
-from instdiff_jax.sampling.request import Job, plan
+from instdiff_jax.sampling.request import Request, SamplingOptions, make_request, sampler_settings
 from projects.shapes.study.rows import Row, Task
 from projects.shapes.study.runs import Study, machine
 from projects.shapes.study.sections import FIFTY, MIS
@@ -67,9 +61,8 @@ def option_costs(study: Study, task: Task, numbers: Numbers) -> dict[str, float]
 def _evaluations(study: Study, row: Row) -> float:
     settings = row.settings(study.sampling)
     table = solver_table(settings.sampler, settings.steps, study.config.schedule, settings.alpha)
-    pieces = plan(settings, table)
-    images, guided = [ImageRows(0, 0, (0,) * INSTANCES)], settings.guidance_scale != 1
-    every, fresh = count_evaluations(pieces, images, guided), count_fresh(pieces, images, settings.reuse, guided)
+    plan, images = make_plan(table, sampler_settings(settings, table)), [ImageRows(0, 0, (0,) * INSTANCES)]
+    every, fresh = plan.evaluations(images), plan.fresh_evaluations(images)
     return fresh + (every - fresh) * finish_share(study.config, study.settings.size)
 
 
@@ -120,26 +113,15 @@ def measure_cost(study: Study) -> dict[str, Any]:
     """
     pipeline = study.pipeline()
     canvas = (study.settings.size, study.settings.size)
-    count = max(pipeline._max_rows(canvas) // (INSTANCES + 1), 1)
+    count = max(pipeline.limits.row_limit(canvas) // (INSTANCES + 1), 1)
     scenes = study.split(_SCENES, count).scenes
     layouts = [make_layout(scene, "box") for scene in scenes]
     seeds = [image_seed(0, scene.image_id) for scene in scenes]
     # MIS is measured even if the checkpoint has it off.
     sampling = Row("", sampling=MIS).settings(study.sampling)
     settings = sampling.to_dict()
-    job = Job(
-        seeds=seeds,
-        seed_per_layout=True,
-        size=canvas,
-        settings=sampling,
-        table=solver_table(settings["sampler"], settings["steps"], pipeline.config.schedule, settings["alpha"]),
-        format="auto",
-        drop=(),
-        noise=None,
-        start=None,
-        from_noise=True,
-    )
-    parts = _parts(pipeline, job, layouts)
+    options = SamplingOptions(layout_seeds=seeds, width=canvas[0], height=canvas[1])
+    parts = _parts(pipeline, make_request(pipeline.config, sampling, options), layouts)
     for name, mis in (("whole call", sampling.mis), ("whole call, MIS off", 0.0)):
 
         def call(mis: float = mis) -> None:
@@ -152,33 +134,36 @@ def measure_cost(study: Study) -> dict[str, Any]:
     return cost
 
 
-def _parts(pipeline: Pipeline, job: Job, layouts: list[Layout]) -> list[dict[str, Any]]:
-    config, count = pipeline.config, len(layouts)
-    side, numbered = job.size[0] // config.latent_stride, dict(enumerate(layouts))
-    with jax.default_matmul_precision("highest" if pipeline.dtype == "float32" else "default"):
-        conditions, images = pipeline._conditions(job, numbered, (side, side))
-        parts = [_text_and_tokens(pipeline, job, numbered, (side, side))]
-        for piece in job.pieces:
-            parts.append(_piece(pipeline, job, piece, conditions, list(images.values()), side))
-        latents = jnp.zeros((count, side, side, config.autoencoder.z_channels))
-        one = latents[: pipeline._max_decoded(job.size)]
-        lowered = programs._decode.lower(pipeline._autoencoder, None, pipeline._params["autoencoder"], one)
+def _parts(pipeline: Pipeline, request: Request, layouts: list[Layout]) -> list[dict[str, Any]]:
+    count, numbered, canvas = len(layouts), dict(enumerate(layouts)), (request.options.width, request.options.height)
+    shape = request.latent_shape(canvas)
+    with jax.default_matmul_precision(pipeline.matmul_precision):
+        conditions, images = pipeline.make_conditions(request, numbered, shape[:2])
+        parts = [_text_and_tokens(pipeline, request, numbered, shape[:2])]
+        for piece in request.plan.pieces:
+            parts.append(_piece(pipeline, request, piece, conditions, list(images.values())))
+        latents = jnp.zeros((count, *shape))
+        one = latents[: pipeline.limits.decode_limit(canvas)]
+        autoencoder, params = pipeline.networks.autoencoder, pipeline.params["autoencoder"]
+        lowered = programs.decode_chunk.lower(autoencoder, None, params, one)
         parts.append(
             dict(
                 part="decoding",
                 seconds=_seconds(lambda: pipeline.decode(latents)) / count,
-                gflop=count_flops(pipeline._decode, latents) / count / 1e9,
+                gflop=count_flops(pipeline.decode_parts, latents) / count / 1e9,
                 temporary_mb=lowered.compile().memory_analysis().temp_size_in_bytes / 1e6,
             )
         )
     return parts
 
 
-def _text_and_tokens(pipeline: Pipeline, job: Job, layouts: dict[int, Layout], grid: tuple[int, int]) -> dict[str, Any]:
+def _text_and_tokens(
+    pipeline: Pipeline, request: Request, layouts: dict[int, Layout], grid: tuple[int, int]
+) -> dict[str, Any]:
     """Text encoder, UniFusion, and their keys and values in every block; the padding of a chunk is counted."""
 
     def make() -> Any:
-        return pipeline._conditions(job, layouts, grid)[0]
+        return pipeline.make_conditions(request, layouts, grid)[0]
 
     chunk, length, width = programs.CHUNK, pipeline.config.text_encoder.max_length, pipeline.config.unet.context_dim
     texts = jnp.zeros((chunk, length), jnp.int32)
@@ -186,11 +171,11 @@ def _text_and_tokens(pipeline: Pipeline, job: Job, layouts: dict[int, Layout], g
     del batch["maps"], batch["phrase_embeddings"]
     slots = groundings.MAX_INSTANCES
     arrays = jnp.zeros((chunk, slots), jnp.int32), jnp.zeros((chunk, slots, width)), jnp.zeros((chunk, length, width))
-    params = pipeline._params
+    params, networks = pipeline.params, pipeline.networks
     lowered = (
-        programs._encode_text.lower(pipeline._text_encoder, None, params["text_encoder"], texts),
-        programs._condition.lower(
-            pipeline._networks, None, False, (params["unifusion"], params["unet"]), batch, *arrays
+        programs.encode_text_chunk.lower(networks.text_encoder, None, params["text_encoder"], texts),
+        programs.make_conditions_chunk.lower(
+            networks, None, False, (params["unifusion"], params["unet"]), batch, *arrays
         ),
     )
     memory = max(program.compile().memory_analysis().temp_size_in_bytes for program in lowered)
@@ -203,19 +188,18 @@ def _text_and_tokens(pipeline: Pipeline, job: Job, layouts: dict[int, Layout], g
 
 
 def _piece(
-    pipeline: Pipeline, job: Job, piece: Piece, conditions: dict[str, Any], images: list, side: int
+    pipeline: Pipeline, request: Request, piece: Piece, conditions: dict[str, Any], images: list[ImageRows]
 ) -> dict[str, Any]:
     """One piece of the sampler's loop."""
-    guided = job.settings.guidance_scale != 1
-    rows = pack_rows(images, piece.rows, max_rows=pipeline._max_rows(job.size, job.masked))
-    entries = rows.conditions[: rows.chunk, : 1 + (guided and piece.guided)]
+    plan, canvas = request.plan, (request.options.width, request.options.height)
+    rows = pack_rows(images, piece.rows, max_rows=pipeline.limits.row_limit(canvas, request.masked))
+    entries = rows.conditions[: rows.chunk, : 1 + piece.guided]
     used = {name: tree for name, tree in conditions.items() if piece.use_fusers or name != FUSER_GROUP}
     given = jax.tree.map(lambda leaf: leaf[entries], used)
-    noise = np.random.default_rng(0).standard_normal((rows.chunk, side, side, pipeline.config.unet.in_channels))
-    coefficients, scale = jax.device_put((job.table.coefficients, np.float32(job.settings.guidance_scale)))
-    bounds = jnp.int32(piece.start), jnp.int32(piece.stop)
-    predict, params = pipeline._predict_noise, pipeline._params["unet"]
-    args = (given, coefficients, *bounds, scale)
+    noise = np.random.default_rng(0).standard_normal((rows.chunk, *request.latent_shape(canvas)))
+    coefficients, scale = jax.device_put((plan.table.coefficients, np.float32(plan.settings.guidance_scale)))
+    predict, params = pipeline.predict_noise, pipeline.params["unet"]
+    args = given, Evaluations(coefficients, jnp.int32(piece.start), jnp.int32(piece.stop), scale)
     compiled = denoise.lower(predict, params, start_state(noise), *args, use_fusers=piece.use_fusers).compile()
 
     def call() -> None:
@@ -226,11 +210,11 @@ def _piece(
     # Counted for one step of the loop, with the padding of a chunk.
     flops = count_flops(run, params, start_state(noise), *args) * (piece.stop - piece.start) * chunks
     kinds = {"all": "MIS: all rows", "global": "MIS: global row", "instances": "MIS: instances", "image": "global row"}
-    unguided = ", no guidance" if guided and not piece.guided else ""
+    unguided = ", no guidance" if plan.settings.guidance_scale != 1 and not piece.guided else ""
     return dict(
         part=f"{kinds[piece.rows]}, fusers {'on' if piece.use_fusers else 'off'}{unguided}",
         seconds=_seconds(call) * chunks / len(images),
-        evaluations=count_evaluations([piece], images, guided) / len(images),
+        evaluations=dataclasses.replace(plan, pieces=(piece,)).evaluations(images) / len(images),
         gflop=flops / len(images) / 1e9,
         temporary_mb=compiled.memory_analysis().temp_size_in_bytes / 1e6,
     )

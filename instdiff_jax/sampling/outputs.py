@@ -1,0 +1,182 @@
+"""The output folder of `instdiff sample`: images and drawings of each layout, a contact sheet, a record of the run.
+
+OUT/x/<seed>.png  OUT/x/layout.png  OUT/x/latents.npy  OUT/contact_sheet.png  OUT/run.json or OUT/run-i-of-n.json
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from instdiff_jax.errors import InputError, short
+from instdiff_jax.files import read_json, write_file, write_json
+from instdiff_jax.layout import Layout
+from instdiff_jax.sampling.shards import Shard
+from instdiff_jax.sampling.visualize import contact_sheet, draw_layout, enlarge
+
+if TYPE_CHECKING:
+    from instdiff_jax.sampling.results import Result  # imports jax
+
+SHEET_LAYOUTS, SHEET_SEEDS = 64, 16  # the most that the contact sheet shows
+# What all images of an output folder have in common.
+COMMON = ("checkpoint", "fingerprint", "model", "sampling", "format", "width", "height", "strength", "inputs", "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFolder:
+    """Where the images of layouts are written.
+
+    Attributes:
+        path: the folder.
+        seeds: of each layout's images.
+        save_latents: whether latents are written too.
+    """
+
+    path: Path
+    seeds: list[int]
+    save_latents: bool = False
+
+    def files(self, name: str) -> list[Path]:
+        """All that is written for a layout."""
+        names = [*(f"{seed}.png" for seed in self.seeds), "layout.png", *["latents.npy"] * self.save_latents]
+        return [self.path / name / file for file in names]
+
+    def finished(self, names: Iterable[str]) -> set[str]:
+        """The layouts whose files are all there."""
+        finished = {name for name in names if all(map(os.path.exists, self.files(name)))}
+        if self.save_latents:
+            seeds = self._seeds_of_latents()
+            finished = {name for name in finished if seeds.get(name) == self.seeds}
+        return finished
+
+    @contextlib.contextmanager
+    def opened(self, names: Iterable[str]) -> Iterator[None]:
+        """Checks that layouts can be written before minutes are spent on them; removes the folder if it stays empty.
+
+        Raises:
+            InputError: if they cannot, and for a file that cannot be written inside the block.
+        """
+        there = os.path.exists(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # An anonymous file: shards on several machines look at once.
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise InputError(f"--output: {self.path}: expected a folder to write to ({error.strerror})") from error
+        try:
+            for path in (self.path / name for name in names):
+                if path.exists() and not path.is_dir():
+                    raise InputError(f"--output: {path}: expected a folder to write to, found a file")
+            yield
+        except OSError as error:
+            raise InputError(f"--output: {error.filename or self.path}: {error.strerror or error}") from error
+        finally:
+            if not there:
+                with contextlib.suppress(OSError):  # there are images
+                    self.path.rmdir()
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes what an earlier run wrote for layouts, latents included."""
+        for name in names:
+            for file in (*self.files(name), self.path / name / "latents.npy"):
+                file.unlink(missing_ok=True)
+
+    def write(self, results: Iterable["Result"]) -> str:
+        """Writes one layout's files, each image as it comes; returns the layout's name."""
+        latents: list[np.ndarray] = []
+        for result in results:
+            folder = self.path / result.layout.name
+            write_image(folder / f"{result.seed}.png", result.array)
+            latents += [result.latents] if self.save_latents else []
+        write_image(folder / "layout.png", draw_layout(result.layout, np.full_like(result.array, 255)))
+        if self.save_latents:
+            stacked = np.stack(latents).astype(np.float32)
+            write_file(folder / "latents.npy", lambda file: np.save(file, stacked), sync=False)
+        return result.layout.name
+
+    def write_contact_sheet(self, layouts: Iterable[Layout]) -> None:
+        """Writes layouts beside their first images in a grid."""
+        cells = []
+        for layout in layouts:
+            images = [read_image(self.path / layout.name / f"{seed}.png") for seed in self.seeds[:SHEET_SEEDS]]
+            # On a small canvas captions cannot be read; the images' own files keep their size.
+            blank = enlarge(np.full_like(images[0], 255))
+            cells += [draw_layout(layout, blank), *map(enlarge, images)]
+        write_image(self.path / "contact_sheet.png", contact_sheet(cells, columns=1 + len(images)))
+
+    def _seeds_of_latents(self) -> dict[str, list[int]]:
+        """The seeds of each layout's latents.npy, from records: the file does not say which they are.
+
+        A run without --save_latents leaves an earlier run's file in place, and did not make it.
+        """
+        records = [read_json(path) for path in find_records(self.path)]
+        entries = [entry for record in records if isinstance(record, dict) for entry in record.get("layouts", [])]
+        entries = [entry for entry in entries if isinstance(entry, dict) and entry.get("latents")]
+        return {entry["layout"]: entry["seeds"] for entry in entries}
+
+
+class RunRecord:
+    """The record of a run: all its settings, and each layout that is done."""
+
+    def __init__(self, folder: Path, shard: Shard, values: dict[str, Any]):
+        self.path = folder / ("run.json" if shard.count == 1 else f"run-{shard.index}-of-{shard.count}.json")
+        self.values = values | {"layouts": []}
+
+    def resume(self, again: Sequence[str]) -> None:
+        """Takes over what an earlier run noted of its layouts, except for those that are made again.
+
+        Raises:
+            InputError: if images in the folder were made with other settings.
+        """
+        values = json.loads(json.dumps(self.values))
+        for path in find_records(self.path.parent):
+            old = read_json(path)
+            for name in COMMON:
+                if not isinstance(old, dict) or old.get(name) != values[name]:
+                    found = short(old.get(name) if isinstance(old, dict) else old)
+                    raise InputError(
+                        f"{path}: {name}: the images there were made with {found}, got {short(values[name])}; "
+                        "use another --output, or go without --resume"
+                    )
+            if path == self.path:
+                made_again = set(again)
+                self.values["layouts"] = [entry for entry in old["layouts"] if entry["layout"] not in made_again]
+
+    def add(self, **entry: Any) -> None:
+        """Notes a layout that is done."""
+        self.values["layouts"].append(entry)
+
+    def write(self) -> None:
+        write_json(self.path, self.values, indent=2, sync=False)
+
+
+def find_records(folder: Path) -> list[Path]:
+    """The run.json of a run and the run-i-of-n.json of shards in a folder."""
+    return [path for path in sorted(folder.glob("run*.json")) if re.fullmatch(r"run(-\d+-of-\d+)?\.json", path.name)]
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file with such a name is a run's record, and no layout."""
+    try:
+        return b'"fingerprint"' in path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def write_image(path: Path, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Writes a PNG, whole or not at all."""
+    write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"), sync=False)
