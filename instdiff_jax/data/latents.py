@@ -8,7 +8,6 @@ import collections
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset, Record
 from instdiff_jax.data.images import Crop, load_image
 from instdiff_jax.errors import InputError
+from instdiff_jax.files import replace_folder, write_json
 
 EncodeFunction = Callable[
     [UInt8[np.ndarray, "b H W 3"]], tuple[Float[np.ndarray, "b h w z"], Float[np.ndarray, "b h w z"]]
@@ -79,10 +79,9 @@ def cache_latents(
     encoder_fingerprint: str,
     image_size: int,
     batch_size: int | None = None,
-    dtype: str = "float32",
     flips: bool = True,
 ) -> LatentCache:
-    """Encodes every image, flipped and not, or opens the cache that is there.
+    """Opens a cache of latents; encodes every image first, flipped and not, if it is missing (31 GB for COCO at 512).
 
     Args:
         encode: canvases, uint8, to the posterior's mean and log-variance, which may be on their way still: they are
@@ -92,7 +91,6 @@ def cache_latents(
         encoder_fingerprint: names the autoencoder and its weights.
         image_size: side of the canvas in pixels.
         batch_size: canvases in one call; by default as many as have the pixels of eight of 512x512, at most 128.
-        dtype: float32, or float16 for half the space (COCO at 512 takes 31 GB in float32).
         flips: False leaves out the flipped images, for data that are never flipped.
 
     Raises:
@@ -106,7 +104,7 @@ def cache_latents(
     with _alone(path):
         # Another run may have made it in the meantime.
         if not (path / "latents.json").exists():
-            _encode_all(encode, dataset, path, encoder_fingerprint, image_size, batch_size, dtype, flips)
+            _encode_all(encode, dataset, path, encoder_fingerprint, image_size, batch_size, flips)
     return LatentCache(path, dataset, encoder_fingerprint, image_size, flips)
 
 
@@ -131,13 +129,9 @@ def _encode_all(
     encoder_fingerprint: str,
     image_size: int,
     batch_size: int,
-    dtype: str,
     flips: bool,
 ) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with replace_folder(path) as partial:
         arrays: list[np.ndarray] = []
         jobs = [(index, flip) for index in range(len(dataset)) for flip in (False, True)[: 1 + flips]]
         blocks = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
@@ -147,20 +141,14 @@ def _encode_all(
             if not arrays:
                 shape = (1 + flips, len(dataset), *parts[0].shape[1:])
                 files = (partial / "mean.npy", partial / "logvar.npy")
-                arrays = [new_array(file, dtype, shape) for file in files]
+                arrays = [new_array(file, np.float32, shape) for file in files]
             for array, part in zip(arrays, parts, strict=True):
                 for k, (index, flip) in enumerate(block):
                     array[int(flip), index] = part[k]
         for array in arrays:
             array.flush()
         facts = _facts(dataset, encoder_fingerprint, image_size, flips)
-        (partial / "latents.json").write_text(json.dumps(facts, indent=1))
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: the cache of latents cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / "latents.json", facts, sync=False)
 
 
 def _encoded(

@@ -86,19 +86,19 @@ def phrase_table(
     use_imported: bool = False,
     batch_size: int = 256,
 ) -> PhraseTable:
-    """Opens the table of a text encoder, made first where it is not there yet.
+    """Opens a text encoder's table; computes it first if it is missing.
 
-    Safe to call from several processes at once: each writes its own file and the last rename wins.
+    Several processes may call it at once: each writes its own file, and the last one stays.
 
     Args:
         data_dir: the dataset's folder.
-        fingerprint: names the text encoder and its weights.
-        embed: embeds a list of phrases (pooled text features, one row each); only called for a missing table.
-        use_imported: take the embeddings that came with the data where there are any, and embed the others only.
+        fingerprint: identifies the text encoder and its weights.
+        embed: from phrases to pooled text features, one row each; only called if the table is missing.
+        use_imported: take the embeddings that came with the data, and embed only the other phrases.
         batch_size: phrases in one call of `embed`.
 
     Raises:
-        InputError: where the table is missing and `embed` is None, or the dataset has no imported embeddings.
+        InputError: if the table is missing and `embed` is None, or the dataset has no imported embeddings.
     """
     key = fingerprint + ("-imported" if use_imported else "")
     path = Path(data_dir) / "phrases" / key / "embeddings.npy"
@@ -111,36 +111,40 @@ def phrase_table(
     if embed is None:
         raise InputError(f"{path}: missing; the phrases of this dataset are not embedded for this text encoder yet")
     known = _read_imported(Path(data_dir)) if use_imported else {}
-    missing = [i for i in range(len(phrases)) if i not in known]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        # Embeddings are written as they come; the file gets its name when it is whole.
+        with tempfile.TemporaryDirectory(dir=path.parent, suffix=".partial") as folder:
+            _embed_all(Path(folder) / path.name, phrases, known, embed, batch_size)
+            os.replace(Path(folder) / path.name, path)
     except OSError as error:
         raise InputError(f"{path.parent}: the phrases' embeddings cannot be written ({error.strerror})") from error
-    os.close(handle)
-    try:
-        first = next(iter(known.values())) if known else embed([phrases[missing[0]]])[0]
-        rows = new_array(name, np.float32, (len(phrases), len(first)))
-        for i, row in known.items():
-            rows[i] = row
-        for start in tqdm(range(0, len(missing), batch_size), desc="phrases", unit="batch", disable=not missing):
-            block = missing[start : start + batch_size]
-            new = np.asarray(embed([phrases[i] for i in block]))
-            if new.shape != (len(block), rows.shape[1]):
-                raise InputError(
-                    f"{path}: expected embeddings of width {rows.shape[1]}, as those that came with the data, "
-                    f"got {new.shape[-1]}"
-                )
-            rows[block] = new
-        rows.flush()
-        # Temporary files are their owner's alone; others may train on the dataset too.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
     return PhraseTable(path)
+
+
+def _embed_all(
+    path: Path,
+    phrases: list[str],
+    known: dict[int, Float[np.ndarray, " width"]],
+    embed: EmbedFunction,
+    batch_size: int,
+) -> None:
+    """Writes the embeddings of all phrases, of which those in `known` are taken from there."""
+    missing = [i for i in range(len(phrases)) if i not in known]
+    first = next(iter(known.values())) if known else embed([phrases[missing[0]]])[0]
+    rows = new_array(path, np.float32, (len(phrases), len(first)))
+    for i, row in known.items():
+        rows[i] = row
+    for start in tqdm(range(0, len(missing), batch_size), desc="phrases", unit="batch", disable=not missing):
+        block = missing[start : start + batch_size]
+        new = np.asarray(embed([phrases[i] for i in block]))
+        if new.shape != (len(block), rows.shape[1]):
+            raise InputError(
+                f"{path.name}: expected embeddings of width {rows.shape[1]}, like those that came with the data, "
+                f"got {new.shape[-1]}"
+            )
+        rows[block] = new
+    rows.flush()
 
 
 class ImportedEmbeddings:

@@ -1,7 +1,7 @@
-"""Devices: the start on several hosts, the mesh, and which array lies where.
+"""Devices: starting on several hosts, the mesh, and how arrays are sharded over it.
 
-The mesh has two axes. A batch is split over both; parameters are split over `fsdp` as the rules say and copied over
-`data`.
+The mesh has two axes. Batches are sharded over both; parameters are sharded over `fsdp` by the rules, and replicated
+over `data`.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ REPLICATED = PartitionSpec()
 
 @dataclasses.dataclass(frozen=True)
 class ParallelSettings(Settings):
-    """Sizes of the mesh, and the rules that place parameters.
+    """Sizes of the mesh, and the rules that shard parameters.
 
     Attributes:
-        data, fsdp: devices along each axis; -1 takes what the other leaves.
+        data, fsdp: devices along each axis; -1 takes all that are left.
         rules: ordered (regex over "/"-joined parameter paths, "fsdp" or "replicate"); the first full match decides,
             and a parameter without one is an error. "fsdp" splits the longest axis that the mesh's divides.
         frozen: "replicated" keeps a whole copy of what does not train on every device; "sharded" obeys `rules`.
@@ -111,18 +111,19 @@ def make_mesh(settings: ParallelSettings, devices: Sequence[jax.Device] | None =
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise InputError(
             f"config.parallel: a mesh of data {settings.data} and fsdp {settings.fsdp} does not match "
-            f"the {len(devices)} devices; expected sizes whose product is {len(devices)}, one of them may be -1"
+            f"the {len(devices)} devices; change --config.parallel.data and --config.parallel.fsdp so that their "
+            f"product is {len(devices)}; one of them may be -1"
         )
     axis_types = (jax.sharding.AxisType.Auto,) * 2
     try:
         return jax.make_mesh(sizes, (DATA, FSDP), devices=devices, axis_types=axis_types)
     except (NotImplementedError, ValueError):
-        # Sizes that do not follow the links between the chips: any order works, if more slowly.
+        # The sizes do not follow the links between the chips. Any order works, but more slowly.
         return Mesh(np.array(devices).reshape(sizes), (DATA, FSDP), axis_types=axis_types)
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises InputError unless every device gets as many rows of a batch as any other."""
+    """Raises InputError unless the batch size is divisible by devices × accumulate."""
     if batch_size % (mesh.size * accumulate):
         raise InputError(
             f"config.train.batch_size: expected a multiple of {mesh.size * accumulate} "
@@ -131,10 +132,10 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 
 
 def match_rule(rules: Sequence[Sequence[str]], path: str, where: str) -> str:
-    """What the first rule whose regex fully matches `path` says.
+    """The value of the first rule whose regex matches all of `path`.
 
     Raises:
-        InputError: for a path that no rule covers.
+        InputError: if no rule matches.
     """
     for pattern, value in rules:
         if re.fullmatch(pattern, path):

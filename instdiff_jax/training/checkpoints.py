@@ -116,9 +116,13 @@ class Checkpoints:
             raise InputError(f"{self.folder / str(step)}: damaged ({problem})")
         return step, state, facts
 
-    def close(self) -> None:
-        """Waits for what is being written."""
+    def wait(self) -> None:
+        """Waits until everything is written."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits until everything is written, and ends the background threads."""
+        self.wait()
         self._manager.close()
 
     def _read(

@@ -27,7 +27,7 @@ def main(workdir: Path, first: int) -> None:
     checkpoints = Checkpoints(workdir, FACTS, keep_newest=2)
     for step in range(first, 10_000):
         checkpoints.save(step, small_state(step))
-        checkpoints._manager.wait_until_finished()
+        checkpoints.wait()
         print(step, flush=True)
 
 
