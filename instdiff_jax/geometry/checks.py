@@ -118,7 +118,7 @@ def read_mask(mask: Any, width: int, height: int, where: str) -> RLE:
     if tuple(size) != (height, width):
         raise InputError(f"{where}: expected the canvas's shape [{height}, {width}], got {list(size)}")
     if not isinstance(mask, RLE):
-        mask = RLE.from_mask(mask)
+        mask = RLE.from_mask(np.asarray(mask, bool))
     if not mask.area:
         raise InputError(f"{where}: expected at least one pixel, the mask is empty")
     return mask

@@ -75,7 +75,7 @@ def enlarge(image: UInt8[np.ndarray, "H W 3"], least: int = 256) -> UInt8[np.nda
 
 
 def contact_sheet(
-    images: Sequence[UInt8[np.ndarray, "H W 3"]], captions: Sequence[str] | None = None, columns: int | None = None
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]], captions: Sequence[str] | None = None, columns: int | None = None
 ) -> UInt8[np.ndarray, "sheet_H sheet_W 3"]:
     """Pictures in a grid, with captions beneath if given.
 
