@@ -15,7 +15,7 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla
 
 FAST_FOLDER = ROOT / "tests" / "unit"
 # Tests outside it that take a second or two each.
-FAST_FILES = {"test_compilation.py", "test_run_checkpoints.py", "test_schedule.py", "test_solvers.py"}
+FAST_FILES = {"test_compilation.py", "test_schedule.py", "test_solvers.py"}
 
 
 def pytest_addoption(parser):

@@ -12,7 +12,7 @@ evaluations run on which rows. The UNet comes in as a function, see loop.py.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -41,7 +41,7 @@ class SamplerInputs(NamedTuple):
     """
 
     latents: Float[Array, "images h w c"]
-    conditions: dict[str, Any]
+    conditions: Mapping[str, Any]
     images: Sequence[ImageRows]
     inpaint: Inpaint | None = None
 

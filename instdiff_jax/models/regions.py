@@ -37,8 +37,8 @@ MIN_COVER = 0.25
 class Regions(TypedDict):
     """Region bits of the visual and the grounding tokens."""
 
-    visual: UInt32[Array, "b n"]
-    tokens: UInt32[Array, "b m"]
+    visual: UInt32[Array | np.ndarray, "b n"]
+    tokens: UInt32[Array | np.ndarray, "b m"]
 
 
 def visible(

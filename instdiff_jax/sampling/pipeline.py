@@ -27,6 +27,7 @@ from instdiff_jax.grounding import Format
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.regions import region_bits
 from instdiff_jax.models.tokenizer import Tokenizer
+from instdiff_jax.models.unet import Conditions
 from instdiff_jax.parallel.rows import device_of
 from instdiff_jax.sampling import programs
 from instdiff_jax.sampling.conditions import list_conditions
@@ -222,7 +223,8 @@ class Pipeline:
             for event in pending.events or ():
                 event.ready.block_until_ready()
                 done += event.evaluations
-                progress(done, total)
+                if progress is not None:
+                    progress(done, total)
             yield from pending.results()
             del pending  # before the next but one is started
 
@@ -268,7 +270,7 @@ class Pipeline:
 
     def make_conditions(
         self, request: Request, layouts: Mapping[int, Layout], grid: tuple[int, int]
-    ) -> tuple[dict[str, Any], dict[int, ImageRows]]:
+    ) -> tuple[Conditions, dict[int, ImageRows]]:
         """The unique conditions of some layouts on a latent grid (height, width), and each layout's rows."""
         settings, options, params = request.settings, request.options, self.params
         listed = list_conditions(
@@ -280,9 +282,8 @@ class Pipeline:
             for column in ids
         )
         conditions = programs.make_conditions(self.networks, params, listed.conditions, hidden, pooled, self.sharding)
-        if request.masked:
-            kind, entries = settings.masked_attention, listed.conditions
-            bits = [region_bits(entry.grounding, *grid, kind) for entry in entries]
+        if settings.masked_attention != "none":
+            bits = [region_bits(entry.grounding, *grid, settings.masked_attention) for entry in listed.conditions]
             visual, tokens = (np.stack(column) for column in zip(*bits, strict=True))
             conditions["regions"] = {"visual": visual, "tokens": tokens}
         return conditions, listed.rows
@@ -290,9 +291,9 @@ class Pipeline:
     def _start_latents(self, request: Request, batch: Sequence[ImageRequest]) -> tuple[Array, Inpaint | None]:
         """Where each image starts, and the region to keep."""
         shape, given = request.latent_shape(batch[0].canvas), request.options.noise
-        if given is None:
-            given = {i: initial_noise(request.seeds[i], shape) for i in {image.seed_index for image in batch}}
-        noise = jnp.asarray(np.stack([given[image.seed_index] for image in batch]), jnp.float32)
+        indices = [image.seed_index for image in batch]
+        drawn = {i: initial_noise(request.seeds[i], shape) if given is None else given[i] for i in set(indices)}
+        noise = jnp.asarray(np.stack([drawn[i] for i in indices]), jnp.float32)
         if request.start is None:
             return noise, None
         known = jnp.broadcast_to(self.encode(request.start.image), noise.shape)
