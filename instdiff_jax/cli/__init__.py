@@ -21,6 +21,8 @@ COMMANDS = {
     "build-tokenizer": ("instdiff_jax.cli.build_tokenizer", "build a CLIP tokenizer from a dataset's captions"),
     "aot": ("instdiff_jax.cli.aot", "compile for a TPU without having one; report time and memory"),
 }
+# Packages that are not installed by default -> the extra of pyproject.toml that has them.
+EXTRAS = dict.fromkeys(("grain", "tensorflow_datasets", "importlib_resources", "tensorboardX", "optax"), "train")
 USAGE = "\n".join(
     [
         "usage: instdiff COMMAND [flags]",
@@ -38,7 +40,8 @@ USAGE = "\n".join(
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command.
 
-    Bad input ends with one line on stderr and exit code 2, Ctrl-C with one line and 130.
+    Bad input, or a package that is not installed, ends with one line on stderr and exit code 2; Ctrl-C with one line
+    and 130.
 
     Args:
         argv: the command's name and its flags; by default the process's arguments.
@@ -56,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with exit_on_input_error():
             importlib.import_module(COMMANDS[name][0]).main(rest)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(f"error: {name} needs {error.name}; pip install 'instdiff_jax[{extra}]'", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
