@@ -13,6 +13,8 @@ from common import ROOT
 
 # Heavy packages that only training, plots and tests need.
 EXTRAS = ("grain", "tensorflow_datasets", "tensorboardX", "importlib_resources", "matplotlib", "skimage", "torch")
+LAYOUT = """{"caption": "a red circle", "width": 64, "height": 64,
+ "annos": [{"caption": "a red circle", "bbox": [8, 8, 40, 40]}]}"""
 
 
 def requirements(lines) -> set[str]:
@@ -74,7 +76,14 @@ def test_help_and_version(installed, tmp_path):
     assert done.returncode == 0 and "  sample  " in done.stdout and "  convert  " in done.stdout
     assert run(installed, tmp_path, "--version").stdout.startswith("instdiff 0.")
     done = run(installed, tmp_path, "sample", "--help")
-    assert done.returncode == 0 and done.stdout.startswith("usage: instdiff")
+    assert done.returncode == 0 and done.stdout.startswith("usage: instdiff sample")
+
+
+def test_sample(installed, tmp_path):
+    (tmp_path / "scene.json").write_text(LAYOUT)
+    done = run(installed, tmp_path, "sample", "--layout", "scene.json", "--steps", 1, "--mis", 0, "--alpha", 0)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output" / "scene" / "0.png").is_file()
 
 
 @pytest.mark.parametrize(
