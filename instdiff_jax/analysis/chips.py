@@ -1,6 +1,6 @@
-"""What TPU chips can do, how long a compiled program takes on them by that, and what this machine's processor is.
+"""Peak rates of TPU chips, and the time of a compiled program predicted from them.
 
-Facts are those of Google Cloud's pages on TPU v5e, v5p and v6e (docs.cloud.google.com/tpu/docs), per chip.
+The numbers are from Google Cloud's pages on TPU v5e, v5p and v6e (docs.cloud.google.com/tpu/docs), per chip.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ class Chip:
 
     Attributes:
         flops: peak dense bfloat16 FLOP/s.
-        memory_gib: main memory; the compiler keeps a quarter to three quarters of a GiB of it for itself.
+        memory_gib: main memory; the compiler reserves 0.25 to 0.75 GiB of it.
         memory_bandwidth: bytes/s.
-        interconnect: bytes/s to and from all neighbours together, both directions added.
+        interconnect: bytes/s to and from all neighbours, both directions added.
         ports: neighbours; 4 in a two-dimensional torus, 6 in a three-dimensional one.
         clock: Hz, from peak FLOP/s = matrix units · side² · 2 · clock (v5e 4 of 128², v5p 8 of 128², v6e 4 of 256²).
     """
@@ -34,7 +34,7 @@ class Chip:
 
     @property
     def ring_bandwidth(self) -> float:
-        """Bytes/s that a chip sends in a ring along one mesh axis, both ways round: half of what two ports carry."""
+        """Bytes/s that a chip sends in a ring along one mesh axis, in both directions: half of two ports' bandwidth."""
         return self.interconnect / self.ports
 
 
@@ -47,15 +47,15 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Seconds of one step, by what could bound it, and in all.
+    """Seconds of one step: for each possible bound, and in total.
 
     Attributes:
         compute: the arithmetic at the peak rate.
         memory: the traffic at full bandwidth.
-        kernels: the compiler's own estimates of its kernels; arithmetic and memory, one kernel after the other.
-        interconnect: every collective as a ring, one after the other.
-        best: the largest of compute, memory and interconnect: all three hidden behind one another.
-        step: the largest of compute, memory and kernels, and then the interconnect: nothing hidden.
+        kernels: the compiler's estimates of its kernels, one after the other.
+        interconnect: all collectives as rings, one after the other.
+        best: the largest of compute, memory and interconnect: perfect overlap.
+        step: the largest of compute, memory and kernels, plus interconnect: no overlap.
     """
 
     compute: float
@@ -76,7 +76,7 @@ class Prediction:
 
 
 def predict(chip: Chip, flops: float, costs: ProgramCosts) -> Prediction:
-    """The time of a program of `flops` operations a chip."""
+    """The time of a program with `flops` operations per chip."""
     return Prediction(
         compute=flops / chip.flops,
         memory=costs.memory_bytes / chip.memory_bandwidth,
@@ -88,16 +88,16 @@ def predict(chip: Chip, flops: float, costs: ProgramCosts) -> Prediction:
 def scaling(
     chip: Chip, prediction: Prediction, collectives: tuple[Collective, ...], mesh: Mapping[str, int], batch: int
 ) -> list[dict[str, Any]]:
-    """How efficiency falls from 1 chip to the whole mesh in steps of four, with as many images a chip.
+    """Efficiency from 1 chip to the whole mesh in steps of four, at a constant number of images per chip.
 
-    A chip's arithmetic and memory traffic stay; the collectives change with the sizes of the axes. The axis `fsdp`
-    fills first. A sum over `data` alone is of what `fsdp` has split, so the fewer it is split over the larger it is.
-    Efficiency is the time of one chip over the time of the mesh, with nothing hidden.
+    Arithmetic and memory traffic per chip stay the same; the collectives depend on the sizes of the axes. The axis
+    `fsdp` fills first. A sum over `data` is of arrays that `fsdp` has split, so it grows as `fsdp` shrinks. Efficiency
+    is the time of one chip divided by the time of the mesh, without overlap.
 
     Args:
         collectives: of the program compiled for `mesh`.
         mesh: sizes of the axes `data` and `fsdp`, the latter the inner one.
-        batch: images a step on the whole mesh.
+        batch: images per step on the whole mesh.
     """
     total = mesh["data"] * mesh["fsdp"]
     counts = [4**k for k in range(total.bit_length()) if 4**k < total] + [total]
@@ -134,7 +134,7 @@ def _axis(collective: Collective, mesh: Mapping[str, int]) -> str:
 
 
 def processor_name() -> str:
-    """This machine's processor as Linux names it; elsewhere its architecture at least."""
+    """Name of this machine's processor on Linux; its architecture elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 """Counts a function's floating-point operations from its jaxpr.
 
-XLA's own count takes a loop's body once and a custom call as nothing. Here matrix products and
-convolutions count two operations a multiply-add; everything else, a few percent, counts nothing.
+XLA's own count takes a loop's body once and ignores custom calls. Here matrix products and convolutions count two
+operations per multiply-add. Everything else, a few percent, is ignored.
 """
 
 import math
@@ -13,10 +13,10 @@ from jax.extend import core
 
 
 def count_flops(function: Callable, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of one call, traced only: arguments may be `jax.ShapeDtypeStruct`s.
+    """FLOPs of one call. The function is only traced: arguments may be `jax.ShapeDtypeStruct`s.
 
-    A scan's body counts as often as it runs. A while loop's body (a `fori_loop` with traced bounds) counts
-    once: multiply by its iterations. Of a conditional's branches the dearest counts.
+    A scan's body counts for each iteration. A while loop's body (a `fori_loop` with traced bounds) counts once:
+    multiply by the number of iterations. Of a conditional's branches the most expensive counts.
     """
     return _count(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 

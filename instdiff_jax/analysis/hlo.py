@@ -1,7 +1,7 @@
-"""Reads a compiled program's text: collectives, memory traffic and the compiler's own estimate of cycles.
+"""What a compiled program costs: collectives, memory traffic and the compiler's estimate of cycles.
 
-XLA's cost analysis takes a loop's body once and names no collective. Here a body counts as often as its loop runs.
-Everything is per device, in bytes.
+XLA's own cost analysis counts a loop's body once and lists no collectives. Here a body counts for each iteration.
+All numbers are per device, in bytes.
 """
 
 import dataclasses
@@ -11,45 +11,19 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from instdiff_jax.analysis.hlo_text import Instruction, collective_group, parse_program
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0, "opaque": 0}
 # What the compiler writes where it has no estimate.
 _NO_ESTIMATE = 2**63 - 1
-# These move nothing: they name, group or wait for what others make. A loop's traffic is its body's.
+# These move no data: they name, group or wait for results. A loop's traffic is that of its body.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "custom-call", "async-update"}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-_CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
-_NAME = re.compile(r"%([\w.\-]+)")
-_NAMES = re.compile(r"[\w.\-]+")
-
-
-class ArrayType(NamedTuple):
-    """One array: its bytes, those it takes with its layout's padding, and whether it lies in main memory."""
-
-    size: float
-    padded: float
-    in_main_memory: bool
-
-
-class Instruction(NamedTuple):
-    """One line of a computation; `called` maps an attribute to the computations it names."""
-
-    name: str
-    opcode: str
-    types: tuple[ArrayType, ...]
-    operands: tuple[str, ...]
-    called: dict[str, tuple[str, ...]]
-    text: str
-    is_root: bool
-
 
 class Found(NamedTuple):
-    """One collective in the text. Those of one `chain` are one, written in every kernel that it runs beside."""
+    """One collective in the text. A `chain` is one collective, repeated in each kernel that runs beside it."""
 
     kind: str
     group: int
@@ -63,8 +37,8 @@ class Collective:
     """All collectives of one kind over groups of one shape.
 
     Attributes:
-        group: devices that take part in each; `stride` is the distance between neighbours in the mesh's order.
-        count: how often a step runs one; `looped` of them in loops.
+        group: number of devices in each; `stride` is the distance between neighbours in the mesh's order.
+        count: runs per step; `looped` of them in loops.
         payload: bytes of the whole array: gathered, reduced, or sent.
         sent: bytes that each device sends, by the ring algorithm.
     """
@@ -81,8 +55,8 @@ class Collective:
 class ProgramCosts(NamedTuple):
     """What one call of a program costs a device.
 
-    `cycles` sums the compiler's estimates for its fused kernels, 0 where it gives none; `open_loops` are loops
-    whose number of turns the text does not tell, counted once.
+    `cycles` sums the compiler's estimates for its fused kernels, 0 if it gives none; `open_loops` are loops with an
+    unknown number of iterations, counted once.
     """
 
     collectives: tuple[Collective, ...]
@@ -116,7 +90,7 @@ def analyze(text: str) -> ProgramCosts:
 
 
 def ring_bytes(kind: str, payload: float, group: int) -> float:
-    """Bytes that each of `group` devices sends for a collective over a whole of `payload` bytes, in a ring."""
+    """Bytes that each of `group` devices sends for a collective over `payload` bytes in all, in a ring."""
     if kind == "collective-permute":
         return payload
     once = payload * (group - 1) / group
@@ -124,23 +98,11 @@ def ring_bytes(kind: str, payload: float, group: int) -> float:
 
 
 class _Program:
-    """The parsed text, and which computations run how often."""
+    """The parsed program, and how often each computation runs."""
 
     def __init__(self, text: str):
-        self.computations: dict[str, dict[str, Instruction]] = {}
         self.open_loops = 0
-        entry, current = None, None
-        for line in text.splitlines():
-            if current is None:
-                header = _COMPUTATION.match(line)
-                if header:
-                    current = self.computations[header[2]] = {}
-                    entry = header[2] if header[1] else entry
-            elif line.startswith("}"):
-                current = None
-            elif match := _INSTRUCTION.match(line):
-                instruction = _parse(match)
-                current[instruction.name] = instruction
+        self.computations, entry = parse_program(text)
         self.runs = list(self._walk(entry, 1, False)) if entry else []
 
     def _walk(self, computation: str, times: int, looped: bool) -> Iterator[tuple[str, int, bool]]:
@@ -159,7 +121,7 @@ class _Program:
                 yield from self._walk(called["to_apply"][0], times, looped)
 
     def _turns(self, condition: str) -> int:
-        """Turns of a loop from 0 to the one constant in its condition; 1 where there is no such constant."""
+        """Iterations of a loop from 0 to the only constant in its condition; 1 if there is no such constant."""
         bounds = set()
         for name in (condition, *self._inner(condition)):
             for instruction in self.computations[name].values():
@@ -177,7 +139,7 @@ class _Program:
         """The collective that an instruction is, and those fused into it."""
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            group, stride = _groups(instruction.text)
+            group, stride = collective_group(instruction.text)
             scope = self.computations[computation]
             payload = sum(array.size for name in instruction.operands for array in scope[name].types)
             # A fusion of this name keeps only this device's part of the sum.
@@ -192,7 +154,7 @@ class _Program:
                     yield from self.collectives_of(name, inner)
 
     def traffic(self, computation: str, instruction: Instruction) -> float:
-        """Bytes an instruction moves to and from main memory; what stays on the chip counts nothing."""
+        """Bytes that an instruction moves to and from main memory; on-chip memory does not count."""
         if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
             return 0.0
         scope = self.computations[computation]
@@ -220,7 +182,7 @@ class _Program:
         return total + (min(written, self._written(fused)) if fused is not None else written)
 
     def _read(self, fused: dict[str, Instruction], index: int) -> float:
-        """Bytes of its index-th operand that a fusion reads: the slices it takes, or inf for all."""
+        """Bytes of operand `index` that a fusion reads: the slices it takes, or inf for all of it."""
         return sum(
             self._used(fused, i.name)
             for i in fused.values()
@@ -244,7 +206,7 @@ class _Program:
         return total
 
     def _written(self, fused: dict[str, Instruction]) -> float:
-        """Bytes that a fusion writes: its results, or the slices it updates in place."""
+        """Bytes that a fusion writes: its results, or the slices that it updates in place."""
         root = next(i for i in fused.values() if i.is_root)
         outputs = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
         total = 0.0
@@ -252,61 +214,3 @@ class _Program:
             source = fused[output.operands[1]] if output.opcode == "dynamic-update-slice" else output
             total += sum(array.padded for array in source.types)
         return total
-
-
-def _parse(match: re.Match) -> Instruction:
-    rest = match[3]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    types, rest = rest[:end], rest[end:].lstrip()
-    opening = rest.index("(")
-    closing = _closing(rest, opening)
-    called = {name: tuple(_NAMES.findall(value)) for name, value in _CALLED.findall(rest)}
-    return Instruction(
-        name=match[2],
-        opcode=rest[:opening],
-        types=tuple(_array(*found) for found in _ARRAY.findall(types)),
-        operands=tuple(_NAME.findall(rest[opening:closing])),
-        called=called,
-        text=match[0],
-        is_root=bool(match[1]),
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for index in range(start, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if depth == 0:
-            return index
-    raise ValueError(f"unbalanced parentheses in {text!r}")
-
-
-def _array(dtype: str, dims: str, layout: str) -> ArrayType:
-    shape = [int(dim) for dim in dims.split(",") if dim]
-    width = _BYTES.get(dtype) if dtype in _BYTES else int(re.sub(r"\D", "", dtype) or 8) / 8
-    order, _, rest = layout.partition(":")
-    minor = [int(axis) for axis in order.split(",") if axis]
-    physical = [shape[axis] for axis in reversed(minor)] if len(minor) == len(shape) else list(shape)
-    if tile := re.match(r"T\(([\d,]+)\)", rest):
-        sizes = [int(size) for size in tile[1].split(",")]
-        for axis, size in zip(range(len(physical) - 1, -1, -1), reversed(sizes), strict=False):
-            physical[axis] = -(-physical[axis] // size) * size
-    return ArrayType(math.prod(shape) * width, math.prod(physical) * width, "S(" not in layout)
-
-
-def _groups(text: str) -> tuple[int, int]:
-    """Devices in a collective's group, and the distance between its first two."""
-    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
-        return 2, abs(int(match[2]) - int(match[1]))
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        members = [int(member) for member in match[1].split(",")]
-        return len(members), members[1] - members[0] if len(members) > 1 else 1
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](T\(1,0\))?", text):
-        sizes = [int(size) for size in match[2].split(",")]
-        return int(match[1]), sizes[-1] if match[3] else 1
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = [(axis, int(size)) for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1])]
-        used = [i for i, (axis, _) in enumerate(sizes) if f"'{axis}'" in match[2]]
-        group = math.prod(sizes[i][1] for i in used)
-        return group, math.prod(size for _, size in sizes[used[-1] + 1 :])
-    return 1, 1
