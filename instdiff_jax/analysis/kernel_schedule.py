@@ -19,8 +19,7 @@ BRANCH_DELAY = 4
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LB)?[A-Z]*\s*: [> ]*\{")
 _EXIT_TEST = re.compile(r"(%p\d+_p\d+) = scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test \*/")
-_BACK = re.compile(r"sbr\.rel \(!(%p\d+_p\d+)\)")
-_SKIP = re.compile(r"sbr\.rel \(!?%p\d+_p\d+\) target = \$region(\d+)")
+_BRANCH = re.compile(r"sbr\.rel \(!?(%p\d+_p\d+)\) target = \$region(\d+)")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)\b")
 _GRID = re.compile(r"^iteration_bounds: \(([\d, ]+)\)", re.MULTILINE)
 _ANALYSIS = re.compile(r"(\d+-(.*)-)\d+-schedule-analysis_final_bundles\.txt")
@@ -42,11 +41,14 @@ class KernelSchedule(NamedTuple):
         bundles: in the text.
         grid: steps of the kernel's grid; these are the turns of the outermost loop.
         loops: outer ones first.
+        open_loops: those whose number of turns the text does not tell, counted once. They copy a grid's last, smaller
+            blocks.
     """
 
     bundles: int
     grid: int
     loops: tuple[Loop, ...]
+    open_loops: int
 
     def cycles(self, guarded: float = 1.0) -> float:
         """Cycles on one core. `guarded`: the share of the grid's steps in which guarded loops run; 1 is a bound."""
@@ -59,28 +61,25 @@ class KernelSchedule(NamedTuple):
 
 
 def read_schedule(text: str) -> KernelSchedule:
-    """A kernel's schedule, from the text of its `…-final_bundles.txt`.
-
-    Raises:
-        ValueError: for a loop whose turns the text does not tell.
-    """
-    bundle, starts, loops = -1, [], []
-    tests: dict[str, int] = {}
+    """A kernel's schedule, from the text of its `…-final_bundles.txt`."""
+    bundle, is_body = -1, False
+    bodies: dict[str, int] = {}
     skips: dict[str, int] = {}
-    guards = []
+    loops, guards = [], []
+    tests = {name: int(turns) for name, turns in _EXIT_TEST.findall(text)}
     for line in text.splitlines():
         if match := _BUNDLE.match(line):
-            bundle += 1
-            if match[1]:
-                starts.append(bundle)
-        tests.update((name, int(turns)) for name, turns in _EXIT_TEST.findall(line))
-        guards += [(skips.pop(region), bundle) for region in _REGION.findall(line) if region in skips]
-        skips.update((region, bundle) for region in _SKIP.findall(line))
-        # Other branches on a false condition skip forward.
-        if starts and (match := _BACK.search(line)) and match[1] in tests:
-            loops.append((starts.pop(), bundle + BRANCH_DELAY, tests[match[1]]))
-    if starts:
-        raise ValueError("a loop has no constant number of turns")
+            bundle, is_body = bundle + 1, bool(match[1])
+        for region in _REGION.findall(line):
+            if region in skips:
+                guards.append((skips.pop(region), bundle))
+            if is_body:
+                bodies[region] = bundle
+        for test, region in _BRANCH.findall(line):
+            if region in bodies:
+                loops.append((bodies[region], bundle + BRANCH_DELAY, tests.get(test, 0)))
+            else:
+                skips[region] = bundle
     loops.sort()
     bounds = _GRID.search(text)
     # Else the turns of the outermost loop, which count two more, to fill and drain the buffers.
@@ -89,8 +88,8 @@ def read_schedule(text: str) -> KernelSchedule:
     for first, last, turns in loops[1:]:
         # One condition is around the whole step: it is false while buffers are filled and drained.
         guarded = sum(start < first and last <= end + BRANCH_DELAY for start, end in guards) > 1
-        result.append(Loop(first, last, turns, guarded))
-    return KernelSchedule(bundle + 1, grid, tuple(result))
+        result.append(Loop(first, last, turns or 1, guarded))
+    return KernelSchedule(bundle + 1, grid, tuple(result), sum(not turns for _, _, turns in loops))
 
 
 def read_dump(folder: Path) -> Iterator[tuple[str, KernelSchedule]]:

@@ -60,9 +60,12 @@ def attention(
 
 
 def supports(queries: tuple[int, ...], keys: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    """Whether queries [b, n, h, d] and keys [b, m, h, d] fit the kernels: whole sublanes, and VMEM for all keys."""
+    """Whether queries [b, n, h, d] and keys [b, m, h, d] fit the kernels: whole sublanes, and VMEM for all keys.
+
+    Not the autoencoder's one head of 512, which needs no flash attention.
+    """
     (_, n, _, d), m = queries, keys[1]
-    return d % 8 == 0 and _vmem(d, max(n, m), jnp.dtype(dtype)) <= MAX_VMEM
+    return d % 8 == 0 and d <= 256 and _vmem(d, max(n, m), jnp.dtype(dtype)) <= MAX_VMEM
 
 
 def _chip_blocks() -> Blocks:
@@ -139,7 +142,8 @@ class _Call:
     def __init__(self, q, k, query_bits, key_bits, queries: int, keys: int):
         b, h, d, n = q.shape
         m = k.shape[3]
-        self.block = min(queries, _round(n, LANES))
+        # Even blocks: fewer queries that are padding.
+        self.block = _round(pl.cdiv(n, pl.cdiv(n, queries)), LANES)
         self.grid = (b, h, pl.cdiv(n, self.block))
         self.sizes = bodies.Sizes(n, m, d, _chunk(keys * max(1, queries // self.block), m), key_bits is not None)
         # With region bits there is a key for every query, real or padding.
