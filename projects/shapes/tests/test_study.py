@@ -112,8 +112,8 @@ def test_a_reduced_run_of_everything(folders, tmp_path):
     assert all(row["seeds"] == 1 for table in results["tables"].values() for row in table["rows"])
     parts = {part["part"]: part for part in results["cost"]["parts"]}
     pieces = [part for part in parts.values() if "evaluations" in part]
-    # With guidance: the first of 3 steps is MIS's, for 5 rows, and PLMS evaluates twice in it.
-    assert sum(part["evaluations"] for part in pieces) == 2 * (5 * 2 + 2)
+    # With guidance. The grid of --steps 3 has 4 steps: 2 of MIS with 5 rows, and PLMS evaluates twice in the first.
+    assert sum(part["evaluations"] for part in pieces) == 2 * (5 * 3 + 2)
     assert all(part["seconds"] > 0 for part in parts.values())
     assert all(part["gflop"] > 0 and part["temporary_mb"] > 0 for part in pieces)
     assert "not measured" not in (tmp_path / "docs" / "results.md").read_text().lower()
