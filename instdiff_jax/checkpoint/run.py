@@ -119,7 +119,9 @@ def _restore_averaged(workdir: Path, step: int | None) -> tuple[int, dict[str, A
     """The step, its averaged parameters and its facts."""
     folder = workdir.absolute() / CHECKPOINTS
     options = ocp.CheckpointManagerOptions(create=False, read_only=True)
-    with ocp.CheckpointManager(folder, options=options, item_names=("state", "facts")) as manager:
+    # Without handlers orbax does not tell what a state that it has not saved itself consists of.
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "facts": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
         steps = sorted(manager.all_steps())
         if not steps or (step is not None and step not in steps):
             raise InputError(f"{folder}: no checkpoint {'' if step is None else f'of step {step} '}there: {steps}")

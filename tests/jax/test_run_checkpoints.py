@@ -13,13 +13,20 @@ from pathlib import Path
 import jax
 import pytest
 from run_cases import FACTS, small_state
+from training_common import make_run, save_start, tiny_model, tiny_settings
 from trees import assert_same_trees
 
 from common import PYTHONPATH, SUPPORT
+from instdiff_jax.checkpoint.folder import restore_params
 from instdiff_jax.checkpoint.run import CHECKPOINTS
 from instdiff_jax.errors import InputError
+from instdiff_jax.files import write_json
 from instdiff_jax.training import checkpoints
 from instdiff_jax.training.checkpoints import DAMAGED, Checkpoints
+from instdiff_jax.training.export import export
+from instdiff_jax.training.settings import RunSettings
+from instdiff_jax.training.start import run_facts
+from instdiff_jax.training.state import merge_params
 
 
 def shapes():
@@ -162,3 +169,20 @@ def test_kills_during_saves_lose_no_finished_checkpoint(tmp_path, kills):
         assert int(state.step) in (saved, saved + 1)
         assert_same_trees(state, small_state(int(state.step)))
         saved = int(state.step)
+
+
+def test_a_saved_run_becomes_a_checkpoint_folder(tmp_path):
+    """The averaged parameters of the run, and the frozen ones of its base."""
+    save_start(tmp_path / "start")
+    run, workdir = RunSettings(tiny_model(), train=tiny_settings(start=str(tmp_path / "start"))), tmp_path / "run"
+    laid_out = make_run(run.model, run.train)
+    state, frozen = laid_out.start()
+    average = jax.tree.map(lambda leaf: leaf + 1, state.params)
+    saved = Checkpoints(workdir, run_facts(run.train, run.model, "dataset"))
+    saved.save(3, state._replace(optimizer=state.optimizer._replace(ema=average)))
+    saved.close()
+    write_json(workdir / "config.json", run.to_dict())
+    assert export(workdir, tmp_path / "out") == 3
+    assert_same_trees(restore_params(tmp_path / "out", as_numpy=True), merge_params(average, frozen))
+    with pytest.raises(InputError, match="no checkpoint of step 4 there"):
+        export(workdir, tmp_path / "again", step=4)
