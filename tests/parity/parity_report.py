@@ -23,16 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HEADER = """# Parity with the official code
 
 Every number of the official PyTorch code in `tests/parity/` (CPU, float32) and the error of ours. The error is
-max|a − b| / max|b|, in float32 with full-precision matrix products. Exceptions: for norms of training it is the largest
-relative difference of any parameter; for images, the largest difference of a pixel as a share of the 256 levels. The
-timestep embedding at large t has a tolerance of one float32 unit of an angle near 1000 instead of 2e-5, because PyTorch's
-own float32 `exp` differs by that much between processors. PyTorch sums gradient norms in float32, which is up to 2e-4 off
-for millions of numbers; ours are summed the same way. The weights are deterministic (`tests/parity/weights.py`), so no
-weight file is needed. `full` is the released architecture.
+max|a − b| / max|b|, in float32 with full-precision matrix products. Exceptions: for norms of training it is the
+largest relative difference of any parameter; for images, the largest difference of a pixel as a share of the 256
+levels. The timestep embedding at large t has a tolerance of one float32 unit of an angle near 1000 instead of 2e-5,
+because PyTorch's own float32 `exp` differs by that much between processors. PyTorch sums gradient norms in float32,
+which is up to 2e-4 off for millions of numbers; ours are summed the same way. The weights are deterministic
+(`tests/parity/weights.py`), so no weight file is needed. `full` is the released architecture.
 
 Made by `python tests/parity/parity_report.py` ({date}, {machine}, jax {jax}). The tests assert the same tolerances.
-`tests/parity/test_live_diffusers.py` (also every norm's epsilon, and gradients) and `tests/parity/test_live_reference.py`
-compare with PyTorch code directly.
+`tests/parity/test_live_diffusers.py` (also every norm's epsilon, and gradients) and
+`tests/parity/test_live_reference.py` compare with PyTorch code directly.
 
 | file | entry | what of ours ran | error | tolerance |
 | --- | --- | --- | --- | --- |
