@@ -1,6 +1,5 @@
 """The converter: every layout it reads, both directions, what it refuses, and the memory it takes."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -9,23 +8,20 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from tiny_checkpoint import TOKENIZER, tiny_config
-from training_common import make_run, numpy_params, tiny_settings
+from convert_cases import TINY, TINY_FLAGS, assert_params, run, run_and_fail, sd_file, tiny_state
+from tiny_checkpoint import TOKENIZER
 
 from common import state_dict
 from instdiff_jax.checkpoint import folder, pytorch, torch_file
 from instdiff_jax.checkpoint.rename import from_state_dict
-from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_shapes
 from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.cli import convert
-from instdiff_jax.config import CheckpointSettings, SamplingConfig, ScheduleConfig
+from instdiff_jax.config import CheckpointSettings
 from instdiff_jax.errors import InputError
-from instdiff_jax.training.start import start_params
-from instdiff_jax.training.state import fresh_params
-from instdiff_jax.tree import flatten, unflatten
+from instdiff_jax.tree import flatten
 
 torch = pytest.importorskip("torch")
-from make_checkpoint import diffusion_buffers, make_checkpoint  # noqa: E402  (needs torch)
+from make_checkpoint import make_checkpoint  # noqa: E402  (needs torch)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = [
@@ -40,17 +36,6 @@ SMALL = [
     f"--config.model.text_encoder.tokenizer={TOKENIZER}",
 ]
 
-TINY = tiny_config()
-TINY_FLAGS = [
-    f"--config.model.{group}.{name}={value}" for group, sizes in TINY.to_dict().items() for name, value in sizes.items()
-]
-
-
-def run(*argv) -> None:
-    """The command line, in this process."""
-    with mock.patch.object(sys, "argv", ["convert", *map(str, argv)]):
-        convert.main()
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -59,79 +44,6 @@ def small(tmp_path_factory):
     torch.save(make_checkpoint("small", seed=0, ema_seed=1), directory / "small.pth")
     run("--input", directory / "small.pth", "--output", directory / "folder", *SMALL)
     return directory
-
-
-def tiny_state(seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
-    random = np.random.default_rng(seed)
-    return {
-        part: {
-            key: random.standard_normal(entry.torch_shape).astype(np.float32)
-            for key, entry in rename_table(part, TINY).items()
-        }
-        for part in PARTS
-    }
-
-
-def adapters_of(state):
-    table = rename_table("model", TINY)
-    return {key: value for key, value in state["model"].items() if table[key].group in ADAPTERS}
-
-
-def sd_file(state, path, wrap=True, extra=()):
-    """Stable Diffusion 1.5's own layout, without adapters."""
-    adapters = adapters_of(state)
-    base = {f"model.diffusion_model.{k}": v for k, v in state["model"].items() if k not in adapters}
-    base.update({f"first_stage_model.{k}": v for k, v in state["autoencoder"].items()})
-    base.update({f"cond_stage_model.{k}": v for k, v in state["text_encoder"].items()})
-    tensors = {key: torch.from_numpy(value) for key, value in base.items()}
-    tensors.update(diffusion_buffers())
-    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    tensors["model_ema.decay"] = torch.tensor(0.9999)
-    tensors["model_ema.diffusion_modeltime_embed0weight"] = torch.zeros(3)
-    tensors.update(extra)
-    torch.save({"state_dict": tensors, "global_step": 1, "callbacks": {}} if wrap else tensors, path)
-    return path
-
-
-def port_files(state, directory):
-    """Adapter files in the layout of the ComfyUI port."""
-    fusers = {"input_blocks": {}, "middle_block": {}, "output_blocks": {}}
-    scaleu, positionnet = {}, {}
-    for key, value in adapters_of(state).items():
-        value = torch.from_numpy(value)
-        if ".fuser." in key:
-            block, name = key.split(".transformer_blocks.0.fuser.")
-            group, index = block.split(".")[:2]
-            entry = fusers[group].setdefault(index, {"params": {"n_heads": 2, "d_head": 16, "context_dim": 48}})
-            entry.setdefault("state", {})[name] = value
-        elif key.startswith("scaleu_"):
-            name, index = key.rsplit("_", 1)
-            scaleu.setdefault(index, {})[name] = value
-        else:
-            positionnet[key.removeprefix("position_net.")] = value
-    files = {"fusers": fusers, "position_net": positionnet, "scaleu": scaleu}
-    for name, content in files.items():
-        torch.save(content, directory / f"{name}.ckpt")
-    return [directory / f"{name}.ckpt" for name in files]
-
-
-def assert_params(params, state, absent=()):
-    expected = {}
-    for part in PARTS:
-        known = rename_table(part, TINY, absent)
-        chosen = {key: value for key, value in state[part].items() if key in known}
-        expected.update(from_state_dict(part, chosen, TINY, absent))
-    found, expected = flatten(params), flatten(expected)
-    assert found.keys() == expected.keys()
-    for path, value in expected.items():
-        assert np.array_equal(found[path], value), path
-
-
-def run_and_fail(capsys, *argv) -> str:
-    with pytest.raises(SystemExit) as end:
-        run(*argv)
-    assert end.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_ema_weights_are_taken(small):
@@ -237,154 +149,6 @@ def test_missing_extra_and_misshaped_keys(tmp_path):
         pytorch.load_pytorch([tmp_path / "x.safetensors"], TINY)
     for text in ("x.safetensors", "missing: quant_conv.bias", "extra: surprise", "post_quant_conv.bias (file [7], "):
         assert text in str(error.value)
-
-
-@pytest.mark.parametrize("wrap", [True, False])
-def test_stable_diffusion_alone(tmp_path, wrap):
-    state = tiny_state()
-    params, absent = pytorch.load_pytorch([sd_file(state, tmp_path / "sd.ckpt", wrap)], TINY)
-    assert absent == ADAPTERS
-    assert_params(params, state, absent)
-
-
-def test_stable_diffusion_in_half_precision_safetensors(tmp_path):
-    state = tiny_state()
-    content = torch_file.read_file(sd_file(state, tmp_path / "sd.ckpt", wrap=False))
-    half = {key: value.astype(np.float16) if value.dtype == np.float32 else value for key, value in content.items()}
-    torch_file.write_safetensors(tmp_path / "sd.safetensors", half)
-    params, _ = pytorch.load_pytorch([tmp_path / "sd.safetensors"], TINY)
-    assert {leaf.dtype for leaf in flatten(params).values()} == {np.dtype(np.float16)}
-
-
-def test_stable_diffusion_with_adapter_files_in_any_order(tmp_path):
-    state = tiny_state()
-    fusers, positionnet, scaleu = port_files(state, tmp_path)
-    base = sd_file(state, tmp_path / "sd.ckpt")
-    params, absent = pytorch.load_pytorch([scaleu, base, fusers, positionnet], TINY)
-    assert absent == ()
-    assert_params(params, state)
-    _, absent = pytorch.load_pytorch([base, fusers, scaleu], TINY)
-    assert absent == ("unifusion", "trunk")
-    with pytest.raises(InputError, match="already given by"):
-        pytorch.load_pytorch([base, scaleu, scaleu], TINY)
-    other = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, num_heads=4))
-    with pytest.raises(InputError, match="2 heads, config 4"):
-        pytorch.load_pytorch([base, fusers], other)
-
-
-def test_another_base_takes_only_the_adapters_of_the_released_file(tmp_path):
-    released, other = tiny_state(0), tiny_state(1)
-    flat = {f"{part}.{key}": value for part, group in released.items() for key, value in group.items()}
-    torch_file.write_safetensors(tmp_path / "released.safetensors", flat)
-    base = sd_file(other, tmp_path / "sd.ckpt")
-    params, absent = pytorch.load_pytorch([base, tmp_path / "released.safetensors"], TINY)
-    other["model"].update(adapters_of(released))
-    assert absent == ()
-    assert_params(params, other)
-    torch_file.write_safetensors(tmp_path / "adapters.safetensors", adapters_of(released))
-    params, _ = pytorch.load_pytorch([tmp_path / "adapters.safetensors", base], TINY)
-    assert_params(params, other)
-
-
-def convnext_file(state, path):
-    """ImageNet weights as their authors publish them: with the classifier."""
-    trunk = {
-        key.removeprefix(pytorch.TRUNK_PREFIX): torch.from_numpy(value)
-        for key, value in state["model"].items()
-        if key.startswith(pytorch.TRUNK_PREFIX)
-    }
-    classifier = {"norm.weight": torch.ones(3), "norm.bias": torch.ones(3), "head.weight": torch.ones(2, 3)}
-    torch.save({"model": {**trunk, **classifier}}, path)
-    return path
-
-
-def test_convnext_weights_for_a_base(tmp_path):
-    state = tiny_state()
-    convnext_file(state, tmp_path / "convnext.pth")
-    base = sd_file(state, tmp_path / "sd.ckpt")
-    params, absent = pytorch.load_pytorch([base], TINY, tmp_path / "convnext.pth")
-    assert absent == ("fusers", "scaleu", "unifusion")
-    assert_params(params, state, absent)
-    with pytest.raises(InputError, match="already given by"):
-        pytorch.load_pytorch([base, *port_files(state, tmp_path)], TINY, tmp_path / "convnext.pth")
-    with pytest.raises(InputError, match="not ConvNeXt weights"):
-        pytorch.load_pytorch([base], TINY, base)
-
-
-def test_training_gives_positions_to_a_model_without_and_does_not_take_them(tmp_path):
-    params = numpy_params(parameter_shapes(TINY))
-    folder.save_folder(tmp_path / "base", params, TINY, SamplingConfig(), TOKENIZER)
-    told = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, positions=True))
-    plan = make_run(told, tiny_settings()).plan
-    trainable, frozen = start_params(plan, told, tiny_settings(start=str(tmp_path / "base")))
-    found = flatten(trainable) | flatten(frozen)
-    assert found.keys() == flatten(parameter_shapes(told)).keys()
-    assert not found["unet", "position_in", "kernel"].any()
-    np.testing.assert_array_equal(found["unet", "conv_in", "kernel"], params["unet"]["conv_in"]["kernel"])
-
-    params["unet"]["position_in"] = {"kernel": np.ones(found["unet", "position_in", "kernel"].shape, np.float32)}
-    folder.save_folder(tmp_path / "told", params, told, SamplingConfig(), TOKENIZER)
-    with pytest.raises(InputError, match=r"config.model.unet.positions: expected True as in .*told, got False"):
-        start_params(make_run(TINY, tiny_settings()).plan, TINY, tiny_settings(start=str(tmp_path / "told")))
-
-
-def test_training_starts_from_a_base_and_convnext(tmp_path):
-    """The trunk's weights are the file's, Stable Diffusion's are its own, and the other adapters are fresh."""
-    base, convnext = tiny_state(0), tiny_state(1)
-    files = sd_file(base, tmp_path / "sd.ckpt"), convnext_file(convnext, tmp_path / "convnext.pth")
-    run("--input", files[0], "--convnext", files[1], "--output", tmp_path / "base", *TINY_FLAGS)
-    model, _, absent = folder.read_config(tmp_path / "base")
-    assert absent == ("fusers", "scaleu", "unifusion")
-
-    plan = make_run(model, tiny_settings()).plan
-    trainable, frozen = start_params(plan, model, tiny_settings(start=str(tmp_path / "base")))
-    found = flatten(trainable) | flatten(frozen)
-    held = flatten(parameter_shapes(model, absent))
-    for key, value in convnext["model"].items():
-        if key.startswith(pytorch.TRUNK_PREFIX):
-            base["model"][key] = value
-    assert_params(unflatten({path: leaf for path, leaf in found.items() if path in held}), base, absent)
-    trunk = {path[2:]: leaf for path, leaf in flatten(trainable).items() if path[:2] == ("unifusion", "trunk")}
-    stem = convnext["model"][f"{pytorch.TRUNK_PREFIX}downsample_layers.0.0.weight"]
-    np.testing.assert_array_equal(trunk["downsample_0_conv", "kernel"], stem.transpose(2, 3, 1, 0))
-
-    assert found.keys() == flatten(parameter_shapes(model)).keys()
-    rest = found.keys() - held.keys()
-    fresh = flatten(fresh_params(layout, tiny_settings().seed, rest)[0])
-    assert fresh.keys() == rest < flatten(trainable).keys()
-    for path in rest:
-        np.testing.assert_array_equal(found[path], fresh[path])
-    # The fusers' gates are closed: the first step's prediction is the base's.
-    assert all(found[path] == 0 for path in rest if path[-1].startswith("gate_"))
-
-
-def test_what_is_no_weight_is_refused(tmp_path):
-    state = tiny_state()
-    base = sd_file(state, tmp_path / "a.ckpt", extra={"model.diffusion_model.out.2.bias": torch.zeros(4).long()})
-    with pytest.raises(InputError, match=r"out\.2\.bias: expected a tensor of floats, got int64"):
-        pytorch.load_pytorch([base], TINY)
-    with pytest.raises(InputError, match="surprise: not a key of Stable Diffusion 1.5"):
-        pytorch.load_pytorch([sd_file(state, tmp_path / "b.ckpt", extra={"surprise": torch.zeros(1)})], TINY)
-    torch.save({"lora": torch.zeros(2)}, tmp_path / "c.ckpt")
-    with pytest.raises(InputError, match="its keys begin with lora"):
-        pytorch.load_pytorch([tmp_path / "c.ckpt"], TINY)
-
-
-def test_another_noise_schedule_is_refused(tmp_path):
-    other = dataclasses.replace(TINY, schedule=ScheduleConfig(0.0001, 0.02, 1000))
-    with pytest.raises(InputError, match="config.model.schedule"):
-        pytorch.load_pytorch([sd_file(tiny_state(), tmp_path / "sd.ckpt")], other)
-    ours, theirs = pytorch.schedule_buffers(TINY.schedule), diffusion_buffers()
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name], value.numpy(), rtol=1e-6)
-
-
-def test_a_base_alone_does_not_go_back(tmp_path, capsys):
-    params, absent = pytorch.load_pytorch([sd_file(tiny_state(), tmp_path / "sd.ckpt")], TINY)
-    folder.save_folder(tmp_path / "base", params, TINY, convert.SamplingConfig(), TOKENIZER, absent)
-    error = run_and_fail(capsys, "--input", tmp_path / "base", "--to_pytorch", tmp_path / "x.safetensors")
-    assert "lacks fusers, scaleu, unifusion, trunk" in error
 
 
 MEASURE = """

@@ -1,6 +1,5 @@
 """python -m instdiff_jax evaluate, end to end on tiny data: numbers, reports, resuming, and bad input in one line."""
 
-import html.parser
 import io
 import json
 import shutil
@@ -12,6 +11,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from pages import Links, scripts_of_the_page
 from PIL import Image
 from tiny_checkpoint import SIDE, make_tiny_checkpoint, make_tiny_segmenter
 
@@ -24,14 +24,7 @@ from projects.shapes.segmenter import Segmenter
 from projects.shapes.worlds import SceneSettings
 
 COUNT = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +56,6 @@ def fails(capsys, place, output, *flags):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
-
-
-class Links(html.parser.HTMLParser):
-    """All that a page would load, and the texts of its headings and cells."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.loads, self.images, self.tags = [], 0, []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.images += tag == "img"
-        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
 
 
 def test_perfect_predictions_of_real_images(place, tmp_path, capsys):
@@ -256,12 +235,6 @@ def test_empty_splits(place, tmp_path, capsys):
     (notes / "instances_val.json").unlink()
     assert "instances_val.json" in fails(capsys, tmp_path, tmp_path / "out", "--real")
     assert not (tmp_path / "out").exists(), "nothing is written before the input is known to be good"
-
-
-def scripts_of_the_page():
-    """The Python of docs/evaluation.md: the detector's, and the features'."""
-    page = (Path(__file__).resolve().parent.parent.parent / "docs" / "evaluation.md").read_text()
-    return [part.partition("```")[0] for part in page.split("```python\n")[1:]]
 
 
 def test_the_pages_scripts_are_accepted(place, tmp_path, capsys, monkeypatch):

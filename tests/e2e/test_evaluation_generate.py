@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from tiny_checkpoint import make_layout, make_tiny_checkpoint
@@ -17,13 +16,7 @@ from instdiff_jax.sampling.loading import checkpoint_fingerprint
 from projects.shapes.render import write_coco
 from projects.shapes.worlds import SceneSettings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sample_errors import WRONG
 from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
 
 from instdiff_jax.cli import sample
@@ -214,50 +215,6 @@ def test_a_broken_layout_stops_a_run_before_anything_is_written(many, folder):
         assert not (folder / "none").exists()
     finally:
         bad.unlink()
-
-
-WRONG = [
-    (("--layout", "nowhere.json"), "nowhere.json"),
-    (("--layout", "broken.json"), "broken.json: not valid JSON"),
-    (("--layout", "empty"), "no .json file in this folder"),
-    (("--layout", "scenes", "others"), "two layouts would write to"),
-    (("--layout", "scenes", "--coco", "coco.json"), "--layout: expected none beside --coco"),
-    (("--num_images", "0"), "--num_images: expected a whole number"),
-    (("--shard", "2/2"), "--shard: expected i/n with i from 0 to n - 1"),
-    (("--shard", "one"), "--shard: expected i/n"),
-    (("--max_rows", "0"), "--max_rows: expected a whole number"),
-    (("--output", "broken.json"), "--output: broken.json: expected a folder"),
-    (("--output", "broken.json/deeper"), "--output: broken.json/deeper: expected a folder"),
-    (("--noise", "text.npy"), "--noise: text.npy: expected a float32 .npy"),
-    (("--noise", "several.npz"), "--noise: several.npz: expected a float32 .npy file, got several arrays"),
-    (("--width", "0"), "width: expected a multiple of"),
-    (("--noise", "double.npy"), "--noise: double.npy: expected float32, got float64"),
-    (("--init_image", "text.npy"), "--init_image: text.npy: expected an image"),
-    (("--inpaint_mask", "nowhere.png"), "--inpaint_mask: nowhere.png: expected an image"),
-    (("--checkpoint", "nowhere"), "nowhere: not a checkpoint folder"),
-    (("--checkpoint", "empty"), "empty: not a checkpoint folder"),
-    (("--noise", "small.npy"), "noise: expected float32 of shape"),
-    (("--init_image", "tiny.png"), "init_image: expected 32×32 pixels"),
-    (("--strength", "0.5"), "strength: expected an init_image"),
-    (("--steps", "0"), "steps: expected a whole number from 1 to 1000"),
-    (("--sampler", "euler"), "sampler: expected one of"),
-    (("--alpha", "1.5"), "alpha: expected a fraction"),
-    (("--mis", "-1"), "mis: expected a fraction"),
-    (("--guidance_interval", "0.5,0.2"), "guidance_interval: expected two fractions"),
-    (("--guidance_interval", "0.5"), "guidance_interval: expected a list of float"),
-    (("--merge", "paste"), "merge: expected one of mean, crop"),
-    (("--masked_attention", "yes"), "masked_attention: expected one of"),
-    (("--width", "30"), "width: expected a multiple of 4 pixels, got 30; nearest: 32"),
-    (("--width", "65536"), "width: expected at most 8192 pixels, got 65536"),
-    (("--seed", "-1"), "seed: expected a whole number"),
-    (("--image_id", "5"), "--image_id: only means something with --coco"),
-    (("--captions", "coco.json"), "--captions: only means something with --coco"),
-    (("--init_image", "damaged.png"), "--init_image: damaged.png: expected an image"),
-    (("--output", "taken"), "taken/scene: expected a folder to write to, found a file"),
-    (("--layout", '{"caption": "' + 300 * "x" + '"}'), "File name too long"),
-    (("--output", 300 * "x"), "--output: "),
-    (("--noise", "cut.npy"), "--noise: cut.npy: expected a float32 .npy file"),
-]
 
 
 @pytest.mark.parametrize(("flags", "message"), WRONG, ids=[" ".join(flags) for flags, _ in WRONG])

@@ -40,7 +40,7 @@ def test_packed_rows_equal_the_sequential_sampler(steps, fractions, mis_steps, g
     actual = sample(fake_eps, params, noise, conditions, images, table, mis_steps=mis_steps, guidance_scale=guidance)
     evaluations = 0
     for i, image in enumerate(images):
-        expected, count = sequential(params, noise[i], conditions, image, steps, fractions, mis_steps, guidance)
+        expected, count = sequential((params, noise[i], conditions), image, steps, fractions, mis_steps, guidance)
         evaluations += count
         assert relative_error(actual[i], expected) <= 1e-5
         # The count of the paper's algorithm: 2[(n+1)(M+1) + (S−M)] for M ≥ 1, 2(S+1) without.
@@ -241,7 +241,7 @@ def test_inpainting_follows_the_released_blend():
     )
     for i, image in enumerate(images):
         known = clean[i], keep[i], fixed[i]
-        expected, _ = sequential(params, noise[i], conditions, image, 20, (0.8, 0.0, 0.2), 7, 3.0, known)
+        expected, _ = sequential((params, noise[i], conditions), image, 20, (0.8, 0.0, 0.2), 7, 3.0, known)
         assert relative_error(actual[i], expected) <= 1e-5
 
 

@@ -1,46 +1,23 @@
-"""The pipeline on a tiny model: batches, seeds, programs, starts from a picture, dtypes, meshes and errors."""
+"""The pipeline on a tiny model: batches, seeds, programs and settings."""
 
 import dataclasses
-import json
-import os
-import shutil
-import subprocess
-import sys
-import types
 
-import jax
 import numpy as np
 import pytest
 from compilations import compilations
-from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
+from tiny_checkpoint import SIDE, make_layout
 
-from common import PYTHONPATH, relative_error
+from common import relative_error
 from instdiff_jax import Layout, Pipeline
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.config import PRESETS, ModelConfig
 from instdiff_jax.diffusion import multi_instance
-from instdiff_jax.errors import InputError
 from instdiff_jax.sampling import memory
 
 LATENT = (SIDE // 2, SIDE // 2, 4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def pipeline(checkpoint):
-    return Pipeline.from_checkpoint(checkpoint)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def latents(results) -> np.ndarray:
@@ -64,10 +41,10 @@ def recorded(monkeypatch):
 # ---------------------------------------------------------------- batches and seeds
 
 
-def test_a_batch_equals_each_layout_alone(checkpoint, recorded):
+def test_a_batch_equals_each_layout_alone(tiny_checkpoint, recorded):
     """1, 4 and 13 instances together, in one program; FLOPs are those of the rows there are."""
     layouts = [make_layout(count, f"scene{count}", mask=count == 4) for count in (1, 4, 13)]
-    pipeline = Pipeline.from_checkpoint(checkpoint, max_rows=64)
+    pipeline = Pipeline.from_checkpoint(tiny_checkpoint, max_rows=64)
     together = pipeline(layouts, seeds=[3], alpha=1.0)
     phase = [call for call in recorded if call[1] == 3]  # mis 0.5 of 4 steps: two, and PLMS's extra evaluation
     assert len(phase) == 1
@@ -109,22 +86,22 @@ def test_given_noise_takes_the_place_of_the_seed(pipeline):
     assert relative_error(given.latents, pipeline([make_layout(3)], seeds=[8])[0].latents) <= 1e-6
 
 
-def test_chunks_of_max_rows_and_canvases_that_differ(checkpoint, pipeline):
+def test_chunks_of_max_rows_and_canvases_that_differ(tiny_checkpoint, pipeline):
     layouts = [make_layout(3, "a"), make_layout(3, "b", side=48), make_layout(3, "c", seed=2)]
-    results = Pipeline.from_checkpoint(checkpoint, max_rows=2)(layouts, alpha=1.0)
+    results = Pipeline.from_checkpoint(tiny_checkpoint, max_rows=2)(layouts, alpha=1.0)
     assert [result.array.shape for result in results] == [(32, 32, 3), (48, 48, 3), (32, 32, 3)]
     whole = pipeline([layouts[2]], alpha=1.0)[0]
     assert relative_error(results[2].latents, whole.latents) <= 1e-4
 
 
-def test_rows_of_a_program_follow_the_canvas(checkpoint, pipeline):
+def test_rows_of_a_program_follow_the_canvas(tiny_checkpoint, pipeline):
     rows = [
         Pipeline(ModelConfig(), pipeline.sampling, {}, None).limits.row_limit(canvas)
         for canvas in ((512, 512), (1024, 1024), (256, 256))
     ]
     assert rows[1] == max(rows[0] // 4, 1) and rows[2] == 4 * rows[0]
     assert pipeline.limits.row_limit((32, 32)) == 16 * rows[0]
-    assert Pipeline.from_checkpoint(checkpoint, max_rows=3).limits.row_limit((1024, 1024)) == 3
+    assert Pipeline.from_checkpoint(tiny_checkpoint, max_rows=3).limits.row_limit((1024, 1024)) == 3
 
 
 def test_progress_counts_to_its_end(pipeline):
@@ -267,144 +244,14 @@ def test_settings_matter(pipeline, changes):
     assert relative_error(pipeline([make_layout(3)], seeds=[0], **changes)[0].latents, plain.latents) > 1e-3
 
 
-def test_bfloat16_stays_close_to_float32(checkpoint, pipeline):
+def test_bfloat16_stays_close_to_float32(tiny_checkpoint, pipeline):
     """With guidance 7.5. docs/parity.md has the small model's numbers."""
     layouts, settings = [make_layout(3, mask=True)], dict(mis=0.0, alpha=1.0)
-    exact, rough = pipeline(layouts, **settings), Pipeline.from_checkpoint(checkpoint, "bfloat16")(layouts, **settings)
+    exact, rough = (
+        pipeline(layouts, **settings),
+        Pipeline.from_checkpoint(tiny_checkpoint, "bfloat16")(layouts, **settings),
+    )
     assert rough[0].latents.dtype == np.float32
     error = relative_error(rough[0].latents, exact[0].latents)
     print(f"bfloat16: {error:.3f}, pixels {np.abs(rough[0].array.astype(int) - exact[0].array).mean():.2f}")
     assert error <= 0.06
-
-
-# ---------------------------------------------------------------- starts from a picture
-
-
-def picture(side: int = SIDE) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (side, side, 3)).astype(np.uint8)
-
-
-def test_inpainting_keeps_the_known_region(pipeline):
-    mask, settings = np.zeros((SIDE, SIDE), bool), dict(mis=0.0, alpha=1.0)
-    mask[5:20, 9:30] = True
-    result = pipeline([make_layout(3)], init_image=picture(), inpaint_mask=mask, **settings)[0]
-    assert np.array_equal(result.array[~mask], picture()[~mask])
-    assert np.abs(result.array[mask].astype(int) - picture()[mask]).mean() > 5
-    free = pipeline([make_layout(3)], **settings)[0]
-    assert relative_error(result.latents, free.latents) > 1e-2, "the painted part knows of the rest"
-
-
-def test_strength_orders_how_far_a_picture_moves(pipeline):
-    start = np.asarray(pipeline.encode(picture()))[0]
-    moved, quiet = [], dict(guidance_scale=1.5)
-    for strength in (0.2, 0.6, 1.0):
-        result = pipeline([make_layout(3)], init_image=picture(), strength=strength, steps=10, **quiet)[0]
-        moved.append(np.abs(result.latents - start).mean())
-    assert moved == sorted(moved)
-    whole = pipeline([make_layout(3)], steps=10, **quiet)[0].latents
-    assert relative_error(result.latents, whole) <= 1e-6, "strength 1 starts from noise alone"
-
-
-# ---------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(width=30), "width: expected a multiple of 4 pixels, got 30; nearest: 32"),
-        (dict(height=-4), "height: expected a multiple of 4"),
-        (dict(steps=0), "sampling.steps: expected a whole number from 1 to 1000, got 0"),
-        (dict(mis=1.5), "sampling.mis: expected a fraction"),
-        (dict(guidance_interval=(0.5, 1.5)), "sampling.guidance_interval: expected two fractions"),
-        (dict(preset="slow"), "preset: expected one of quality, fast"),
-        (dict(alpha=(0.5, 0.5)), "sampling.alpha: expected a fraction"),
-        (dict(sampler="euler"), "sampling.sampler: expected one of plms, ddim, dpm"),
-        (dict(masked_attention="yes"), "sampling.masked_attention: expected one of none"),
-        (dict(guidance_scale=float("nan")), "sampling.guidance_scale: expected"),
-        (dict(seeds=[-1]), "seed: expected a whole number"),
-        (dict(format="boxes"), "format: expected one of auto"),
-        (dict(noise=np.zeros((1, 3, 3, 4), np.float32)), "noise: expected float32 of shape"),
-        (dict(noise=np.full((1, *LATENT), np.nan, np.float32)), "not finite"),
-        (dict(init_image=picture(16)), "init_image: expected 32×32 pixels as the canvas, got 16×16"),
-        (dict(init_image=picture().astype(float)), "init_image: expected uint8"),
-        (dict(strength=0.5), "strength: expected an init_image"),
-        (dict(init_image=picture(), strength=0.0), "strength: expected a number above 0"),
-        (dict(init_image=picture(), inpaint_mask=np.zeros((3, 3), bool)), "inpaint_mask: expected bool of shape"),
-    ],
-)
-def test_errors_name_what_is_wrong(pipeline, options, message):
-    with pytest.raises(InputError, match=message.replace("(", r"\(")) as error:
-        pipeline([make_layout(1)], **options)
-    assert "\n" not in str(error.value)
-
-
-def test_checkpoints_that_cannot_sample(checkpoint, tmp_path):
-    with pytest.raises(InputError, match="not a checkpoint folder"):
-        Pipeline.from_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="dtype: expected one of float32"):
-        Pipeline.from_checkpoint(checkpoint, "float8")
-    shutil.copytree(checkpoint, tmp_path / "base")
-    config = json.loads((tmp_path / "base" / "config.json").read_text())
-    config["absent"] = ["fusers", "scaleu", "unifusion", "trunk"]
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="cannot sample: fusers, scaleu, unifusion, trunk absent"):
-        Pipeline.from_checkpoint(tmp_path / "base")
-    shutil.copytree(checkpoint, tmp_path / "torn")
-    largest = max((tmp_path / "torn" / "params" / "unet").rglob("*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-10])
-    with pytest.raises(InputError, match="incomplete or changed"):
-        Pipeline.from_checkpoint(tmp_path / "torn")
-
-
-# ---------------------------------------------------------------- a mesh
-
-MESH_SCRIPT = """
-import sys
-import jax, numpy as np
-import conftest
-from instdiff_jax import Pipeline
-from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
-from tiny_checkpoint import make_layout
-assert jax.device_count() == 8
-mesh = make_mesh(ParallelSettings(fsdp=2), jax.devices())
-layouts = [make_layout(3), make_layout(3, seed=1)]
-results = Pipeline.from_checkpoint(sys.argv[1], mesh=mesh)(layouts, seeds=[0, 1], alpha=1.0)
-np.save(sys.argv[2], [result.latents for result in results])
-"""
-
-
-@pytest.mark.slow
-def test_eight_devices_draw_the_same(checkpoint, pipeline, tmp_path):
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": PYTHONPATH,
-    }
-    command = [sys.executable, "-c", MESH_SCRIPT, str(checkpoint), str(tmp_path / "latents.npy")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    expected = latents(pipeline([make_layout(3), make_layout(3, seed=1)], seeds=[0, 1], alpha=1.0))
-    assert relative_error(np.load(tmp_path / "latents.npy"), expected) <= 1e-4
-
-
-def test_a_gpus_memory_bounds_rows_and_decoding(pipeline, monkeypatch):
-    """Rows and images are as many as fit beside the parameters, at least one; a CPU's are not bounded."""
-    limits = pipeline.limits
-    assert limits.rows_in_memory(64 * 64) == sys.maxsize
-    device = types.SimpleNamespace()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-
-    def rows(limit, latents=64 * 64):
-        device.memory_stats = lambda: {"bytes_limit": limit}
-        return limits.rows_in_memory(latents)
-
-    def decoded(limit):
-        device.memory_stats = lambda: {"bytes_limit": limit}
-        return limits.decode_limit((64, 64))
-
-    assert decoded(10**6) == 1 < decoded(10**10)
-    assert rows(10**6) == 1 < rows(6 * 10**9) < rows(12 * 10**9) < rows(12 * 10**9, 32 * 32)
-    device.memory_stats = lambda: None
-    assert limits.rows_in_memory(64 * 64) == sys.maxsize

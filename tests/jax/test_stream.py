@@ -16,13 +16,7 @@ from instdiff_jax.diffusion import multi_instance
 from instdiff_jax.errors import InputError
 from instdiff_jax.sampling.results import one_ahead
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
-"""The official code's training examples and training batch, in our form."""
+"""The official code's training examples, training batch and settings, in our form."""
 
 import numpy as np
 
 from common import parity
 from instdiff_jax.data.dataset import AnnotatedInstance, Record
+from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 
 
 def unpack(maps):
@@ -45,3 +46,13 @@ def official_batch(data):
         context=data["context"],
         grounding=grounding,
     )
+
+
+def official_settings(data):
+    """The settings of the four steps of tests/parity/train_small.npz."""
+    optimizer = OptimizerSettings(
+        learning_rate=float(data["learning_rate"]),
+        warmup_steps=int(data["warmup_steps"]),
+        ema_decay=float(data["ema_rate"]),
+    )
+    return TrainSettings(steps=4, batch_size=2, dtype="float32", optimizer=optimizer)

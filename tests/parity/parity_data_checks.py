@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from official_data import official_batch, official_record, unpack
+from official_data import official_batch, official_record, official_settings, unpack
 from parity_checks import add
 
 import common
@@ -17,7 +17,6 @@ from instdiff_jax.diffusion import schedule as schedules
 from instdiff_jax.geometry.points import mask_points
 from instdiff_jax.grounding import null_grounding
 from instdiff_jax.models.regions import region_bits
-from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
 from instdiff_jax.training.state import init_state, split_params
 from instdiff_jax.training.step import compile_step, make_train_step
 from instdiff_jax.tree import flatten
@@ -81,12 +80,7 @@ def _training_errors() -> dict[str, float]:
     from training_common import make_run, small_model
 
     data, model = parity("train_small"), small_model()
-    optimizer = OptimizerSettings(
-        learning_rate=float(data["learning_rate"]),
-        warmup_steps=int(data["warmup_steps"]),
-        ema_decay=float(data["ema_rate"]),
-    )
-    settings = TrainSettings(steps=4, batch_size=2, dtype="float32", optimizer=optimizer)
+    settings = official_settings(data)
     params = {}
     for part, spec in (("model", "unet"), ("autoencoder", "autoencoder"), ("text_encoder", "text_encoder")):
         params |= from_state_dict(part, common.state_dict(f"{spec}_small", int(data["seed"])), model)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parity_checks import SAMPLER, official_pixels, params_of, sampling_settings, small_checkpoint
+from parity_checks import SAMPLER, params_of
+from pictures import official_pixels, sampling_settings, small_checkpoint
 
 from common import channels_last, parity, relative_error
 

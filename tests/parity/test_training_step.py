@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from official_data import official_batch
+from official_data import official_batch, official_settings
 from training_common import make_run, numpy_params, resized, small_model, tiny_batch, tiny_model, tiny_settings
 from trees import assert_same_trees
 
@@ -17,7 +17,7 @@ from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.diffusion.schedule import alphas_cumprod, velocity_weights
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.regions import EVERYWHERE, region_bits
-from instdiff_jax.training.settings import OptimizerSettings, TrainSettings
+from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import Networks, init_state, make_networks, split_params
 from instdiff_jax.training.step import (
     batch_keys,
@@ -32,16 +32,7 @@ from instdiff_jax.tree import flatten
 @pytest.mark.slow
 def test_four_steps_match_the_official_code():
     data, model = parity("train_small"), small_model()
-    settings = TrainSettings(
-        steps=4,
-        batch_size=2,
-        dtype="float32",
-        optimizer=OptimizerSettings(
-            learning_rate=float(data["learning_rate"]),
-            warmup_steps=int(data["warmup_steps"]),
-            ema_decay=float(data["ema_rate"]),
-        ),
-    )
+    settings = official_settings(data)
     params = {}
     for part, spec in (("model", "unet"), ("autoencoder", "autoencoder"), ("text_encoder", "text_encoder")):
         params |= from_state_dict(part, state_dict(f"{spec}_small", int(data["seed"])), model)

@@ -32,8 +32,8 @@ def make_split(
     rng = np.random.default_rng(seed)
     (folder / name).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
-    data: dict[str, list] = {"images": [], "annotations": [], "categories": []}
-    data["categories"] = [{"id": key, "name": text} for key, text in CATEGORIES.items()]
+    categories = [{"id": key, "name": text} for key, text in CATEGORIES.items()]
+    data: dict[str, list] = {"images": [], "annotations": [], "categories": categories}
     captions: list[dict] = []
 
     def annotate(image_id: int, box: list[float], segmentation: Any, category: int, crowd: int = 0) -> None:
@@ -51,9 +51,8 @@ def make_split(
             side = int(rng.integers(min(width, height) // 4, min(width, height) // 2))
             x, y = int(rng.integers(0, width - side)), int(rng.integers(0, height - side))
             mask = Image.new("1", (width, height))
-            shape = [x, y, x + side - 1, y + side - 1]
-            (ImageDraw.Draw(mask).ellipse if category == 1 else ImageDraw.Draw(mask).rectangle)(shape, fill=1)
-            (draw.ellipse if category == 1 else draw.rectangle)(shape, fill=COLOURS[category])
+            for canvas, fill in ((ImageDraw.Draw(mask), 1), (draw, COLOURS[category])):
+                (canvas.ellipse if category == 1 else canvas.rectangle)([x, y, x + side - 1, y + side - 1], fill=fill)
             if k == 0:
                 polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
                 annotate(image_id, [x, y, side, side], [[float(v) for v in polygon]], category)

@@ -55,8 +55,9 @@ def sample(eps_fn, params, noise, conditions, images, table, events=None, **opti
     return sample_rows(eps_fn, params, inputs, make_plan(table, SamplerSettings(**options)), placement, events)
 
 
-def sequential(params, noise, conditions, image, steps, fractions, mis_steps, guidance, known=None):
+def sequential(inputs, image, steps, fractions, mis_steps, guidance, known=None):
     """The released algorithm for one image: the global layout and each instance in turn, mean, the rest."""
+    params, noise, conditions = inputs
     params = np.asarray(params, np.float64)
     text, grounding = np.asarray(conditions["text"]["key"]), np.asarray(conditions["grounding"])
     cumprod = schedules.alphas_cumprod(SCHEDULE)

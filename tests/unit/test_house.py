@@ -19,17 +19,6 @@ MANY_PARAMETERS: dict[str, str] = {
     "instdiff_jax/sampling/pipeline.py: __call__ has many parameters": _KEYWORDS,
     "instdiff_jax/sampling/pipeline.py: stream has many parameters": _KEYWORDS,
 }
-# What still breaks a rule. Take a line out when it is mended.
-REMAIN = {
-    "tests/e2e/test_convert.py",
-    "tests/e2e/test_evaluate_script.py",
-    "tests/e2e/test_sample.py",
-    "tests/jax/test_pipeline.py",
-    "tests/parity/parity_checks.py",
-    "tests/parity/test_training_step.py: test_four_steps_match_the_official_code",
-    "tests/support/coco_fixture.py: make_split",
-    "tests/support/sampler_cases.py: sequential has many parameters",
-}
 
 
 def python_files() -> list[Path]:
@@ -53,7 +42,7 @@ def test_imports_go_one_way():
         for other in found
         if row(room(other)) > row(room(module))
     }
-    assert upward <= REMAIN
+    assert not upward
 
 
 def test_no_import_cycle():
@@ -68,7 +57,7 @@ def test_the_package_imports_nothing_beside_it():
         for name in imported_names(path)
         if name.split(".")[0] in beside
     }
-    assert found <= REMAIN
+    assert not found
 
 
 def test_the_drawing_is_up_to_date():
@@ -78,7 +67,7 @@ def test_the_drawing_is_up_to_date():
 
 def test_files_are_short():
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in python_files()}
-    assert {name for name, length in lengths.items() if length > MAX_FILE} <= REMAIN
+    assert {name for name, length in lengths.items() if length > MAX_FILE} == set()
 
 
 def test_functions_are_short():
@@ -88,7 +77,7 @@ def test_functions_are_short():
         for node in functions(path)
         if node.end_lineno - node.lineno + 1 > MAX_FUNCTION
     }
-    assert found <= REMAIN
+    assert not found
 
 
 def test_functions_have_few_parameters():
@@ -98,7 +87,7 @@ def test_functions_have_few_parameters():
             names = [arg.arg for arg in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
             if len([name for name in names if name not in ("self", "cls")]) > MAX_PARAMETERS:
                 found.add(f"{name_of(path)}: {node.name} has many parameters")
-    assert found - MANY_PARAMETERS.keys() <= REMAIN
+    assert found == MANY_PARAMETERS.keys()
 
 
 IMPORT = """

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from tiny_checkpoint import SIDE, make_tiny_checkpoint, make_tiny_segmenter
@@ -19,13 +18,7 @@ from projects.shapes.study.rows import SCENES, Row, Task
 from projects.shapes.study.runs import Study, StudySettings
 from projects.shapes.study.sections import NAMES, SECTIONS, Sizes, make_tasks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run in milliseconds and compile in seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
