@@ -142,7 +142,7 @@ def test_training_starts_from_a_base_and_convnext(tmp_path):
 
     assert found.keys() == flatten(parameter_shapes(model)).keys()
     rest = found.keys() - held.keys()
-    fresh = flatten(fresh_params(layout, tiny_settings().seed, rest)[0])
+    fresh = flatten(fresh_params(plan, tiny_settings().seed, rest)[0])
     assert fresh.keys() == rest < flatten(trainable).keys()
     for path in rest:
         np.testing.assert_array_equal(found[path], fresh[path])

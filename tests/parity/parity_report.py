@@ -17,9 +17,11 @@ from pathlib import Path
 
 import jax
 
-import conftest  # noqa: F401  (imports and matrix precision as in the tests)
-
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+import conftest  # noqa: E402, F401  (matrix precision as in the tests)
+
 HEADER = """# Parity with the official code
 
 Every number of the official PyTorch code in `tests/parity/` (CPU, float32) and the error of ours. The error is
