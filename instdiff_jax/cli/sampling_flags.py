@@ -1,10 +1,25 @@
-"""The settings of `config.SamplingConfig` as flags of the same names, for every program that samples."""
+"""The fields of `config.SamplingConfig` as flags of the same names, for every command that samples."""
 
 import argparse
 import dataclasses
-from typing import Any
+import typing
+from typing import Any, Literal
 
 from instdiff_jax.config import PRESETS, SamplingConfig, with_preset
+
+HELP = {
+    "steps": "solver steps",
+    "sampler": "the solver",
+    "guidance_scale": "of classifier-free guidance; 1 turns it off",
+    "guidance_interval": "fractions of the steps between which there is guidance: 0.1,0.8",
+    "alpha": "fraction of the steps that the fusers are on, or three fractions: ones, linear decay, zeros",
+    "mis": "fraction of the steps of the multi-instance sampler; 0 turns it off",
+    "mis_guidance": "guidance for instances that are denoised on their own",
+    "merge": "how the multi-instance sampler merges",
+    "negative_prompt": "what guidance leads away from",
+    "masked_attention": "keep instances apart in the fusers",
+    "reuse": "compute the UNet's deep features only in every n-th evaluation",
+}
 
 
 def fractions(text: str) -> tuple[float, ...] | float:
@@ -14,23 +29,21 @@ def fractions(text: str) -> tuple[float, ...] | float:
 
 
 def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds --preset and a flag for every sampling setting; None keeps the checkpoint's own."""
-    add = parser.add_argument
-    add("--preset", choices=tuple(PRESETS), help="a set of the settings below; those that are given go before it")
-    add("--steps", type=int, help="solver steps")
-    add("--sampler", help="plms, ddim or dpm++")
-    add("--guidance_scale", type=float, help="classifier-free guidance; 1 turns it off")
-    add("--guidance_interval", type=fractions, help="fractions of the steps, guidance between them: 0.1,0.8")
-    add("--alpha", type=fractions, help="fraction of the steps that the fusers are on (or three: ones, decay, zeros)")
-    add("--mis", type=float, help="fraction of the steps of the multi-instance sampler; 0 turns it off")
-    add("--mis_guidance", action=argparse.BooleanOptionalAction, help="guidance where instances are sampled alone")
-    add("--reuse", type=int, help="deep features of the UNet are computed every so many evaluations; 1 is each")
-    add("--merge", help="how the multi-instance sampler merges: mean or crop")
-    add("--masked_attention", help="none, correct, strict or official")
-    add("--negative_prompt")
+    """Adds --preset and a flag per sampling setting; None keeps the checkpoint's value."""
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="a named set of settings; flags take precedence")
+    for name, hint in typing.get_type_hints(SamplingConfig).items():
+        options: dict[str, Any] = {"type": hint}
+        text = HELP[name]
+        if hint is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(hint) is tuple:
+            options = {"type": fractions}
+        elif typing.get_origin(hint) is Literal:  # SamplingConfig checks the value
+            options, text = {}, f"{text}: {', '.join(typing.get_args(hint))}"
+        parser.add_argument(f"--{name}", help=text, **options)
 
 
 def read_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags change in a checkpoint's settings: the preset's values, and those given over them."""
+    """The settings that the flags change, those of the preset included. Precedence: flag > preset > checkpoint."""
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
     return with_preset(args.preset, {name: getattr(args, name) for name in names if getattr(args, name) is not None})

@@ -1,8 +1,8 @@
-"""Arrays whose first axis is split over a mesh, every device with a part of its own.
+"""Arrays whose first axis is split over a mesh, one part per device.
 
-Left to itself XLA gathers such arrays wherever a network loops over its batch, as attention's chunks do, and a network
-could not choose its chunks by the rows that it really has: so whatever runs on rows is mapped over devices. A sharding
-of None is one device and no mesh.
+By default XLA gathers such arrays wherever a network loops over its batch, as attention's chunks do. And a network must
+choose its chunks by the rows on its device. So what runs on rows is mapped over the devices (`shard_map`). Where a
+sharding is None, there is one device and no mesh.
 """
 
 import functools
@@ -27,7 +27,7 @@ def replicated(sharding: NamedSharding) -> NamedSharding:
 
 
 def on_each_device(function: Callable, sharding: NamedSharding | None, whole: tuple[int, ...] = ()) -> Callable:
-    """The function, run by every device on its part of all arguments; of those numbered in `whole` each has a copy."""
+    """Runs the function on each device's part of the arguments; of the arguments in `whole` each device has a copy."""
     if sharding is None:
         return function
 
@@ -40,11 +40,10 @@ def on_each_device(function: Callable, sharding: NamedSharding | None, whole: tu
 
 
 def settled(tree: Any, sharding: NamedSharding | None) -> Any:
-    """The arrays; on a mesh of CPU devices it waits until they are ready, and elsewhere for nothing.
+    """Returns the arrays; on a mesh of CPU devices waits until they are ready.
 
-    XLA:CPU's devices share one pool of threads: a collective that waits in some of them for partners that are still
-    busy, or queue behind another collective, never ends. So collectives run there on inputs that are ready, one at a
-    time.
+    XLA:CPU's devices share one pool of threads. A collective can wait there forever for partners that are busy or queue
+    behind another collective. So collectives run on inputs that are ready, one at a time.
     """
     if sharding is not None and sharding.mesh.devices.flat[0].platform == "cpu":
         jax.block_until_ready(tree)
@@ -60,17 +59,17 @@ def device_of(params: Any) -> jax.Device | None:
 
 
 def beside(params: Any, tree: Any) -> Any:
-    """The arrays, bound to the one device that parameters are bound to.
+    """Binds arrays to the device that parameters are bound to.
 
-    What a program gives out is bound to its parameters' device. One that is given its own output next compiles once
-    more if what it was given first was not.
+    A program's outputs are bound to its parameters' device. If its first inputs were not, it compiles again when its
+    outputs become its inputs.
     """
     device = device_of(params)
     return tree if device is None else jax.device_put(tree, device)
 
 
 def spread(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Splits arrays over the mesh, padded to a multiple of its devices with zeros that nothing reads."""
+    """Splits arrays over the mesh, padded with zeros to a multiple of its devices."""
 
     def put(a: Any) -> Array:
         short = -len(a) % sharding.num_devices
@@ -82,9 +81,9 @@ def spread(tree: Any, sharding: NamedSharding | None) -> Any:
 
 
 def take(tree: Any, index: Int[np.ndarray, "..."], sharding: NamedSharding | None) -> Any:
-    """The entries that `index` names of arrays that are split over the mesh; so is the result.
+    """Takes entries of arrays that are split over the mesh; the result is split too.
 
-    One array at a time is whole on every device, and only until its entries are taken.
+    Only one array at a time is whole on every device.
     """
     if sharding is None:
         return _take(tree, jnp.asarray(index), None)

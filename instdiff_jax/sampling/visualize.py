@@ -1,4 +1,4 @@
-"""Pictures of layouts, and grids of pictures. Pillow only."""
+"""Drawings of layouts, and grids of images, with Pillow only."""
 
 import bisect
 import math
@@ -31,14 +31,14 @@ _PAPER = (250, 250, 248)
 
 
 def draw_layout(layout: Layout, image: UInt8[np.ndarray, "H W 3"] | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """Draws a layout's boxes, masks, scribbles, points and captions over a picture.
+    """Draws a layout's boxes, masks, scribbles, points and captions over an image.
 
     Args:
         layout: what to draw; one colour per instance.
-        image: the picture, of any size: the layout is scaled to it. Without one, a blank canvas of the layout's size.
+        image: of any size; the layout is scaled to it. None: a blank canvas of the layout's size.
 
     Returns:
-        A picture as large as `image` or the canvas.
+        An image as large as `image` or the canvas.
     """
     if image is None:
         image = np.full((layout.height, layout.width, 3), _PAPER, np.uint8)
@@ -66,7 +66,7 @@ def draw_layout(layout: Layout, image: UInt8[np.ndarray, "H W 3"] | None = None)
 
 
 def enlarge(image: UInt8[np.ndarray, "H W 3"], least: int = 256) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """A picture whose shorter side has at least so many pixels: itself, or made larger by a whole factor."""
+    """Enlarges an image by a whole factor until its shorter side has at least so many pixels."""
     factor = math.ceil(least / min(image.shape[:2]))
     if factor == 1:
         return image
@@ -77,12 +77,12 @@ def enlarge(image: UInt8[np.ndarray, "H W 3"], least: int = 256) -> UInt8[np.nda
 def contact_sheet(
     images: Sequence[UInt8[np.ndarray, "_ _ 3"]], captions: Sequence[str] | None = None, columns: int | None = None
 ) -> UInt8[np.ndarray, "sheet_H sheet_W 3"]:
-    """Pictures in a grid, with captions beneath if given.
+    """Images in a grid, with captions beneath if given.
 
     Args:
         images: at least one; each is centred in a cell of the largest one's size.
-        captions: one per picture, cut to at most three lines.
-        columns: pictures in a row; by default about as many as rows.
+        captions: one per image, cut to at most three lines.
+        columns: images per row; by default about as many as rows.
     """
     if not images:
         raise ValueError("expected at least one image")
@@ -113,7 +113,7 @@ def contact_sheet(
 
 
 def _draw_mask(picture: Image.Image, mask: np.ndarray, color: tuple[int, int, int], stroke: int) -> None:
-    """A see-through fill with a solid rim."""
+    """A translucent fill with a solid rim."""
     inside = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
     rim = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(2 * stroke - 1)))
     picture.paste(color, mask=inside.point(lambda value: round(value * _MASK_OPACITY)))
@@ -123,7 +123,7 @@ def _draw_mask(picture: Image.Image, mask: np.ndarray, color: tuple[int, int, in
 def _draw_places(
     draw: ImageDraw.ImageDraw, instance: Instance, color: tuple[int, int, int], scale: np.ndarray, stroke: int
 ) -> None:
-    """Box, scribble and point, each over a wider dark or light edge so that it shows on any picture."""
+    """Box, scribble and point, each over a wider dark or light edge so that it shows on any image."""
     edge = _contrast(color)
     if instance.box is not None:
         corners = np.reshape(instance.box, (2, 2)) * scale
@@ -148,7 +148,7 @@ def _draw_label(
     size: tuple[int, int],
     taken: list[tuple[float, float, float, float]],
 ) -> None:
-    """A filled label inside the picture, at the anchor or in the first free row below or above it."""
+    """A filled label inside the image, at the anchor or in the first free row below or above it."""
     pad = 2
     width, height = size
     lines = _wrap(text, font, min(width - 2 * pad, max(width // 3, 96)), 2)
