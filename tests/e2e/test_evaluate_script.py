@@ -299,30 +299,6 @@ def test_the_pages_scripts_are_accepted(place, tmp_path, capsys, monkeypatch):
     assert report["metrics"]["FID"] == pytest.approx(0, abs=1e-6)
 
 
-PREDICTION = {"image_id": 55_000_001, "category_id": 1, "score": 0.5, "bbox": [1, 2, 3, 4]}
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("[{", "not valid JSON"),
-        ("{}", "expected a list of objects"),
-        ([{**PREDICTION, "image_id": 7}], "[0].image_id: expected an id of the split's annotations, got 7"),
-        ([PREDICTION, {**PREDICTION, "category_id": "cat"}], "[1].category_id: expected an id"),
-        ([{**PREDICTION, "score": None}], "[0].score: expected a number, got None"),
-        ([{**PREDICTION, "bbox": [1, 2, 3]}], "[0].bbox: expected [x, y, width, height]"),
-        ([{**PREDICTION, "bbox": [9, 9, -4, 4]}], "[0].bbox: expected [x, y, width, height]"),
-        ([{key: PREDICTION[key] for key in ("image_id", "category_id", "score")}], "[0]: expected a bbox"),
-        ([{**PREDICTION, "segmentation": {"size": [9, 9], "counts": "5"}}], "[0].segmentation"),
-    ],
-)
-def test_malformed_predictions(place, tmp_path, capsys, content, message):
-    path = tmp_path / "predictions.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    line = fails(capsys, place, tmp_path / "out", "--real", "--detector", f"predictions:{path}")
-    assert str(path) in line and message in line
-
-
 def test_bad_flags(place, tmp_path, capsys):
     for flags, message in (
         (["--real", "--detector", "yolo"], "--detector: expected predictions:FILE.json, transformers:NAME,"),
