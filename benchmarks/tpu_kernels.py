@@ -152,6 +152,7 @@ def measure(kernel: Kernel, case: Case, device: jax.Device, folder: Path) -> tup
     """Milliseconds of the kernels, and of what is around them."""
     for path in folder.iterdir():
         path.unlink()
+    jax.clear_caches()  # what is compiled already would not be written again
     mesh = jax.sharding.Mesh([device], "x")
     anything = Format(Layout.AUTO, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
