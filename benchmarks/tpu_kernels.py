@@ -8,6 +8,10 @@ Every kernel runs one layer of the UNet on one chip. Its own time is read from t
 turns, over the clock), without waiting for main memory. The time of what the compiler puts around it (padding,
 transposing) is its own estimate, with inputs in whatever layout suits the kernel. The bound is the arithmetic at the
 chip's peak rate.
+
+libtpu 0.0.52 spaces products of 16 rows 11 bundles apart on a v5e, where the peak rate means 16. By the peak rate
+flash_tpu's products, with their padding, take 2.0 ms forward and 4.6 ms backward in the fuser at 64×64: the schedule's
+2.4 ms forward is possible, its 4.4 ms backward is a few percent too low.
 """
 
 import argparse
