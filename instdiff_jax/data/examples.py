@@ -1,6 +1,6 @@
 """Training examples from records: choice of instances, formats, caption and phrases, and the grounding.
 
-Follows the released training data code (paper, section 3, "training details").
+Follows the released training data code (paper, "Training").
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def select_instances(
 
 
 def draw_formats(config: DataConfig, rng: np.random.Generator) -> frozenset[str]:
-    """Draws which formats a sample keeps, with the released probabilities and precedence (paper, section 3.1).
+    """Draws which formats a sample keeps, with the released probabilities and precedence (paper, "Training").
 
     Box, point, scribble and mask (its points and its map) are dropped independently. Then a kept mask keeps box and
     point, and a kept box keeps the point. With probability `only_point` only the point stays; then, if the mask

@@ -1,6 +1,6 @@
 """Training images: decoding, and the resize, crop and flip shared by an image and its locations.
 
-Follows the released training data code (paper, section 3, "training details"). Where that code rescales maps twice,
+Follows the released training data code (paper, "Training"). Where that code rescales maps twice,
 ours does it once.
 """
 

@@ -1,7 +1,7 @@
 """Points of masks and scribbles: 256 of a mask, 20 of a scribble. All in pixels, x before y.
 
-The released model's training data fixes every rule here (paper, section 3.2); the parity data holds the official
-results.
+The released model's training data fixes every rule here (paper, "Location parameterization"); the parity data holds
+the official results.
 """
 
 import numpy as np

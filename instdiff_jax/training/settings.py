@@ -55,8 +55,8 @@ class TrainSettings(Settings):
         start: checkpoint folder to start from; empty initialises everything.
         trainable: a name of TRAINABLE, or ordered pairs (regex, "train" or "freeze").
         grounding: False trains on captions alone; UniFusion and the fusers are then not part of the model.
-        masked_attention: keep instances apart inside the fusers of the highest resolution (paper section 3.3), as
-            config.sampling's of the same name; "none" as released.
+        masked_attention: separates instances inside the fusers of the highest resolution (paper, "Instance-Masked
+            Attention"), with the same values as in the sampling settings; "none" as released.
         batch_size: images a step, over all devices.
         accumulate: parts that each device's share of a batch is taken in, one after the other.
         dtype: of the computation and of what is frozen; what trains is always kept in float32.

@@ -86,7 +86,7 @@ def _latents(networks: Networks, params: Params, batch: Batch, keys: jax.Array, 
 
 
 def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:
-    """Mean of (ε − prediction)² over rows and latents, in float32 (paper section 3.4; DDPM, eq. 14).
+    """Mean of (ε − prediction)² over rows and latents, in float32 (paper, "Training"; DDPM, eq. 14).
 
     With `loss_weight` "velocity", of the error in v = √ᾱ·ε − √(1−ᾱ)·x0 instead (`velocity_weights`).
     """
