@@ -29,6 +29,7 @@ def test_requirements_are_those_of_the_package():
         *extras["train"],
         *extras["plots"],
     }
+    assert requirements((ROOT / "requirements-test.txt").read_text().splitlines()) == set(extras["dev"])
 
 
 @pytest.fixture(scope="module")
