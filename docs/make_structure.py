@@ -16,7 +16,7 @@ PACKAGE = "instdiff_jax"
 PAGE = ROOT / "docs" / "design.md"
 # A file imports from its own row and the rows before it.
 ROWS = (
-    ("errors", "files", "config", "tree"),
+    ("errors", "paths", "files", "config", "tree"),
     ("parallel",),
     ("analysis",),
     ("geometry",),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from instdiff_jax.errors import InputError
+from instdiff_jax.paths import read_file
 
 _OURS = re.compile(
     r"\.(?P<name>.+)\.instdiff-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{12}\.(?P<end>part|old)", re.DOTALL
@@ -83,9 +84,9 @@ def read_json(path: str | os.PathLike) -> Any:
         InputError: if it is missing or is not valid JSON, in one line that names the file.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return json.loads(read_file(path).decode("utf-8-sig"))
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
         byte = f"{error.object[error.start]:#04x}"
         raise InputError(f"{path}: not valid JSON: expected UTF-8, got the byte {byte}") from error

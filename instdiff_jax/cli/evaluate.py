@@ -21,6 +21,7 @@ from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.layouts import FORMATS
 from instdiff_jax.files import remove_leftovers, write_json, write_text
+from instdiff_jax.paths import output_path
 from instdiff_jax.sampling.shards import Shard
 
 if TYPE_CHECKING:
@@ -242,8 +243,8 @@ def write_reports(
         outcome = dataclasses.replace(outcome, metrics=metrics, notes=outcome.notes + remarks)
     report = make_report(outcome, settings, upper)
     page = make_page(report, outcome.images, args.output, args.format, args.min_score, args.html_images)
-    write_text(args.output / "report.html", page)
-    write_text(args.output / "report.md", markdown(report))
-    write_json(args.output / "report.json", report)
+    write_text(output_path(args.output, "report.html"), page)
+    write_text(output_path(args.output, "report.md"), markdown(report))
+    write_json(output_path(args.output, "report.json"), report)
     print(metrics_line(outcome.metrics))
     print(f"written: {args.output / 'report.html'}")

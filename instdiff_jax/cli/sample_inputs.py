@@ -1,6 +1,7 @@
 """The inputs of `instdiff sample`: layouts and arrays, from files."""
 
 import argparse
+import io
 import os
 import zipfile
 from collections import Counter
@@ -15,6 +16,7 @@ from instdiff_jax.cli.box import default_layouts
 from instdiff_jax.coco import Coco
 from instdiff_jax.errors import InputError
 from instdiff_jax.layout import Layout
+from instdiff_jax.paths import read_file
 from instdiff_jax.sampling.outputs import find_records, is_record
 
 
@@ -84,7 +86,7 @@ def read_arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 def _read_image(flag: str, path: Path, mode: str) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_file(path))) as image:
             return np.asarray(image.convert(mode))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"--{flag}: {path}: expected an image ({error})") from error
@@ -92,7 +94,7 @@ def _read_image(flag: str, path: Path, mode: str) -> np.ndarray:
 
 def _read_noise(path: Path) -> np.ndarray:
     try:
-        noise = np.load(path, allow_pickle=False)
+        noise = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, MemoryError, zipfile.BadZipFile, TokenError) as error:
         raise InputError(f"--noise: {path}: expected a float32 .npy file ({error})") from error
     if not isinstance(noise, np.ndarray):

@@ -22,6 +22,7 @@ from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json
 from instdiff_jax.geometry.checks import read_xywh
 from instdiff_jax.geometry.masks import RLE
+from instdiff_jax.paths import read_file
 
 
 def make_instance(
@@ -160,10 +161,8 @@ class CocoSplit:
             image = self.coco.image(image_id)
             if image.file_name is None:
                 return "expected a file_name"
-            data = (self.image_dir / image.file_name).read_bytes()
+            data = read_file(image.file_name, self.image_dir)
             pixels = load_image(data)
-        except OSError as error:
-            return f"cannot be read: {error.strerror}"
         except ValueError as error:  # an InputError is one too
             return self._short(str(error))
         if pixels.size != (image.width, image.height):

@@ -23,6 +23,7 @@ from instdiff_jax.data.report import Report
 from instdiff_jax.data.write import check_output, write_dataset
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json
+from instdiff_jax.paths import read_file
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
@@ -36,7 +37,7 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             files += sorted(path.rglob("*.json"))
         elif path.suffix == ".txt" and path.is_file():
-            lines = (line.strip() for line in path.read_text().splitlines())
+            lines = (line.strip() for line in read_file(path).decode("utf-8-sig", "surrogateescape").splitlines())
             files += [path.parent / line for line in lines if line]
         elif path.is_file():
             files.append(path)

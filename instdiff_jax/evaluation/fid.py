@@ -4,6 +4,7 @@ FID (Heusel et al. 2017) uses the features of an Inception network. Distances in
 with each other.
 """
 
+import io
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from instdiff_jax.errors import InputError
+from instdiff_jax.paths import read_file
 
 
 class Gaussian(NamedTuple):
@@ -58,7 +60,7 @@ def distance_to(drawn: Float[np.ndarray, "n d"], real: Gaussian, fewest: int) ->
 def fid_of_file(path: str | Path) -> tuple[float, list[str]]:
     """The Fréchet distance of precomputed features: an .npz with arrays `generated` and `real`, each [n, d]."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(read_file(path)), allow_pickle=False) as arrays:
             drawn, real = (np.asarray(arrays[name], np.float64) for name in ("generated", "real"))
             if drawn.ndim != 2:
                 raise ValueError(f"generated has shape {drawn.shape}, not [n, d]")

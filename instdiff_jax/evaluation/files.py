@@ -13,11 +13,12 @@ from PIL import Image
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.split import Scene
 from instdiff_jax.files import read_json, write_file, write_json
+from instdiff_jax.paths import output_path, read_file
 
 
 def image_path(folder: Path, scene: Scene) -> Path:
     """The file of a scene's image in an evaluation's folder."""
-    return folder / "images" / f"{scene.image_id}.png"
+    return output_path(folder, "images", f"{scene.image_id}.png")
 
 
 def write_image(path: Path, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
@@ -44,7 +45,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], flag: str = "--outpu
         InputError: if the folder has images made with other settings, names the first that differs; if it has images
             but no settings.json; or if it cannot be written.
     """
-    path = folder / "settings.json"
+    path = output_path(folder, "settings.json")
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         if any((folder / "images").glob("*.png")):
@@ -72,10 +73,12 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], start: str = ""
 def read_image(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """An image of the evaluation; InputError if it is missing, broken or of another size."""
     try:
-        with Image.open(path) as image:
+        if not path.exists():
+            raise InputError(f"{path}: missing; run again without --shard to generate it")
+        with Image.open(io.BytesIO(read_file(path))) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; run again without --shard to generate it") from error
+    except InputError:
+        raise
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{path}: cannot be read as an image; delete it and run again ({error})") from error
     if pixels.shape != (size, size, 3):

@@ -18,6 +18,7 @@ from instdiff_jax.geometry.checks import MAX_SIDE
 from instdiff_jax.geometry.masks import decode_mask, encode_mask
 from instdiff_jax.geometry.points import sample_scribble
 from instdiff_jax.layout import MAX_INSTANCES
+from instdiff_jax.paths import inside, read_file
 
 # Side of the canvas in pixels if the split's images have no common one: the released model's.
 DEFAULT_SIZE = 512
@@ -93,9 +94,9 @@ class Scene:
     def real_image(self) -> UInt8[np.ndarray, "size size 3"]:
         """The real image on the canvas; InputError if its file is missing, broken or of another size."""
         try:
-            image = load_image(self.file.read_bytes())
-        except OSError as error:
-            raise InputError(f"{self.file}: the image cannot be read: {error.strerror or error}") from error
+            image = load_image(read_file(self.file))
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{self.file}: {error}") from error
         if image.size != (self.width, self.height):
@@ -166,7 +167,7 @@ def read_split(
             left_out += 1
             continue
         caption = coco.captions.get(image.id, [count_names(labels)])[0]
-        file = files.images / image.file_name
+        file = inside(files.images, image.file_name, f"{coco.path}: image {image.id}: file_name")
         scenes.append(Scene(image.id, file, image.width, image.height, size, caption, targets))
     if not scenes:
         expected = f"expected an image with an instance of {min_area:.0%} of the canvas"
@@ -200,9 +201,9 @@ def _canvas_side(images: Sequence[CocoImage]) -> int:
 
 
 def _fingerprint(coco: Coco, attributes: str | None) -> str:
-    digest = hashlib.sha256(coco.path.read_bytes())
+    digest = hashlib.sha256(read_file(coco.path))
     if coco.captions_file is not None:
-        digest.update(Path(coco.captions_file).read_bytes())
+        digest.update(read_file(coco.captions_file))
     if attributes is not None:
         digest.update(attributes.encode())
     return digest.hexdigest()[:32]

@@ -5,6 +5,7 @@ OUT/x/<seed>.png  OUT/x/layout.png  OUT/x/latents.npy  OUT/contact_sheet.png  OU
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -20,12 +21,14 @@ from PIL import Image
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.files import read_json, write_file, write_json
 from instdiff_jax.layout import Layout
+from instdiff_jax.paths import output_path, read_file
 from instdiff_jax.sampling.shards import Shard
 from instdiff_jax.sampling.visualize import contact_sheet, draw_layout, enlarge
 
 if TYPE_CHECKING:
     from instdiff_jax.sampling.results import Result  # imports jax
 
+_OWN_NAMES = re.compile(r"contact_sheet\.png|run(-\d+-of-\d+)?\.json", re.IGNORECASE)
 SHEET_LAYOUTS, SHEET_SEEDS = 64, 16  # the most that the contact sheet shows
 # What all images of an output folder have in common.
 COMMON = ("checkpoint", "fingerprint", "model", "sampling", "format", "width", "height", "strength", "inputs", "dtype")
@@ -48,7 +51,13 @@ class OutputFolder:
     def files(self, name: str) -> list[Path]:
         """All that is written for a layout."""
         names = [*(f"{seed}.png" for seed in self.seeds), "layout.png", *["latents.npy"] * self.save_latents]
-        return [self.path / name / file for file in names]
+        return [self.file(name, file) for file in names]
+
+    def file(self, name: str, file: str = "") -> Path:
+        """A layout's folder, or a file in it; InputError for a name that may not be written there."""
+        if _OWN_NAMES.fullmatch(name):
+            raise InputError(f"{self.path}: {name} is a file of the run itself; rename the layout")
+        return output_path(self.path, name, *[file] * bool(file))
 
     def finished(self, names: Iterable[str]) -> set[str]:
         """The layouts whose files are all there."""
@@ -73,7 +82,7 @@ class OutputFolder:
         except OSError as error:
             raise InputError(f"--output: {self.path}: expected a folder to write to ({error.strerror})") from error
         try:
-            for path in (self.path / name for name in names):
+            for path in map(self.file, names):
                 if path.exists() and not path.is_dir():
                     raise InputError(f"--output: {path}: expected a folder to write to, found a file")
             yield
@@ -87,31 +96,31 @@ class OutputFolder:
     def remove(self, names: Iterable[str]) -> None:
         """Removes what an earlier run wrote for layouts, latents included."""
         for name in names:
-            for file in (*self.files(name), self.path / name / "latents.npy"):
+            for file in (*self.files(name), self.file(name, "latents.npy")):
                 file.unlink(missing_ok=True)
 
     def write(self, results: Iterable["Result"]) -> str:
         """Writes one layout's files, each image as it comes; returns the layout's name."""
         latents: list[np.ndarray] = []
         for result in results:
-            folder = self.path / result.layout.name
-            write_image(folder / f"{result.seed}.png", result.array)
+            name = result.layout.name
+            write_image(self.file(name, f"{result.seed}.png"), result.array)
             latents += [result.latents] if self.save_latents else []
-        write_image(folder / "layout.png", draw_layout(result.layout, np.full_like(result.array, 255)))
+        write_image(self.file(name, "layout.png"), draw_layout(result.layout, np.full_like(result.array, 255)))
         if self.save_latents:
             stacked = np.stack(latents).astype(np.float32)
-            write_file(folder / "latents.npy", lambda file: np.save(file, stacked), sync=False)
-        return result.layout.name
+            write_file(self.file(name, "latents.npy"), lambda file: np.save(file, stacked), sync=False)
+        return name
 
     def write_contact_sheet(self, layouts: Iterable[Layout]) -> None:
         """Writes layouts beside their first images in a grid."""
         cells = []
         for layout in layouts:
-            images = [read_image(self.path / layout.name / f"{seed}.png") for seed in self.seeds[:SHEET_SEEDS]]
+            images = [read_image(self.file(layout.name, f"{seed}.png")) for seed in self.seeds[:SHEET_SEEDS]]
             # On a small canvas captions cannot be read; the images' own files keep their size.
             blank = enlarge(np.full_like(images[0], 255))
             cells += [draw_layout(layout, blank), *map(enlarge, images)]
-        write_image(self.path / "contact_sheet.png", contact_sheet(cells, columns=1 + len(images)))
+        write_image(output_path(self.path, "contact_sheet.png"), contact_sheet(cells, columns=1 + len(images)))
 
     def _seeds_of_latents(self) -> dict[str, list[int]]:
         """The seeds of each layout's latents.npy, from records: the file does not say which they are.
@@ -128,7 +137,8 @@ class RunRecord:
     """The record of a run: all its settings, and each layout that is done."""
 
     def __init__(self, folder: Path, shard: Shard, values: dict[str, Any]):
-        self.path = folder / ("run.json" if shard.count == 1 else f"run-{shard.index}-of-{shard.count}.json")
+        name = "run.json" if shard.count == 1 else f"run-{shard.index}-of-{shard.count}.json"
+        self.path = output_path(folder, name)
         self.values = values | {"layouts": []}
 
     def resume(self, again: Sequence[str]) -> None:
@@ -166,14 +176,11 @@ def find_records(folder: Path) -> list[Path]:
 
 def is_record(path: Path) -> bool:
     """Whether a file with such a name is a run's record, and no layout."""
-    try:
-        return b'"fingerprint"' in path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return b'"fingerprint"' in read_file(path)
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(read_file(path))) as image:
         return np.asarray(image.convert("RGB"))
 
 
