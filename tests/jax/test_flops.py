@@ -14,6 +14,7 @@ from instdiff_jax.diffusion.plan import make_plan
 from instdiff_jax.diffusion.rows import bucket_size
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.grounding import null_grounding
+from instdiff_jax.models.kernels import flash_tpu
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion
 from instdiff_jax.sampling.request import sampler_settings
@@ -160,3 +161,17 @@ def test_one_layout_costs_less_than_the_official_sampler():
 def test_a_batch_is_padded_by_a_fifth_at_most(counts):
     rows = sum(n + 1 for n in counts)
     assert rows <= bucket_size(rows) <= 1.2 * rows
+
+
+def test_flash_attention_on_tpus_counts_its_products():
+    """Two forward and five backward, with and without region bits; padding is not counted."""
+    q, k = (jax.ShapeDtypeStruct((2, n, 3, 40), jnp.float32) for n in (100, 130))
+    bits = [jax.ShapeDtypeStruct((2, n), jnp.uint32) for n in (100, 130)]
+    product = 2 * 2 * 100 * 3 * 40 * 130
+
+    def gradient(q, k, v, *bits):
+        out, pull = jax.vjp(lambda *arrays: flash_tpu.attention(*arrays, *bits), q, k, v)
+        return pull(out)
+
+    assert count_flops(flash_tpu.attention, q, k, k) == count_flops(flash_tpu.attention, q, k, k, *bits) == 2 * product
+    assert count_flops(gradient, q, k, k) == count_flops(gradient, q, k, k, *bits) == 7 * product
