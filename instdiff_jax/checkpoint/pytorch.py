@@ -18,7 +18,7 @@ A base and several adapter files make one model. With a base, only the adapters 
 
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def load_pytorch(
 
     Raises:
         InputError: for unreadable or unknown files, for a key that is missing, extra, of another shape,
-            given twice or not a float tensor, and for buffers of another noise schedule.
+            given twice, not finite or not a float tensor, and for buffers of another noise schedule.
     """
     files = [(Path(path), *_split_file(Path(path), read_file(path), config)) for path in paths]
     has_base = any(kind == "base" for _, kind, _ in files)
@@ -90,6 +90,8 @@ def load_pytorch(
                 if not isinstance(value, np.ndarray) or value.dtype not in FLOATS:
                     found = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
                     raise InputError(f"{path}: {part}: {key}: expected a tensor of floats, got {found}")
+                if not _is_finite(value):
+                    raise InputError(f"{path}: {part}: {key}: holds NaN or infinity, expected finite numbers")
                 origin[part, key] = path
                 merged[part][key] = value
     source = ", ".join(str(path) for path, _, _ in files)
@@ -103,6 +105,12 @@ def load_pytorch(
     return params, absent
 
 
+def _is_finite(value: np.ndarray) -> bool:
+    # Minimum and maximum pass NaN on, and make no array of the tensor's size.
+    with np.errstate(invalid="ignore"):
+        return not value.size or bool(np.isfinite(value.min()) and np.isfinite(value.max()))
+
+
 def _split_file(path: Path, content: dict[str, Any], config: ModelConfig) -> tuple[str, State]:
     """The kind of a file ("released", "base" or "adapter"), and its tensors by part under their released names."""
     if isinstance(content.get("state_dict"), dict):
@@ -112,10 +120,10 @@ def _split_file(path: Path, content: dict[str, Any], config: ModelConfig) -> tup
         model = ema if isinstance(ema, dict) and ema else content["model"]
         diffusion = content.get("diffusion")
         return "released", {
-            "model": _text_keys(model),
-            "autoencoder": _text_keys(content["autoencoder"]),
-            "text_encoder": _clip_keys(_text_keys(content["text_encoder"])),
-            "diffusion": _text_keys(diffusion) if isinstance(diffusion, dict) else {},
+            "model": _rename(path, model),
+            "autoencoder": _rename(path, content["autoencoder"]),
+            "text_encoder": _rename(path, content["text_encoder"], _clip_key),
+            "diffusion": _rename(path, diffusion) if isinstance(diffusion, dict) else {},
         }
     if {"input_blocks", "middle_block", "output_blocks"} <= content.keys():
         return "adapter", {"model": _port_fusers(path, content, config)}
@@ -125,37 +133,46 @@ def _split_file(path: Path, content: dict[str, Any], config: ModelConfig) -> tup
     prefixes = tuple(f"{part}." for part in (*PARTS, "diffusion"))
     if keys and all(key.startswith(prefixes) for key in keys):
         state: State = {}
-        for key, value in content.items():
-            part, name = str(key).split(".", 1)
+        for key, value in _rename(path, content).items():
+            part, name = key.split(".", 1)
             state.setdefault(part, {})[name] = value
         return "released", state
     if keys and all(isinstance(value, dict) and {"scaleu_b", "scaleu_s"} == value.keys() for value in content.values()):
-        tensors = {f"{name}_{index}": value for index, group in content.items() for name, value in group.items()}
+        tensors = {(name, index): value for index, group in content.items() for name, value in group.items()}
+        tensors = _rename(path, tensors, lambda key: f"{key[0]}_{key[1]}")
         return "adapter", {"model": tensors}
     if "null_positive_feature" in keys:
-        return "adapter", {"model": {f"position_net.{key}": value for key, value in content.items()}}
+        return "adapter", {"model": _rename(path, content, lambda key: f"position_net.{key}")}
     if keys and all(re.fullmatch(ADAPTER_KEYS, key) for key in keys):
-        return "adapter", {"model": _text_keys(content)}
+        return "adapter", {"model": _rename(path, content)}
     raise InputError(
         f"{path}: neither an InstanceDiffusion checkpoint, a Stable Diffusion 1.5 model nor an adapter file; "
         f"its keys begin with {', '.join(keys[:5]) or 'nothing'}"
     )
 
 
-def _text_keys(tensors: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(key): value for key, value in tensors.items()}
+def _rename(path: Path, tensors: Mapping[Any, Any], rename: Callable[[Any], str] = str) -> dict[str, Any]:
+    """Tensors under other names. Two keys that become one name are an error: neither can be chosen."""
+    renamed, origin = {}, {}
+    for key, value in tensors.items():
+        name = rename(key)
+        if name in origin:
+            first, second = (repr(spelling)[:120] for spelling in (origin[name], key))
+            raise InputError(f"{path}: {first} and {second} are one tensor, expected it once")
+        renamed[name], origin[name] = value, key
+    return renamed
 
 
-def _clip_keys(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _clip_key(key: Any) -> str:
     """Adds `text_model.`, which newer versions of transformers leave out."""
-    pattern = re.compile(r"transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")
-    return {pattern.sub("transformer.text_model.", key, count=1): value for key, value in tensors.items()}
+    pattern = r"transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"
+    return re.sub(pattern, "transformer.text_model.", str(key), count=1)
 
 
 def _split_base(path: Path, content: Mapping[Any, Any], config: ModelConfig) -> State:
     state: State = {part: {} for part in (*PARTS, "diffusion")}
     buffers = schedule_buffers(config.schedule)
-    for key, value in _text_keys(content).items():
+    for key, value in _rename(path, content, _clip_key).items():
         prefix = next((prefix for prefix in SD_PREFIXES if key.startswith(prefix)), None)
         if any(re.fullmatch(pattern, key) for pattern in SD_IGNORED):
             continue
@@ -165,7 +182,6 @@ def _split_base(path: Path, content: Mapping[Any, Any], config: ModelConfig) -> 
             state["diffusion"][key] = value
         else:
             raise InputError(f"{path}: {key}: not a key of Stable Diffusion 1.5")
-    state["text_encoder"] = _clip_keys(state["text_encoder"])
     return state
 
 
@@ -187,7 +203,7 @@ def _port_fusers(path: Path, content: Mapping[str, Any], config: ModelConfig) ->
             if heads is not None and heads != config.unet.num_heads:
                 raise InputError(f"{path}: {group}.{index}: {heads} heads, config {config.unet.num_heads}")
             prefix = key.removesuffix("alpha_attn")
-            tensors.update({f"{prefix}{name}": value for name, value in block["state"].items()})
+            tensors.update(_rename(path, block["state"], lambda name, prefix=prefix: f"{prefix}{name}"))
     return tensors
 
 
@@ -195,7 +211,7 @@ def _split_convnext(path: Path) -> State:
     content = read_file(path)
     if isinstance(content.get("model"), dict):
         content = content["model"]
-    tensors = {key: value for key, value in _text_keys(content).items() if not re.fullmatch(CONVNEXT_IGNORED, key)}
+    tensors = {key: value for key, value in _rename(path, content).items() if not re.fullmatch(CONVNEXT_IGNORED, key)}
     if "downsample_layers.0.0.weight" not in tensors:
         raise InputError(f"{path}: not ConvNeXt weights in their official layout: no downsample_layers.0.0.weight")
     return {"model": {f"{TRUNK_PREFIX}{key}": value for key, value in tensors.items()}}

@@ -177,3 +177,31 @@ def test_a_base_alone_does_not_go_back(tmp_path, capsys):
     folder.save_folder(tmp_path / "base", params, TINY, convert.SamplingConfig(), TOKENIZER, absent)
     error = run_and_fail(capsys, "--input", tmp_path / "base", "--to_pytorch", tmp_path / "x.safetensors")
     assert "lacks fusers, scaleu, unifusion, trunk" in error
+
+
+def test_two_spellings_of_one_tensor_are_named(tmp_path):
+    state = tiny_state()
+    key = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
+    short = key.replace("text_model.", "")
+    path = sd_file(state, tmp_path / "sd.ckpt", extra={short: torch.ones(TINY.text_encoder.hidden_size)})
+    with pytest.raises(InputError, match=f"'{key}' and '{short}' are one tensor"):
+        pytorch.load_pytorch([path], TINY)
+    _, _, scaleu = port_files(state, tmp_path)
+    content = torch.load(scaleu)
+    torch.save(content | {int(index): group for index, group in content.items()}, scaleu)
+    with pytest.raises(InputError, match=r"\('scaleu_b', '0'\) and \('scaleu_b', 0\) are one tensor"):
+        pytorch.load_pytorch([sd_file(state, tmp_path / "sd.ckpt"), scaleu], TINY)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path, value, dtype, capsys):
+    name = "model.diffusion_model.time_embed.0.weight"
+    shape = tiny_state()["model"]["time_embed.0.weight"].shape
+    bad = torch.ones(shape, dtype=dtype)
+    bad[0, -1] = value
+    path = sd_file(tiny_state(), tmp_path / "sd.ckpt", extra={name: bad})
+    flags = [*TINY_FLAGS, f"--config.model.text_encoder.tokenizer={TOKENIZER}"]
+    error = run_and_fail(capsys, "--input", path, "--output", tmp_path / "out", *flags)
+    assert "sd.ckpt: model: time_embed.0.weight: holds NaN or infinity" in error
+    assert not (tmp_path / "out").exists()
