@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,8 +16,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from instdiff_jax.checkpoint.unpickle import Global, Inert, read_pickle
-from instdiff_jax.errors import InputError
+from instdiff_jax.checkpoint.unpickle import Global, Inert, add_items, read_pickle
+from instdiff_jax.errors import InputError, short
 from instdiff_jax.files import write_file
 
 _STORAGES = {
@@ -46,8 +47,10 @@ _SAFETENSORS = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
-_MAX_PICKLE = 500_000_000  # bytes; real ones hold a few hundred thousand names and shapes
+# Bytes of what lists the tensors; some 100 a tensor in real files. The limits bound the time and memory of reading it.
+_MAX_HEADER = 1 << 24
+_MAX_PICKLE = 1 << 26
+_MAX_DIRECTORY = 1 << 24
 
 
 def read_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -83,8 +86,9 @@ class _Storage:
 
 def _read_zip(path: Path, data: np.ndarray) -> dict[str, Any]:
     try:
+        _check_directory(data)
         with zipfile.ZipFile(path) as archive:
-            entries = {info.filename: info for info in archive.infolist()}
+            entries = _no_duplicates([(info.filename, info) for info in archive.infolist()])
             pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
             if len(pickles) != 1:
                 raise InputError(f"{path}: not a file of torch.save: it holds {len(pickles)} data.pkl, expected one")
@@ -104,14 +108,15 @@ def _read_zip(path: Path, data: np.ndarray) -> dict[str, Any]:
 
     def persistent_load(identifier: Any) -> Any:
         kind, storage_type, key = identifier[:3]
-        if kind != "storage" or not isinstance(storage_type, Global):
+        # Only text: nested tuples, a few hundred bytes in the file, can be terabytes as text.
+        if kind != "storage" or not isinstance(storage_type, Global) or not isinstance(key, str):
             raise ValueError("a storage of unknown kind")
         dtype = _STORAGES.get(storage_type.name.removeprefix("torch."))
         if dtype is None:
             return Inert(storage_type.name)
         name = f"{prefix}data/{key}"
         if name not in entries:
-            raise InputError(f"{path}: {name} is missing")
+            raise InputError(f"{path}: {short(name)} is missing")
         return _Storage(_record(path, data, entries[name]), np.dtype(dtype), f"{path}: {name}")
 
     functions = {
@@ -127,6 +132,17 @@ def _read_zip(path: Path, data: np.ndarray) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a dict of weights, got {type(content).__name__}")
     return content
+
+
+def _check_directory(data: np.ndarray) -> None:
+    """A ValueError for a zip file whose list of entries is too long to be read."""
+    tail = bytes(data[-(1 << 16) - 22 :])
+    end, end64 = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
+    size = int.from_bytes(tail[end + 12 : end + 16], "little") if end >= 0 else 0
+    if size == 0xFFFFFFFF:
+        size = int.from_bytes(tail[end64 + 40 : end64 + 48], "little") if end64 >= 0 else 0
+    if size > _MAX_DIRECTORY:
+        raise ValueError(f"a list of entries of {size} bytes")
 
 
 def _record(path: Path, data: np.ndarray, info: zipfile.ZipInfo) -> np.ndarray:
@@ -148,9 +164,9 @@ def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: A
     """A tensor as a view of its storage; PyTorch counts offset and strides in elements."""
     if isinstance(storage, Inert):
         return storage
-    numbers = (offset, *size, *stride)
     if not isinstance(storage, _Storage) or len(size) != len(stride) or len(size) > 32:
         raise ValueError("a tensor of unknown form")
+    numbers = (offset, *size, *stride)
     if not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
         raise InputError(f"{storage.name}: a tensor with a negative or huge size")
     itemsize, count = storage.dtype.itemsize, 1
@@ -166,17 +182,16 @@ def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: A
 
 
 def _ordered_dict(items: Any = ()) -> dict:
-    result = {}
-    for key, value in items:
-        if isinstance(key, (str, int)):
-            result[key] = value
+    result: dict = {}
+    add_items(result, items)
     return result
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the name {short(twice)} occurs twice")
     return result
 
 
@@ -196,7 +211,7 @@ def _read_safetensors(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
             dtype, shape = np.dtype(_SAFETENSORS[entry["dtype"]]), entry["shape"]
             begin, end = entry["data_offsets"]
             if not isinstance(shape, list):
-                raise ValueError(f"a shape of {shape!r}")
+                raise ValueError(f"a shape of {short(shape)}")
             if not all(type(n) is int and 0 <= n < 2**48 for n in (begin, end, *shape)) or len(shape) > 32:
                 raise ValueError("a negative or huge number")
             count = 1
@@ -206,7 +221,8 @@ def _read_safetensors(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
                 raise ValueError(f"bytes {begin} to {end} of {body.size} for a shape of {shape}")
             tensors[name] = body[begin:end].view(dtype).reshape(shape)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{path}: {name}: damaged, cut off or of unknown type ({error})") from error
+            problem = f"damaged, cut off or of unknown type ({str(error)[:200]})"
+            raise InputError(f"{path}: {short(name)}: {problem}") from error
     return tensors
 
 

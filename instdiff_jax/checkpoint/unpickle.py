@@ -6,10 +6,10 @@ global, and whatever the pickle would build or call with it, becomes an `Inert` 
 """
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import InputError, short
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = frozenset(
@@ -18,7 +18,10 @@ _LITERALS = frozenset(
 )
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _NO_EFFECT = frozenset(("PROTO", "FRAME"))
-_SIMPLE_KEYS = (str, int, float, bytes, type(None))
+# A real file has some 30 instructions for each of at most a few ten thousand tensors. The limits bound time and memory.
+_MAX_STEPS = 4_000_000
+_MAX_DEPTH = 1_000_000
+_MAX_ARGUMENTS = 16
 
 
 class Inert:
@@ -41,6 +44,19 @@ class Global:
 _MARK = object()
 
 
+def add_items(target: dict, items: Iterable[tuple[Any, Any]]) -> None:
+    """Adds items to a dict; a key that is there already is a ValueError.
+
+    Keys other than text and whole numbers of 64 bits name no weight, and hashing or showing them may take for ever.
+    """
+    for key, value in items:
+        if not isinstance(key, str) and not (type(key) is int and -(2**63) <= key < 2**63):
+            continue
+        if key in target:
+            raise ValueError(f"the key {short(key)} occurs twice")
+        target[key] = value
+
+
 class _Machine:
     """The pickle machine: a stack, a memo, and the functions that stand for allowed globals."""
 
@@ -49,10 +65,12 @@ class _Machine:
         self.persistent_load = persistent_load
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.steps = 0
 
     def run(self, data: bytes) -> Any:
         for opcode, argument, _ in pickletools.genops(data):
             name = opcode.name
+            self.count(1)
             if name == "STOP":
                 return self.stack.pop()
             if name in _LITERALS:
@@ -68,6 +86,12 @@ class _Machine:
                 method(argument)
         raise ValueError("it does not end")
 
+    def count(self, steps: int) -> None:
+        """Counts work that was done; more than any real file needs is an error."""
+        self.steps += steps
+        if self.steps > _MAX_STEPS or max(len(self.stack), len(self.memo)) > _MAX_DEPTH:
+            raise ValueError("it has more entries than any checkpoint")
+
     def pop_mark(self) -> list[Any]:
         for index in range(len(self.stack) - 1, -1, -1):
             if self.stack[index] is _MARK:
@@ -79,9 +103,7 @@ class _Machine:
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, dict):
-            # Keys that are neither text nor numbers name no weight, and hashing them may recurse deeply.
-            pairs = zip(items[::2], items[1::2], strict=True)
-            target.update((key, value) for key, value in pairs if isinstance(key, _SIMPLE_KEYS))
+            add_items(target, zip(items[::2], items[1::2], strict=True))
 
     def extend(self, items: list[Any]) -> None:
         if isinstance(self.stack[-1], list):
@@ -92,6 +114,10 @@ class _Machine:
         if not isinstance(function, Global):
             return Inert("unknown object")
         if function.name in self.functions and isinstance(arguments, tuple):
+            if len(arguments) > _MAX_ARGUMENTS:
+                raise ValueError(f"{function.name} with {len(arguments)} arguments")
+            # A list may be given again and again by its place in the memo.
+            self.count(sum(len(argument) for argument in arguments if isinstance(argument, (list, tuple))))
             return self.functions[function.name](*arguments)
         return Inert(function.name)
 
