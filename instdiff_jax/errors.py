@@ -14,6 +14,21 @@ class InputError(ValueError):
     """
 
 
+class NotFiniteError(InputError):
+    """Latents with NaN or infinity: a broken weight, or an overflow of float16.
+
+    Attributes:
+        layout: the name of the layout whose image it is.
+    """
+
+    def __init__(self, layout: str, seed: int):
+        self.layout = layout
+        super().__init__(
+            f"{layout}: seed {seed}: the latents are not finite: a weight of the checkpoint is not, or float16 "
+            "overflowed; try another dtype"
+        )
+
+
 def short(value: Any) -> str:
     """A value for an error message: one line of at most 60 characters."""
     try:

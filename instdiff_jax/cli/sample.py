@@ -7,13 +7,14 @@ For every layout x.json this writes OUT/x/<seed>.png and OUT/x/layout.png, and f
 OUT/contact_sheet.png and OUT/run.json (all settings, seeds and timings).
 
 For many layouts: `--shard i/n` takes layouts i, i + n, ... and writes OUT/run-i-of-n.json instead; in a job of several
-processes each takes its own part without it. `--resume` leaves out layouts whose files are all there.
+processes each takes its own part without it. `--resume` leaves out layouts whose files are all there
+and were made from the same layout and inputs.
 """
 
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,18 +71,22 @@ def run(args: argparse.Namespace) -> None:
     SamplingConfig.from_dict(overrides, "sampling")  # checked before a checkpoint is loaded
 
     from instdiff_jax.cli.sample_inputs import find_layouts, read_arrays
-    from instdiff_jax.sampling.outputs import SHEET_LAYOUTS, OutputFolder
+    from instdiff_jax.sampling.outputs import SHEET_LAYOUTS, OutputFolder, fingerprint_arrays
 
     layouts, arrays = find_layouts(args), read_arrays(args)
-    output = OutputFolder(args.output, [args.seed + i for i in range(args.num_images)], args.save_latents)
+    seeds = [args.seed + i for i in range(args.num_images)]
+    output = OutputFolder(args.output, seeds, args.save_latents, str(fingerprint_arrays(arrays)))
     shard, processes = start_process(args.shard)
     mine = list(shard.of(list(layouts)))
-    finished = output.finished(mine) if args.resume else set()
+    finished, changed = output.finished(mine, layouts) if args.resume else (set(), set())
+    if changed:
+        inputs = "layout, --init_image, --inpaint_mask or --noise"
+        print(f"made again, as their {inputs} changed: {', '.join(sorted(changed)[:5])}{', ...' * (len(changed) > 5)}")
     waiting = {name: layouts[name] for name in mine if name not in finished}
     with output.opened(mine):
         # Images of other settings are an error even if none is missing. Reading a checkpoint takes all processes.
         if waiting or args.resume or processes > 1:
-            generate(args, output, waiting, shard, arrays, overrides)
+            generate(args, output, waiting, shard, arrays, overrides, changed)
         if shard.count == 1:
             output.write_contact_sheet(layouts[name] for name in list(layouts)[:SHEET_LAYOUTS])
     there = f", {(len(mine) - len(waiting)) * args.num_images} were there" if args.resume else ""
@@ -117,8 +122,12 @@ def generate(
     shard: Shard,
     arrays: dict[str, Any],
     overrides: dict[str, Any],
+    changed: Iterable[str] = (),
 ) -> None:
-    """Samples layouts and writes each one's files as soon as its images are there."""
+    """Samples layouts and writes each one's files as soon as its images are there.
+
+    Files of an earlier run are removed first; with --resume, those of `changed` layouts.
+    """
     from tqdm import tqdm
 
     from instdiff_jax.sampling.outputs import RunRecord
@@ -142,8 +151,8 @@ def generate(
             list(layouts.values()), output.seeds, progress=progress, **options, **arrays, **overrides
         )
         results = itertools.chain([next(results)], results)  # all input is checked by now
-        if not args.resume:
-            output.remove(layouts)  # perhaps of other settings: a run that goes on must not take them for its own
+        # Perhaps of other settings: a run that goes on must not take them for its own.
+        output.remove(changed if args.resume else layouts)
         write_results(results, output, record, began, loaded, len(layouts))
 
 
@@ -168,6 +177,7 @@ def describe_run(
     import jax
 
     from instdiff_jax.sampling.loading import checkpoint_fingerprint
+    from instdiff_jax.sampling.outputs import fingerprint_arrays
 
     return dict(
         checkpoint=str(args.checkpoint),
@@ -178,7 +188,10 @@ def describe_run(
         width=args.width,
         height=args.height,
         strength=args.strength,
-        inputs={name: str(getattr(args, name)) for name in arrays},
+        inputs={
+            name: {"file": str(getattr(args, name)), "fingerprint": fingerprint}
+            for name, fingerprint in fingerprint_arrays(arrays).items()
+        },
         dtype=pipeline.dtype,
         devices=[device.device_kind for device in jax.local_devices()],
         jax=jax.__version__,

@@ -5,20 +5,21 @@ OUT/x/<seed>.png  OUT/x/layout.png  OUT/x/latents.npy  OUT/contact_sheet.png  OU
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from instdiff_jax.errors import InputError, short
+from instdiff_jax.errors import InputError, NotFiniteError, short
 from instdiff_jax.files import read_json, write_file, write_json
 from instdiff_jax.layout import Layout
 from instdiff_jax.paths import output_path, read_file
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 _OWN_NAMES = re.compile(r"contact_sheet\.png|run(-\d+-of-\d+)?\.json", re.IGNORECASE)
 SHEET_LAYOUTS, SHEET_SEEDS = 64, 16  # the most that the contact sheet shows
+_MADE_FROM = "instdiff-input"  # key of the text in a PNG that says what it was made from
 # What all images of an output folder have in common.
-COMMON = ("checkpoint", "fingerprint", "model", "sampling", "format", "width", "height", "strength", "inputs", "dtype")
+COMMON = ("checkpoint", "fingerprint", "model", "sampling", "format", "width", "height", "strength", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +44,13 @@ class OutputFolder:
         path: the folder.
         seeds: of each layout's images.
         save_latents: whether latents are written too.
+        inputs: fingerprint of the start image, its mask and the noise, see `fingerprint_arrays`.
     """
 
     path: Path
     seeds: list[int]
     save_latents: bool = False
+    inputs: str = ""
 
     def files(self, name: str) -> list[Path]:
         """All that is written for a layout."""
@@ -59,13 +63,27 @@ class OutputFolder:
             raise InputError(f"{self.path}: {name} is a file of the run itself; rename the layout")
         return output_path(self.path, name, *[file] * bool(file))
 
-    def finished(self, names: Iterable[str]) -> set[str]:
-        """The layouts whose files are all there."""
-        finished = {name for name in names if all(map(os.path.exists, self.files(name)))}
+    def fingerprint(self, layout: Layout) -> str:
+        """Of what a layout's images are made from, apart from the settings: contents count, not paths."""
+        text = json.dumps([layout.to_dict(), self.inputs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def finished(self, names: Iterable[str], layouts: Mapping[str, Layout]) -> tuple[set[str], set[str]]:
+        """The layouts whose files are all there, and those that have images made from something else."""
+        finished, changed = set(), set()
+        for name in names:
+            files = self.files(name)
+            there = [file for file in files if os.path.exists(file)]
+            images = [file for file in there if file.suffix == ".png"]
+            made_from = self.fingerprint(layouts[name]) if images else ""
+            if any(_read_made_from(file) != made_from for file in images):
+                changed.add(name)
+            elif len(there) == len(files):
+                finished.add(name)
         if self.save_latents:
             seeds = self._seeds_of_latents()
             finished = {name for name in finished if seeds.get(name) == self.seeds}
-        return finished
+        return finished, changed
 
     @contextlib.contextmanager
     def opened(self, names: Iterable[str]) -> Iterator[None]:
@@ -100,13 +118,22 @@ class OutputFolder:
                 file.unlink(missing_ok=True)
 
     def write(self, results: Iterable["Result"]) -> str:
-        """Writes one layout's files, each image as it comes; returns the layout's name."""
+        """Writes one layout's files, each image as it comes; returns the layout's name.
+
+        Raises:
+            NotFiniteError: for latents that are not finite; then none of the layout's images is kept.
+        """
         latents: list[np.ndarray] = []
-        for result in results:
-            name = result.layout.name
-            write_image(self.file(name, f"{result.seed}.png"), result.array)
-            latents += [result.latents] if self.save_latents else []
-        write_image(self.file(name, "layout.png"), draw_layout(result.layout, np.full_like(result.array, 255)))
+        try:
+            for result in results:
+                name, made_from = result.layout.name, self.fingerprint(result.layout)
+                write_image(self.file(name, f"{result.seed}.png"), result.array, made_from)
+                latents += [result.latents] if self.save_latents else []
+        except NotFiniteError as error:
+            self.remove([error.layout])
+            raise
+        drawing = draw_layout(result.layout, np.full_like(result.array, 255))
+        write_image(self.file(name, "layout.png"), drawing, made_from)
         if self.save_latents:
             stacked = np.stack(latents).astype(np.float32)
             write_file(self.file(name, "latents.npy"), lambda file: np.save(file, stacked), sync=False)
@@ -184,6 +211,30 @@ def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
         return np.asarray(image.convert("RGB"))
 
 
-def write_image(path: Path, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Writes a PNG, whole or not at all."""
-    write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"), sync=False)
+def write_image(path: Path, pixels: UInt8[np.ndarray, "H W 3"], made_from: str = "") -> None:
+    """Writes a PNG, whole or not at all, with the fingerprint of what it was made from."""
+    text = PngImagePlugin.PngInfo()
+    if made_from:
+        text.add_text(_MADE_FROM, made_from)
+    write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG", pnginfo=text), sync=False)
+
+
+def _read_made_from(path: Path) -> str | None:
+    """What `write_image` noted; None if it did not, or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path) as image:
+            return image.info.get(_MADE_FROM)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def fingerprint_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """A hash of each array's values."""
+    prints = {}
+    for name, array in arrays.items():
+        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+        prints[name] = digest.hexdigest()[:32]
+    return prints

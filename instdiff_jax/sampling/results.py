@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from instdiff_jax.diffusion.multi_instance import ProgressEvent
+from instdiff_jax.errors import NotFiniteError
 from instdiff_jax.layout import Layout
 from instdiff_jax.sampling.start import StartImage
 
@@ -57,11 +58,13 @@ class PendingBatch(NamedTuple):
     events: list[ProgressEvent] | None
 
     def results(self) -> Iterator[Result]:
-        """Waits for the batch's images, and copies each from the device."""
+        """Waits for the batch's images, and copies each from the device; NotFiniteError for one that is broken."""
         arrays = itertools.chain(*[np.asarray(part) for part in self.pixels])
         for layout, seed, array, latents in zip(
             self.layouts, self.seeds, arrays, np.asarray(self.latents), strict=False
         ):
+            if not np.isfinite(latents).all():
+                raise NotFiniteError(layout.name, seed)
             if self.start is not None and self.start.repaint is not None:
                 array = np.where(self.start.repaint[..., None], array, self.start.image)
             # Copies: on a CPU these are views, and a result that is kept would keep its whole batch.

@@ -1,5 +1,6 @@
 """What a run looks at between steps: the validation loss, and images of a few layouts."""
 
+import logging
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from instdiff_jax.data.dataset import InstanceDataset
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import InputError, NotFiniteError
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.tokenizer import Tokenizer
 from instdiff_jax.parallel.mesh import REPLICATED
@@ -18,6 +19,8 @@ from instdiff_jax.training.inputs import Inputs, on_one_device
 from instdiff_jax.training.settings import RunSettings
 from instdiff_jax.training.state import Params, ShardingPlan, TrainState, merge_params
 from instdiff_jax.training.step import make_validation_step
+
+_logger = logging.getLogger(__name__)
 
 
 def check_validation(run: RunSettings) -> None:
@@ -71,13 +74,20 @@ class SampleGrid:
         self._layouts = read_sample_layouts(run)
 
     def draw(self, step: int, state: TrainState, frozen: Params) -> UInt8[np.ndarray, "H W 3"] | None:
-        """The grid on process 0, None on the others. Every process must call it: parameters are gathered."""
+        """The grid on process 0, None on the others, and for images that are not finite.
+
+        Every process must call it: parameters are gathered.
+        """
         params = on_one_device(merge_params(state.optimizer.ema, frozen), self._plan)
         if jax.process_index() != 0:
             return None
         run, size = self._run, self._run.data.examples.image_size
         pipeline = Pipeline(run.model, run.sampling, params, self._tokenizer, run.train.dtype)
-        results = pipeline(self._layouts, seeds=[0], width=size, height=size)
+        try:
+            results = pipeline(self._layouts, seeds=[0], width=size, height=size)
+        except NotFiniteError as error:  # no reason to end a run
+            _logger.warning("no samples of step %d: %s", step, error)
+            return None
         pairs = [(result.layout, enlarge(result.array)) for result in results]
         sheet = contact_sheet([image for pair in pairs for image in (draw_layout(*pair), pair[1])])
         self._folder.mkdir(exist_ok=True)

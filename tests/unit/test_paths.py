@@ -26,7 +26,8 @@ def test_names_that_are_no_names(name, tmp_path):
 def test_layouts_do_not_take_the_place_of_other_files(name, tmp_path):
     (tmp_path / "layout.png").write_text("a user's")
     output = OutputFolder(tmp_path / "out", [0])
-    for use in (output.finished, output.remove, lambda names: output.opened(names).__enter__()):
+    uses = (lambda names: output.finished(names, {}), output.remove, lambda names: output.opened(names).__enter__())
+    for use in uses:
         with pytest.raises(InputError, match="rename"):
             use([name])
     assert (tmp_path / "layout.png").read_text() == "a user's"
