@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from sample_errors import WRONG
-from tiny_checkpoint import SIDE, make_layout, make_tiny_checkpoint
+from tiny_checkpoint import SIDE
 
 from instdiff_jax.cli import sample
-from instdiff_jax.sampling import loading, outputs
-from instdiff_jax.sampling import results as sampling_results
+from instdiff_jax.sampling import outputs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Sockets that reach anything but this machine are an error.
@@ -26,34 +25,6 @@ def refuse(self, address, *rest):
 socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = refuse
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint, two layouts and wrong inputs."""
-    folder = tmp_path_factory.mktemp("sample")
-    make_tiny_checkpoint(folder / "checkpoint")
-    for place, count in (("scenes", 3), ("others", 3)):
-        (folder / place).mkdir()
-        (folder / place / "scene.json").write_text(make_layout(count).to_json())
-    (folder / "broken.json").write_text('{"caption": "half')
-    (folder / "empty").mkdir()
-    (folder / "text.npy").write_text("no array")
-    np.save(folder / "double.npy", np.zeros((1, 16, 16, 4)))
-    np.savez(folder / "several.npz", np.zeros(3, np.float32))
-    np.save(folder / "small.npy", np.zeros((1, 2, 2, 4), np.float32))
-    Image.new("RGB", (8, 8)).save(folder / "tiny.png")
-    Image.effect_noise((400, 400), 90).save(folder / "damaged.png")  # its data are two chunks: the second has no name
-    (folder / "cut.npy").write_bytes(
-        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 8".ljust(118)
-    )
-    picture = (folder / "damaged.png").read_bytes()
-    (folder / "damaged.png").write_bytes(picture[:60] + picture[60:].replace(b"IDAT", b"\xff\xff\0\1"))
-    (folder / "taken").mkdir()
-    (folder / "taken" / "scene").write_text("no folder")
-    coco = {"images": [{"id": 1, "width": 64, "height": 64}], "annotations": [], "categories": []}
-    (folder / "coco.json").write_text(json.dumps(coco))
-    return folder
 
 
 def run(folder: Path, *flags, prelude: str = "") -> subprocess.CompletedProcess:
@@ -94,31 +65,6 @@ def test_outputs(folder):
     assert set(record["seconds"]) == {"loading", "sampling"} and record["checkpoint"] == "checkpoint"
 
 
-@pytest.fixture
-def many(folder, monkeypatch):
-    """Five layouts and `draw(flags)`, which runs `sample.main` on them; returns the layouts that were drawn."""
-    place = folder / "many"
-    place.mkdir(exist_ok=True)
-    for i in range(5):
-        (place / f"scene{i}.json").write_text(make_layout(1, seed=i).to_json())
-    monkeypatch.chdir(folder)
-    drawn, write = [], outputs.OutputFolder.write
-
-    def write_and_note(folder, results):
-        drawn.append(write(folder, results))
-        return drawn[-1]
-
-    monkeypatch.setattr(outputs.OutputFolder, "write", write_and_note)
-
-    def draw(*flags) -> list[str]:
-        drawn.clear()
-        quick = ("--checkpoint", "checkpoint", "--layout", "many", "--steps", "1", "--mis", "0")
-        sample.run(sample.parse_args([*quick, *map(str, flags)]))
-        return list(drawn)
-
-    return draw
-
-
 def files(place: Path) -> dict[str, tuple[bytes, int]]:
     return {str(path.relative_to(place)): (path.read_bytes(), path.stat().st_mtime_ns) for path in place.rglob("*.png")}
 
@@ -140,88 +86,6 @@ def test_shards_make_up_the_whole_and_a_resumed_run_redoes_nothing(many, folder)
     for name in files(whole):
         ours, theirs = (np.asarray(Image.open(place / name)).astype(int) for place in (parts, whole))
         assert np.abs(ours - theirs).max() <= 1
-
-
-def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
-    out, write = folder / "cut", outputs.write_image
-
-    def fail(path, pixels, made_from):
-        if path.parent.name == "scene2":
-            raise KeyboardInterrupt
-        write(path, pixels, made_from)
-
-    def cut_off(*flags):
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(outputs, "write_image", fail)
-            many("--output", out, *flags)
-
-    cut_off()
-    record = json.loads((out / "run.json").read_text())
-    assert [entry["layout"] for entry in record["layouts"]] == ["scene0", "scene1"] and "seconds" not in record
-    (out / "scene0" / "layout.png").unlink()
-    assert many("--output", out, "--resume", "--save_latents", "--seed", 0)[:1] == ["scene0"]
-    record = json.loads((out / "run.json").read_text())
-    assert record["seconds"] and len(record["layouts"]) == 5, "without latents no layout was finished"
-    with pytest.raises(sample.InputError, match=r"run.json: sampling: the images there were made with .*--output"):
-        (out / "scene3" / "0.png").unlink()
-        many("--output", out, "--resume", "--guidance_scale", 2)
-    assert many("--output", out, "--resume") == ["scene3"]
-    # A file of latents is one run's: of other seeds it is not finished.
-    assert many("--output", out, "--resume", "--save_latents", "--seed", 1) == [f"scene{i}" for i in range(5)]
-    assert many("--output", out, "--resume", "--save_latents", "--seed", 1) == []
-    assert len(many("--output", out, "--resume", "--save_latents", "--seed", 0)) == 5
-    assert len(many("--output", out, "--resume", "--seed", 2)) == 5
-    assert len(many("--output", out, "--resume", "--save_latents", "--seed", 2)) == 5, "those there are of seed 0"
-    # Pictures of an earlier run with other settings are not what this one has finished.
-    cut_off("--guidance_scale", 2)
-    assert many("--output", out, "--resume", "--guidance_scale", 2) == ["scene2", "scene3", "scene4"]
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(sample.InputError, match="run.json: fingerprint: the images"),
-    ):
-        patched.setattr(loading, "checkpoint_fingerprint", lambda folder: "retrained")
-        many("--output", out, "--resume", "--guidance_scale", 2)
-
-
-def test_resume_makes_again_what_changed(many, folder, capsys):
-    """Contents count, not paths: a layout that was edited, another start image or noise of the same name."""
-    out, noise, start = folder / "edited", folder / "noise.npy", folder / "start.png"
-    scene = folder / "many" / "scene1.json"
-    before = scene.read_text()
-    try:
-        assert len(many("--output", out, "--resume")) == 5
-        scene.write_text(before.replace("caption", "caption", 1).replace("thing 0", "box"))
-        assert many("--output", out, "--resume") == ["scene1"]
-        assert "made again" in capsys.readouterr().out
-        assert many("--output", out, "--resume") == []
-    finally:
-        scene.write_text(before)
-    flags = ("--output", folder / "edited2", "--resume", "--layout", scene, "--noise", noise, "--init_image", start)
-    rng = np.random.default_rng(0)
-    for changes in (("noise", "start"), (), ("noise",), ("start",), ()):
-        if "noise" in changes:
-            np.save(noise, rng.standard_normal((1, SIDE // 2, SIDE // 2, 4), np.float32))
-        if "start" in changes:
-            Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(start)
-        assert many(*flags) == ["scene1"] * bool(changes)
-
-
-def test_latents_that_are_not_finite_are_no_images(many, folder, monkeypatch):
-    """One NaN weight, or an overflow of float16: the image is named, and nothing of its layout is written or done."""
-    out, results = folder / "broken_weight", sampling_results.PendingBatch.results
-
-    def broken(batch):
-        bad = [(layout.name, seed) == ("scene2", 1) for layout, seed in zip(batch.layouts, batch.seeds, strict=True)]
-        latents = np.where(np.reshape(bad, (-1, 1, 1, 1)), np.inf, np.asarray(batch.latents)[: len(bad)])
-        return results(batch._replace(latents=latents))
-
-    with monkeypatch.context() as patched, pytest.raises(sample.InputError, match="scene2: seed 1: .*not finite"):
-        patched.setattr(sampling_results.PendingBatch, "results", broken)
-        many("--output", out, "--num_images", 2)
-    assert (out / "scene1" / "1.png").exists() and not list(out.glob("scene2/*"))
-    record = json.loads((out / "run.json").read_text())
-    assert [entry["layout"] for entry in record["layouts"]] == ["scene0", "scene1"]
-    assert many("--output", out, "--num_images", 2, "--resume") == ["scene2", "scene3", "scene4"]
 
 
 def test_an_output_folder_is_no_layout(many, folder):
