@@ -7,7 +7,10 @@ a run may continue with another number of processes or workers.
 
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
+import os
 import queue
+import re
 import signal
 import threading
 import time
@@ -101,6 +104,7 @@ class BatchReader:
             # A signal to the whole job also reaches the workers, but the run needs their batches until it has saved.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
+            threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def __call__(self, step: int) -> Batch:
         """This process's rows of batch `step`, in the order of `settings.rows`."""
@@ -156,6 +160,32 @@ class BatchReader:
 
     def _generator(self, kind: int, position: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.settings.seed, spawn_key=(kind, position)))
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone; Python's resource tracker then removes the shared memory.
+
+    Linux's PR_SET_PDEATHSIG would end it with the thread that started it, which is not the main one.
+    """
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _explain(error: BaseException) -> BaseException:
+    """An InputError for a worker that was ended by a signal whose reason the user can mend."""
+    found = re.search(r"Worker process was terminated unexpectedly with exit code -(\d+)", str(error))
+    if found is None:
+        return error
+    number = int(found[1])
+    if number == signal.SIGBUS:
+        reason = "shared memory (/dev/shm) is full; make it larger (docker run --shm-size)"
+    elif number == signal.SIGKILL:
+        reason = "it was killed, perhaps for want of memory"
+    else:
+        return error
+    return InputError(
+        f"config.data.workers: a worker process ended: {reason}, or use fewer workers or a lower prefetch"
+    )
 
 
 def _stack(examples: list[Batch]) -> Batch:
@@ -216,7 +246,7 @@ class DevicePrefetch:
                     return
             self._offer((None, StopIteration()))
         except BaseException as error:  # `next` raises it again
-            self._offer((None, error))
+            self._offer((None, _explain(error)))
 
     def _offer(self, item: tuple[Any, BaseException | None]) -> bool:
         while not self._stop.is_set():

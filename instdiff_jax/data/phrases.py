@@ -103,6 +103,8 @@ def phrase_table(
     key = fingerprint + ("-imported" if use_imported else "")
     path = Path(data_dir) / "phrases" / key / "embeddings.npy"
     phrases = read_phrases(data_dir)
+    if not phrases:
+        raise InputError(f"{data_dir}: expected a dataset with instances, found none")
     if path.exists():
         table = PhraseTable(path)
         if len(table) != len(phrases):

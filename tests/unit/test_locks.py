@@ -1,0 +1,53 @@
+"""Two runs do not write to one folder at once; a dead run keeps nobody out."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from instdiff_jax.errors import InputError
+from instdiff_jax.locks import NAME, lock_folder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from instdiff_jax.locks import lock_folder
+with lock_folder(Path(sys.argv[1]), sys.argv[2]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder, key=""):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), key], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("", ""), ("a", "b"), ("a", "")])
+def test_another_run_is_named_until_it_dies(tmp_path, theirs, ours):
+    other = hold(tmp_path, theirs)
+    try:
+        with pytest.raises(InputError, match=f"in use by another run \\(process {other.pid} on "):
+            with lock_folder(tmp_path, ours):
+                pass
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with lock_folder(tmp_path, ours):
+        assert (tmp_path / NAME).exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_one_key_share_a_folder(tmp_path):
+    other = hold(tmp_path, "a")
+    try:
+        began = time.monotonic()
+        with lock_folder(tmp_path, "a"):
+            pass
+        assert time.monotonic() - began < 1 and (tmp_path / NAME).exists()
+    finally:
+        other.kill()
+        other.wait()
