@@ -19,6 +19,7 @@ from instdiff_jax.checkpoint.parts import first_line, restore_part, save_part
 from instdiff_jax.checkpoint.rename import check_keys
 from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_shapes
 from instdiff_jax.checkpoint.tokenizer_files import TOKENIZER_FILES
+from instdiff_jax.checkpoint.verify import compare_files, file_crcs
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import replace_folder
@@ -92,6 +93,7 @@ def save_folder(
             "model": model,
             "sampling": sampling_config.to_dict(),
             "params": notes,
+            "tokenizer": file_crcs(beside / "tokenizer", [path.name for path in (beside / "tokenizer").iterdir()]),
         }
         (beside / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -147,6 +149,7 @@ def restore_params(
     dtype: Any = np.float32,
     sharding: Any = None,
     as_numpy: bool = False,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Reads parameters from a checkpoint folder, each array directly in its dtype and sharding.
 
@@ -156,13 +159,17 @@ def restore_params(
         dtype: of leaves with two axes or more; vectors and scalars are float32. None: all as stored.
         sharding: one sharding for all leaves, or a tree of shardings; the default device otherwise.
         as_numpy: give numpy arrays instead of jax arrays.
+        verify: compare what is read, and the tokenizer's files, with the digests and checksums in config.json.
 
     Raises:
         InputError: for a part that is absent, and for missing, damaged or mismatched files.
     """
     directory = Path(directory).absolute()
     config, _, absent = read_config(directory)
-    notes = _read_json(directory)["params"]
+    content = _read_json(directory)
+    notes = content["params"]
+    if verify and "text_encoder" in (parts or notes) and isinstance(content.get("tokenizer"), dict):
+        compare_files(directory / "tokenizer", content["tokenizer"])
     known = [part for part in Networks._fields if parts is None or part in parts]
     shapes = parameter_shapes(config, absent, known)
     if sharding is None:
@@ -172,7 +179,7 @@ def restore_params(
         if part not in shapes or part not in notes:
             raise InputError(f"{directory}: {part}: this checkpoint does not have it (absent: {', '.join(absent)})")
         folder = directory / "params" / part
-        params[part] = restore_part(folder, part, shapes[part], notes[part], dtype, sharding, as_numpy)
+        params[part] = restore_part(folder, part, shapes[part], notes[part], dtype, sharding, as_numpy, verify)
     return params
 
 

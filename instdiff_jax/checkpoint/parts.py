@@ -1,7 +1,7 @@
 """Saves and restores one part of a parameter tree (one network) with orbax.
 
 Beside the files goes a note in the folder's config.json: their number and size, so that an incomplete copy is noticed,
-and for a small part a digest of its values.
+for a small part a digest of its values, and for a large part the checksum of a list of its files' checksums.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from instdiff_jax.checkpoint.rename import check_keys
+from instdiff_jax.checkpoint.verify import start_compare_folder, write_checksums
 from instdiff_jax.errors import InputError
 from instdiff_jax.tree import flatten, unflatten
 
@@ -29,7 +30,7 @@ def save_part(folder: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Writes a part to a new folder.
 
     Returns:
-        Its note: {"files", "bytes"} and, for a small part, "sha256".
+        Its note: {"files", "bytes"}, and "sha256" for a small part, "crc32" for a large one (see verify.py).
 
     Raises:
         ValueError, RuntimeError: if the disk is full.
@@ -39,14 +40,19 @@ def save_part(folder: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(tree)))
     # orbax's mark that a part is whole holds this machine's path; the note replaces it.
     (folder / "commit_success.txt").unlink(missing_ok=True)
-    note: dict[str, Any] = _count_files(folder)
-    if small:
-        note["sha256"] = tree_digest(tree)
-    return note
+    check = {"sha256": tree_digest(tree)} if small else {"crc32": write_checksums(folder)}
+    return _count_files(folder) | check
 
 
 def restore_part(
-    folder: Path, part: str, shapes: Mapping[str, Any], note: Any, dtype: Any, sharding: Any, as_numpy: bool
+    folder: Path,
+    part: str,
+    shapes: Mapping[str, Any],
+    note: Any,
+    dtype: Any,
+    sharding: Any,
+    as_numpy: bool,
+    verify: bool,
 ) -> Any:
     """Reads a part; see `folder.restore_params`.
 
@@ -58,6 +64,7 @@ def restore_part(
         dtype: of leaves with two axes or more; None: all as stored.
         sharding: one for all leaves, or a tree with the key `part`.
         as_numpy: give numpy arrays.
+        verify: compare with the note's digest or checksum, while reading.
 
     Raises:
         InputError: for missing, damaged or mismatched files.
@@ -66,9 +73,13 @@ def restore_part(
     expected = {key: note.get(key) for key in found} if isinstance(note, dict) else note
     if found != expected:
         raise InputError(f"{folder}: incomplete or changed: expected {expected}, got {found}")
-    digest = note.get("sha256") if isinstance(note, dict) else None
+    digest, crc = (note.get(kind) if isinstance(note, dict) and verify else None for kind in ("sha256", "crc32"))
+    comparison = None if crc is None else start_compare_folder(folder, crc)
     try:
-        return _restore(folder, flatten({part: shapes}), digest, dtype, sharding, as_numpy)[part]
+        restored = _restore(folder, flatten({part: shapes}), digest, dtype, sharding, as_numpy)[part]
+        if comparison is not None:
+            comparison.result()
+        return restored
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, AttributeError) as error:

@@ -55,7 +55,7 @@ State = dict[str, dict[str, Any]]  # part -> key -> array; parts are PARTS and "
 
 
 def load_pytorch(
-    paths: Sequence[str | Path], config: ModelConfig, convnext: str | Path | None = None
+    paths: Sequence[str | Path], config: ModelConfig, convnext: str | Path | None = None, verify: bool = True
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Reads PyTorch files as one model; leaves are read-only views of the memory-mapped files, in their dtype.
 
@@ -63,6 +63,7 @@ def load_pytorch(
         paths: the released checkpoint, or a base and any adapter files, in any order.
         config: the model's sizes.
         convnext: ImageNet weights of ConvNeXt in their official layout, for UniFusion's trunk.
+        verify: compare the files with the checksums in them.
 
     Returns:
         The parameter tree, and which of ADAPTERS it lacks.
@@ -71,10 +72,10 @@ def load_pytorch(
         InputError: for unreadable or unknown files, for a key that is missing, extra, of another shape,
             given twice, not finite or not a float tensor, and for buffers of another noise schedule.
     """
-    files = [(Path(path), *_split_file(Path(path), read_file(path), config)) for path in paths]
+    files = [(Path(path), *_split_file(Path(path), read_file(path, verify), config)) for path in paths]
     has_base = any(kind == "base" for _, kind, _ in files)
     if convnext is not None:
-        files.append((Path(convnext), "adapter", _split_convnext(Path(convnext))))
+        files.append((Path(convnext), "adapter", _split_convnext(Path(convnext), verify)))
     merged: State = {part: {} for part in (*PARTS, "diffusion")}
     origin: dict[tuple[str, str], Path] = {}
     for path, kind, state in files:
@@ -207,8 +208,8 @@ def _port_fusers(path: Path, content: Mapping[str, Any], config: ModelConfig) ->
     return tensors
 
 
-def _split_convnext(path: Path) -> State:
-    content = read_file(path)
+def _split_convnext(path: Path, verify: bool) -> State:
+    content = read_file(path, verify)
     if isinstance(content.get("model"), dict):
         content = content["model"]
     tensors = {key: value for key, value in _rename(path, content).items() if not re.fullmatch(CONVNEXT_IGNORED, key)}

@@ -6,8 +6,10 @@ used is read from disk.
 
 import json
 import os
+import re
 import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from instdiff_jax.checkpoint.unpickle import Global, Inert, add_items, read_pickle
+from instdiff_jax.checkpoint.verify import compare_arrays
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.files import write_file
 
@@ -51,10 +54,15 @@ _SAFETENSORS = {
 _MAX_HEADER = 1 << 24
 _MAX_PICKLE = 1 << 26
 _MAX_DIRECTORY = 1 << 24
+_CRC = "crc32"  # in the metadata of our .safetensors: eight hexadecimal digits for each tensor, in the header's order
 
 
-def read_file(path: str | os.PathLike) -> dict[str, Any]:
+def read_file(path: str | os.PathLike, verify: bool = True) -> dict[str, Any]:
     """Reads a .pth, .ckpt or .safetensors file; its content tells which one it is.
+
+    Args:
+        path: the file.
+        verify: compare the tensors with the checksums of the zip file, or those that we write into .safetensors.
 
     Returns:
         Nested dicts whose tensors are memory-mapped, read-only numpy arrays (bfloat16 by ml_dtypes), in
@@ -69,9 +77,9 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if bytes(data[:4]) == b"PK\x03\x04":
-        return _read_zip(path, data)
+        return _read_zip(path, data, verify)
     if bytes(data[8:9]) == b"{":
-        return _read_safetensors(path, data)
+        return _read_safetensors(path, data, verify)
     if bytes(data[:1]) == b"\x80":
         raise InputError(f"{path}: a file of torch.save before 1.6; load it with torch and save it again")
     raise InputError(f"{path}: neither a zip file of torch.save nor a .safetensors file")
@@ -84,7 +92,7 @@ class _Storage:
         self.data, self.dtype, self.name = data, dtype, name
 
 
-def _read_zip(path: Path, data: np.ndarray) -> dict[str, Any]:
+def _read_zip(path: Path, data: np.ndarray, verify: bool) -> dict[str, Any]:
     try:
         _check_directory(data)
         with zipfile.ZipFile(path) as archive:
@@ -101,6 +109,9 @@ def _read_zip(path: Path, data: np.ndarray) -> dict[str, Any]:
     except (zipfile.BadZipFile, struct.error, OSError, ValueError, NotImplementedError, OverflowError, EOFError,
             RuntimeError) as error:  # fmt: skip
         raise InputError(f"{path}: damaged or cut off ({error})") from error
+    if verify:
+        stored = [info for info in entries.values() if not info.is_dir()]
+        compare_arrays(path, ((info.filename, _record(path, data, info), 0, info.CRC) for info in stored))
     prefix = pickles[0].removesuffix("data.pkl")
     order = entries.get(f"{prefix}byteorder")
     if order is not None and bytes(_record(path, data, order)) != b"little":
@@ -195,7 +206,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_safetensors(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
+def _read_safetensors(path: Path, data: np.ndarray, verify: bool) -> dict[str, np.ndarray]:
     length = int.from_bytes(bytes(data[:8]), "little")
     if not 2 <= length <= min(_MAX_HEADER, data.size - 8):
         raise InputError(f"{path}: damaged or cut off: its header claims {length} bytes")
@@ -223,13 +234,31 @@ def _read_safetensors(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             problem = f"damaged, cut off or of unknown type ({str(error)[:200]})"
             raise InputError(f"{path}: {short(name)}: {problem}") from error
+    metadata = header.get("__metadata__")
+    crcs = metadata.get(_CRC) if isinstance(metadata, dict) and verify else None
+    if crcs is not None:
+        if not re.fullmatch(r"[0-9a-f]*", str(crcs)) or len(str(crcs)) != 8 * len(tensors):
+            raise InputError(f"{path}: its header is damaged (checksums)")
+        expected = (int(crcs[8 * n : 8 * n + 8], 16) for n in range(len(tensors)))
+        parts = zip(tensors.items(), expected, strict=True)
+        compare_arrays(path, ((name, _bytes(array), _entry_crc(name, array), crc) for (name, array), crc in parts))
     return tensors
+
+
+def _entry_crc(name: str, array: np.ndarray) -> int:
+    """Checksum of what the header says of a tensor; that of its bytes goes on from it."""
+    return zlib.crc32(f"{name} {array.dtype} {array.shape}".encode())
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes arrays as a .safetensors file, whole or not at all, one array in memory at a time."""
     names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    crcs = "".join(f"{zlib.crc32(_bytes(array).data, _entry_crc(name, array)):08x}" for name, array in tensors.items())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _CRC: crcs}}
     offset = 0
     for name, array in tensors.items():
         end = offset + array.size * array.dtype.itemsize
@@ -241,7 +270,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     def write(file: BinaryIO) -> None:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for array in tensors.values():
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(_bytes(array).data)
 
     write_file(path, write)
 

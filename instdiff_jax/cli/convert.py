@@ -41,6 +41,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--convnext", type=Path, help="ImageNet ConvNeXt weights, to train adapters from a base")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint folder at --output")
     parser.add_argument("--to_pytorch", type=Path, help="write the folder at --input to this .pth or .safetensors")
+    parser.add_argument("--no_verify", action="store_true", help="do not compare the input with its checksums")
     args = parser.parse_args(argv)
     if (args.output is None) == (args.to_pytorch is None):
         parser.error("give either --output or --to_pytorch")
@@ -54,21 +55,21 @@ def to_folder(args: argparse.Namespace, model: ModelConfig, sampling: SamplingCo
     folder.check_output(args.output, args.overwrite)
     tokenizer = find_tokenizer(model.text_encoder.tokenizer, model.text_encoder.vocab_size)
     start = time.time()
-    params, absent = pytorch.load_pytorch(args.input, model, args.convnext)
+    params, absent = pytorch.load_pytorch(args.input, model, args.convnext, not args.no_verify)
     print(f"writing {args.output} …", flush=True)
     folder.save_folder(args.output, params, model, sampling, tokenizer, absent, args.overwrite)
     note = f"; without {', '.join(absent)}: it can be trained, not sampled" if absent else ""
     print(f"wrote {args.output} in {time.time() - start:.0f} s{note}")
 
 
-def to_pytorch(source: Path, target: Path) -> None:
+def to_pytorch(source: Path, target: Path, verify: bool = True) -> None:
     """A checkpoint folder to a file in the released layout."""
     pytorch.check_export_path(target)
     model, _, absent = folder.read_config(source)
     if absent:
         raise InputError(f"{source}: lacks {', '.join(absent)}; the released layout needs every part")
     start = time.time()
-    params = folder.restore_params(source, dtype=None, as_numpy=True)
+    params = folder.restore_params(source, dtype=None, as_numpy=True, verify=verify)
     print(f"writing {target} …", flush=True)
     pytorch.save_pytorch(target, params, model)
     print(f"wrote {target} in {time.time() - start:.0f} s")
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse_args(rest)
         try:
             if args.to_pytorch is not None:
-                to_pytorch(args.input[0], args.to_pytorch)
+                to_pytorch(args.input[0], args.to_pytorch, not args.no_verify)
             else:
                 values = config.to_dict()
                 settings = CheckpointSettings.from_dict({name: values[name] for name in ("model", "sampling")})

@@ -51,6 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_sampling_flags(sampling)
     how = sampling.add_argument
     how("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
+    how("--no_verify", action="store_true", help="do not compare the checkpoint with its checksums")
     how("--max_rows", type=int, help="latents denoised at a time on one device; fewer need less memory")
     measures = parser.add_argument_group("measures").add_argument
     measures("--detector", help="predictions:FILE.json, transformers:NAME, shapes:FOLDER or python:MODULE:FUNCTION")
@@ -213,7 +214,9 @@ def make_images(
     from instdiff_jax.sampling.pipeline import Pipeline
 
     mesh = make_mesh(ParallelSettings(), jax.local_devices()) if jax.local_device_count() > 1 else None
-    pipeline = Pipeline.from_checkpoint(args.checkpoint, dtype=dtype, mesh=mesh, max_rows=args.max_rows)
+    pipeline = Pipeline.from_checkpoint(
+        args.checkpoint, dtype=dtype, mesh=mesh, max_rows=args.max_rows, verify=not args.no_verify
+    )
     settings = generate.GenerateSettings(
         args.seed, args.format, args.caption_only, batch=args.batch, sampling=overrides
     )

@@ -56,6 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--noise", type=Path, help="initial noise: a float32 .npy of shape [num_images, h, w, z]")
     add("--save_latents", action="store_true", help="also write OUT/x/latents.npy")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
+    add("--no_verify", action="store_true", help="do not compare the checkpoint with its checksums")
     add("--max_rows", type=int, help="latents denoised at a time per device; fewer need less memory")
     return parser.parse_args(argv)
 
@@ -165,7 +166,7 @@ def open_pipeline(args: argparse.Namespace) -> "Pipeline":
 
     mesh = make_mesh(ParallelSettings(), jax.local_devices()) if jax.local_device_count() > 1 else None
     try:
-        return Pipeline.from_checkpoint(args.checkpoint, args.dtype, mesh, args.max_rows)
+        return Pipeline.from_checkpoint(args.checkpoint, args.dtype, mesh, args.max_rows, not args.no_verify)
     except OSError as error:
         raise InputError(f"--checkpoint: {args.checkpoint}: {error.strerror or error}") from error
 

@@ -1,6 +1,7 @@
 """The autoencoder's posteriors of every image, computed once: training then neither decodes nor encodes images.
 
 mean.npy, logvar.npy    [2, images, h, w, z]; first axis: as it is, flipped (where the data are never flipped: 1)
+crc32.npy               uint32 [2, 2, images]: checksums of the rows of mean and of logvar
 latents.json            what they were made from; written last
 """
 
@@ -8,6 +9,7 @@ import collections
 import fcntl
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ EncodeFunction = Callable[
     [UInt8[np.ndarray, "b H W 3"]], tuple[Float[np.ndarray, "b h w z"], Float[np.ndarray, "b h w z"]]
 ]
 
+NAMES = ("mean", "logvar")
+
 
 class LatentCache:
     """Posteriors by image and flip, memory-mapped; cheap to send to another process."""
@@ -46,7 +50,7 @@ class LatentCache:
             InputError: where it is missing or was made from other data, another encoder or at another size.
         """
         self.path = Path(path)
-        self._arrays = None
+        self._arrays, self._crcs = None, None
         file = self.path / "latents.json"
         try:
             meta = json.loads(file.read_text())
@@ -57,10 +61,19 @@ class LatentCache:
                 raise InputError(f"{file}: {name}: expected {expected!r}, got {meta.get(name)!r}; make the cache again")
 
     def lookup(self, index: int, flip: bool) -> tuple[Float[np.ndarray, "h w z"], Float[np.ndarray, "h w z"]]:
-        """Mean and log-variance (raw, not clamped or scaled) of an image, float32."""
+        """Mean and log-variance (raw, not clamped or scaled) of an image, float32.
+
+        Raises:
+            InputError: where they are not what was written.
+        """
         if self._arrays is None:
-            self._arrays = [np.load(self.path / f"{name}.npy", mmap_mode="r") for name in ("mean", "logvar")]
+            self._arrays = [np.load(self.path / f"{name}.npy", mmap_mode="r") for name in NAMES]
+            file = self.path / "crc32.npy"
+            self._crcs = np.load(file) if file.exists() else None  # older caches have none
         mean, logvar = (np.asarray(array[int(flip), index], np.float32) for array in self._arrays)
+        for k, row in enumerate((mean, logvar)):
+            if self._crcs is not None and zlib.crc32(row.data) != self._crcs[k, int(flip), index]:
+                raise InputError(f"{self.path / NAMES[k]}.npy: image {index}: damaged; make the cache again")
         return mean, logvar
 
     def deviation(self, images: int = 1000) -> float:
@@ -69,7 +82,7 @@ class LatentCache:
         return float(np.std(mean, dtype=np.float64))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_arrays": None}
+        return {**self.__dict__, "_arrays": None, "_crcs": None}
 
 
 def cache_latents(
@@ -133,6 +146,7 @@ def _encode_all(
 ) -> None:
     with replace_folder(path) as partial:
         arrays: list[np.ndarray] = []
+        crcs = np.zeros((len(NAMES), 1 + flips, len(dataset)), np.uint32)
         jobs = [(index, flip) for index in range(len(dataset)) for flip in (False, True)[: 1 + flips]]
         blocks = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
         encoded = _encoded(encode, dataset, blocks, batch_size, image_size)
@@ -140,13 +154,14 @@ def _encode_all(
             parts = [np.asarray(part) for part in encoding]
             if not arrays:
                 shape = (1 + flips, len(dataset), *parts[0].shape[1:])
-                files = (partial / "mean.npy", partial / "logvar.npy")
-                arrays = [new_array(file, np.float32, shape) for file in files]
-            for array, part in zip(arrays, parts, strict=True):
+                arrays = [new_array(partial / f"{name}.npy", np.float32, shape) for name in NAMES]
+            for array, part, crc in zip(arrays, parts, crcs, strict=True):
                 for k, (index, flip) in enumerate(block):
-                    array[int(flip), index] = part[k]
+                    row = np.ascontiguousarray(part[k], np.float32)
+                    array[int(flip), index], crc[int(flip), index] = row, zlib.crc32(row.data)
         for array in arrays:
             array.flush()
+        np.save(partial / "crc32.npy", crcs)
         facts = _facts(dataset, encoder_fingerprint, image_size, flips)
         write_json(partial / "latents.json", facts, sync=False)
 

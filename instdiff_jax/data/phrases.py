@@ -17,11 +17,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from instdiff_jax.checkpoint.verify import file_crc
 from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import read_meta
 from instdiff_jax.errors import InputError
 
 EmbedFunction = Callable[[list[str]], Float[np.ndarray, "n width"]]
+
+_TRAILER = b"CRC32"
 
 
 class PhraseTable:
@@ -109,6 +112,7 @@ def phrase_table(
         table = PhraseTable(path)
         if len(table) != len(phrases):
             raise InputError(f"{path}: expected {len(phrases)} rows as in phrases.json, got {len(table)}; delete it")
+        _compare(path)
         return table
     if embed is None:
         raise InputError(f"{path}: missing; the phrases of this dataset are not embedded for this text encoder yet")
@@ -118,10 +122,31 @@ def phrase_table(
         # Embeddings are written as they come; the file gets its name when it is whole.
         with tempfile.TemporaryDirectory(dir=path.parent, suffix=".partial") as folder:
             _embed_all(Path(folder) / path.name, phrases, known, embed, batch_size)
+            _add_checksum(Path(folder) / path.name)
             os.replace(Path(folder) / path.name, path)
     except OSError as error:
         raise InputError(f"{path.parent}: the phrases' embeddings cannot be written ({error.strerror})") from error
     return PhraseTable(path)
+
+
+def _add_checksum(path: Path) -> None:
+    """Writes the CRC-32 of a table behind it, where numpy does not look: table and checksum are always of one run."""
+    crc = file_crc(path)
+    with path.open("ab") as file:
+        file.write(_TRAILER + crc.to_bytes(4, "little"))
+
+
+def _compare(path: Path) -> None:
+    """Raises InputError if a table is not what its checksum says; older tables have none."""
+    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    size, length = path.stat().st_size, rows.offset + rows.nbytes
+    if size == length:
+        return
+    with path.open("rb") as file:
+        file.seek(length)
+        trailer = file.read()
+    if trailer != _TRAILER + file_crc(path, length).to_bytes(4, "little"):
+        raise InputError(f"{path}: damaged: its checksum is not the one of when it was written; delete it")
 
 
 def _embed_all(

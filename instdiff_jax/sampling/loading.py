@@ -40,31 +40,34 @@ def choose_dtype(dtype: str | None = None) -> str:
     return dtype
 
 
-def load_model(directory: str | Path, dtype: Any, sharding: jax.sharding.Sharding | None = None) -> Model:
+def load_model(
+    directory: str | Path, dtype: Any, sharding: jax.sharding.Sharding | None = None, verify: bool = True
+) -> Model:
     """Loads a checkpoint folder, or the averaged parameters of a training run's newest checkpoint.
 
     Args:
         directory: the folder.
         dtype: of leaves with two axes or more; vectors, scalars and the autoencoder are float32.
         sharding: where the parameters go; None for the default device.
+        verify: compare what is read with its checksums.
 
     Raises:
         InputError: if the folder is neither, is damaged, or has no adapters to sample with.
     """
     directory = Path(directory)
     if (directory / "checkpoints").is_dir():
-        return _load_run(directory, dtype, sharding)
+        return _load_run(directory, dtype, sharding, verify)
     config, sampling, absent = read_config(directory)
     _check_complete(directory, absent)
     tokenizer = _open_tokenizer(config, config.text_encoder.tokenizer)
-    params = restore_params(directory, ("unet", "unifusion", "text_encoder"), dtype, sharding)
-    params |= restore_params(directory, ("autoencoder",), jnp.float32, sharding)
+    params = restore_params(directory, ("unet", "unifusion", "text_encoder"), dtype, sharding, verify=verify)
+    params |= restore_params(directory, ("autoencoder",), jnp.float32, sharding, verify=verify)
     return Model(config, sampling, params, tokenizer)
 
 
-def _load_run(workdir: Path, dtype: Any, sharding: jax.sharding.Sharding | None) -> Model:
+def _load_run(workdir: Path, dtype: Any, sharding: jax.sharding.Sharding | None, verify: bool) -> Model:
     name = run_tokenizer(workdir)
-    config, sampling, params, _ = load_run(workdir)
+    config, sampling, params, _ = load_run(workdir, verify=verify)
     _check_complete(workdir, absent_groups(params))
     for part, tree in params.items():
         if part != "autoencoder":

@@ -95,7 +95,12 @@ class Pipeline:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, dtype: str | None = None, mesh: Mesh | None = None, max_rows: int | None = None
+        cls,
+        path: str | Path,
+        dtype: str | None = None,
+        mesh: Mesh | None = None,
+        max_rows: int | None = None,
+        verify: bool = True,
     ) -> Self:
         """Loads a checkpoint folder, or a training run's workdir; needs no network.
 
@@ -106,13 +111,14 @@ class Pipeline:
             mesh: with axes data and fsdp; rows are split over both. None: one device.
             max_rows: rows denoised at a time per device; more run one after another. None: what suits the platform
                 and the canvas.
+            verify: compare the files with their checksums while they are read.
 
         Raises:
             InputError: if the folder is no checkpoint, is damaged, or has no adapters to sample with.
         """
         dtype = choose_dtype(dtype)
         sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        return cls(*load_model(path, DTYPES[dtype], sharding), dtype, mesh, max_rows)
+        return cls(*load_model(path, DTYPES[dtype], sharding, verify), dtype, mesh, max_rows)
 
     def __call__(
         self,

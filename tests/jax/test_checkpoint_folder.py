@@ -10,7 +10,7 @@ import pytest
 from tiny_checkpoint import TOKENIZER, tiny_config
 from trees import assert_same_trees
 
-from instdiff_jax.checkpoint import folder, parts
+from instdiff_jax.checkpoint import folder, parts, verify
 from instdiff_jax.checkpoint.shapes import parameter_shapes
 from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.config import (
@@ -223,16 +223,58 @@ def test_missing_and_damaged_files(either, tmp_path):
         folder.restore_params(tmp_path)
 
 
-def test_changed_values_are_noticed(saved, tmp_path):
-    """Of the size they had: what a disk or a copy has got wrong. Small parts note a hash of their values."""
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file.write_bytes(content)
+
+
+def test_changed_values_are_noticed(either, tmp_path):
+    """Of the size they had: what a disk or a copy has got wrong. Parts note a hash of their values or files."""
     for part in ("unet", "text_encoder"):
-        copy = shutil.copytree(saved, tmp_path / part)
-        file = max(data_files(copy / "params" / part), key=lambda path: path.stat().st_size)
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-        with pytest.raises(InputError, match=f"{part}: damaged"):
+        copy = shutil.copytree(either, tmp_path / part)
+        flip(max(data_files(copy / "params" / part), key=lambda path: path.stat().st_size), 0.5)
+        with pytest.raises(InputError, match=f"{part}.*: damaged"):
             folder.restore_params(copy)
+        assert folder.restore_params(copy, verify=False).keys() == folder.restore_params(either).keys()
+
+
+def test_changed_bytes_of_a_large_part_are_noticed_wherever_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "SMALL_PART", 0)
+    folder.save_folder(tmp_path / "x", tiny_params(), TINY, SamplingConfig(), TOKENIZER)
+    random = np.random.default_rng(0)
+    files = sorted(path for path in (tmp_path / "x/params/text_encoder").rglob("*") if path.is_file())
+    for number in random.choice(len(files), 12, replace=False):
+        content = files[number].read_bytes()
+        flip(files[number], random.random())
+        with pytest.raises(InputError, match="damaged|do not match|expected") as error:
+            folder.restore_params(tmp_path / "x", ("text_encoder",))
+        assert "\n" not in str(error.value)
+        files[number].write_bytes(content)
+    folder.restore_params(tmp_path / "x", ("text_encoder",))
+
+
+def test_a_folder_without_checksums_is_read(either, tmp_path):
+    copy = shutil.copytree(either, tmp_path / "old")
+    for path in (copy / "params").glob(f"*/{verify.CHECKSUMS}"):
+        path.unlink()
+
+    def older(content):
+        del content["tokenizer"]
+        for part, note in content["params"].items():
+            if note.pop("crc32", None) is not None:
+                content["params"][part] = parts._count_files(copy / "params" / part)
+
+    edit(copy, older)
+    assert_same_trees(folder.restore_params(copy), folder.restore_params(either))
+
+
+def test_a_changed_tokenizer_is_noticed(copied):
+    flip(copied / "tokenizer" / "merges.txt", 0.9)
+    with pytest.raises(InputError, match=r"merges\.txt: damaged"):
+        folder.restore_params(copied)
+    folder.restore_params(copied, ("unet",))
+    folder.restore_params(copied, verify=False)
 
 
 def test_overwriting_deletes_nothing_else(saved, tmp_path):
