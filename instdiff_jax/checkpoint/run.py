@@ -6,6 +6,7 @@ from the run's seed.
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,7 +133,7 @@ def _restore_averaged(workdir: Path, step: int | None, verify: bool) -> tuple[in
         step = steps[-1] if step is None else step
         try:
             facts = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-            sums = facts["checksums"]
+            sums = checked_sums(facts)
             stored = manager.item_metadata(step)["state"]
             args = ocp.args.Composite(state=_only_averaged(stored))
             state = manager.restore(step, args=args)["state"]
@@ -160,6 +161,27 @@ def damage(error: Exception) -> str:
         raise error
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"
+
+
+def signed_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with a checksum of themselves: a changed digit in them would pass for another run's."""
+    return {**facts, "crc32": _facts_crc(facts)}
+
+
+def checked_sums(facts: Any) -> dict[str, int]:
+    """The checksums in a checkpoint's facts; older checkpoints have none of the facts themselves.
+
+    Raises:
+        ValueError, TypeError, KeyError: if the facts are damaged.
+    """
+    if not isinstance(facts["checksums"], dict) or facts.get("crc32", _facts_crc(facts)) != _facts_crc(facts):
+        raise ValueError("facts are not those that were written")
+    return facts["checksums"]
+
+
+def _facts_crc(facts: Mapping[str, Any]) -> int:
+    kept = {key: value for key, value in facts.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(kept, sort_keys=True).encode())
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from instdiff_jax.checkpoint.run import CHECKPOINTS, checksums, damage, leaf_paths
+from instdiff_jax.checkpoint.run import CHECKPOINTS, checked_sums, checksums, damage, leaf_paths, signed_facts
 from instdiff_jax.errors import InputError
 from instdiff_jax.training.state import TrainState
 
@@ -71,7 +71,7 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            facts=ocp.args.JsonSave(self._facts | {"step": step, "checksums": checksums(state)}),
+            facts=ocp.args.JsonSave(signed_facts(self._facts | {"step": step, "checksums": checksums(state)})),
         )
         self._manager.save(step, args=args, force=True)
 
@@ -131,7 +131,7 @@ class Checkpoints:
         """A state and its facts, or why there is none: the processes agree whether there is one."""
         try:
             facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-            sums, problem = facts["checksums"], None
+            sums, problem = checked_sums(facts), None
         except Exception as error:  # orbax, tensorstore and json each raise their own kinds for damaged files
             problem = damage(error)
         if not _everywhere(problem is None):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import shutil
 import signal
 import threading
 import time
@@ -191,6 +192,14 @@ def test_cached_latents_follow_image_and_flip(data_dir, settings, tmp_path):
         np.testing.assert_array_equal(with_latents["caption_ids"], with_image["caption_ids"])
         np.testing.assert_array_equal(with_latents["grounding"]["scribbles"], with_image["grounding"]["scribbles"])
     again = cache_latents(lambda canvases: pytest.fail("made twice"), dataset, tmp_path / "latents", "vae", SIZE)
+    copy = shutil.copytree(tmp_path / "latents", tmp_path / "damaged")
+    content = bytearray((copy / "logvar.npy").read_bytes())
+    content[-1] ^= 1
+    (copy / "logvar.npy").write_bytes(content)
+    damaged = LatentCache(copy, dataset, "vae", SIZE)
+    damaged.lookup(0, False)
+    with pytest.raises(InputError, match=f"logvar.npy: image {len(dataset) - 1}: damaged"):
+        damaged.lookup(len(dataset) - 1, True)
     np.testing.assert_array_equal(again.lookup(3, True)[0], cache.lookup(3, True)[0])
     with pytest.raises(InputError, match="encoder: expected 'other'"):
         LatentCache(tmp_path / "latents", dataset, "other", SIZE)

@@ -74,6 +74,15 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+BASE = '"base_fingerprint": "b"'
+
+
+def change_facts(folder: Path, old: str, new: str) -> None:
+    path = folder / "facts" / "metadata"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 DAMAGE = {
     "a data file cut short": lambda folder: os.truncate(data_files(folder)[0], 100),
     "a data file lost": lambda folder: data_files(folder)[0].unlink(),
@@ -81,6 +90,12 @@ DAMAGE = {
     "one bit flipped": lambda folder: flip_a_bit(data_files(folder)[0]),
     "the state lost": lambda folder: shutil.rmtree(folder / "state"),
     "the facts cut short": lambda folder: os.truncate(folder / "facts" / "metadata", 10),
+    "the facts not text": lambda folder: (folder / "facts" / "metadata").write_bytes(b"\xff" * 50),
+    "a list for facts": lambda folder: (folder / "facts" / "metadata").write_text("[1]"),
+    "a letter of a fingerprint": lambda folder: change_facts(folder, BASE, BASE.replace('b"', 'c"')),
+    "a letter of a key": lambda folder: change_facts(folder, '"seed"', '"seee"'),
+    "a letter of an array's path": lambda folder: change_facts(folder, '"checksums": {"', '"checksums": {"_'),
+    "a list for checksums": lambda folder: change_facts(folder, '"checksums": {', '"checksums": [], "x": {'),
     "the notes lost": lambda folder: (folder / "state" / "_METADATA").unlink(),
 }
 

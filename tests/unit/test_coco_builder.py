@@ -133,6 +133,13 @@ def test_phrase_table(data_dir):
     assert rows.shape == (2, 2, 2) and rows.dtype == np.float32
     assert rows[0, 0, 0] == len(phrases[0]) and not rows[0, 1].any()
     assert len(phrase_table(data_dir, "encoder-a")) == len(phrases)
+    content = bytearray(table.path.read_bytes())
+    content[-20] ^= 1
+    table.path.with_name("damaged.npy").write_bytes(content)
+    (table.path.parent.parent / "encoder-c").mkdir()
+    shutil.copyfile(table.path.with_name("damaged.npy"), table.path.parent.parent / "encoder-c" / table.path.name)
+    with pytest.raises(InputError, match="damaged: its checksum"):
+        phrase_table(data_dir, "encoder-c")
     with pytest.raises(InputError, match="not embedded"):
         phrase_table(data_dir, "encoder-b")
     with pytest.raises(InputError, match="came with the data"):

@@ -1,4 +1,4 @@
-"""Files of weights that ask for too much, name something twice or have changed: refused in one line, in bounded time."""
+"""Files of weights that ask for too much, name something twice or have changed: refused in one line, in time."""
 
 import time
 import zipfile
