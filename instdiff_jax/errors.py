@@ -38,13 +38,20 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _one_line(text: str) -> str:
+    """Words longer than 300 signs are cut: no file name or number of use is as long."""
+    words = (word if len(word) <= 300 else word[:57] + "..." for word in text.split())
+    text = " ".join(words)
+    return text if len(text) <= 2000 else text[:1997] + "..."
+
+
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Ends the process with one line on stderr and exit code 2 where an `InputError` arises inside."""
     try:
         yield
     except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + _one_line(str(error)), file=sys.stderr)
         sys.exit(2)
 
 
@@ -52,4 +59,4 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but an error is one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+        self.exit(2, f"error: {_one_line(message.removeprefix('argument '))}\n")

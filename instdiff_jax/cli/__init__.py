@@ -1,10 +1,12 @@
 """The commands: `instdiff NAME` and `python -m instdiff_jax NAME`, one module each."""
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from instdiff_jax.errors import exit_on_input_error
+from instdiff_jax.errors import exit_on_input_error, short
 
 # Command -> (module with a `main(argv)`, one line of help). A module is imported when its command runs.
 COMMANDS = {
@@ -46,7 +48,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the command's name and its flags; by default the process's arguments.
     """
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    survive_any_terminal()
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class _Pipe(io.FileIO):
+    """A stream whose reader may go, as in `instdiff ... | head`: work goes on, and what is left is not shown."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def survive_any_terminal() -> None:
+    """Output never ends a command: signs that an encoding lacks are escaped, and a closed pipe is ignored."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors="backslashreplace")
+        buffered = type(stream.buffer) is io.BufferedWriter
+        if type(stream.buffer.raw if buffered else stream.buffer) is not io.FileIO:
+            continue  # a test's or a notebook's
+        stream.flush()
+        pipe = _Pipe(stream.fileno(), "wb", closefd=False)
+        ours = io.TextIOWrapper(
+            io.BufferedWriter(pipe) if buffered else pipe,
+            stream.encoding,
+            "backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, ours)
+
+
+def _dispatch(argv: list[str]) -> None:
+    name, *rest = argv
     if name in ("-h", "--help"):
         print(USAGE)
         return
@@ -54,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"instdiff {importlib.import_module('instdiff_jax').__version__}")
         return
     if name not in COMMANDS:
-        print(f"error: {name!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: {short(name)}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     try:
         with exit_on_input_error():
@@ -65,6 +108,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {name} needs {error.name}; pip install 'instdiff_jax[{extra}]'", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

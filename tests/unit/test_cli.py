@@ -1,5 +1,7 @@
 """The dispatch of commands: help, one line for every error, exit codes."""
 
+import os
+import subprocess
 import sys
 import tomllib
 from types import SimpleNamespace
@@ -68,3 +70,29 @@ def test_extras_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {line.partition(">")[0].replace("-", "_") for line in project["optional-dependencies"]["train"]}
     assert names == {name for name, extra in cli.EXTRAS.items() if extra == "train"}
+
+
+@pytest.mark.parametrize(
+    "env", [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}]
+)
+@pytest.mark.parametrize("command", ["sample", "convert", "evaluate", "build-coco"])
+def test_any_terminal(env, command):
+    script = "from instdiff_jax import cli; cli.survive_any_terminal(); print('\\u2026 \\u03b1'); "
+    script += f"cli.main([{command!r}, '--help'])"
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | env, capture_output=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(b"\\u2026 \\u03b1\n"), done.stderr
+
+
+def test_reader_that_has_gone():
+    script = "from instdiff_jax import cli; cli.main(['--help']); cli.main(['--version'])"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert done.returncode == 0 and done.stderr == b""
+
+
+def test_errors_shorten_what_they_quote(capsys, command):
+    command(InputError("a.json: " + 100_000 * "k" + ": unknown"))
+    code, line = ended(capsys, "fake", "--flag")
+    assert code == 2 and len(line) < 200 and line.endswith("unknown")

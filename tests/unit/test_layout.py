@@ -322,3 +322,18 @@ def test_a_decoded_mask_cannot_be_changed():
     moved = dataclasses.replace(instance, caption="y", mask=~instance.mask)
     np.testing.assert_array_equal(moved.mask, ~mask_of())
     assert pickle.loads(pickle.dumps(instance)) == instance and copy.deepcopy(instance) == instance
+
+
+def test_many_full_masks_are_counted_before_pixels_are_made():
+    """A small file of 400 masks on the largest canvas is one line, in little memory."""
+    side = 8192
+    mask = {"size": [side, side], "counts": [0, side * side]}
+    annos = [{"caption": "a", "mask": mask} for _ in range(400)]
+    values = {"caption": "a", "width": side, "height": side, "annos": annos}
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="at most 30, got 400"):
+            Layout.from_dict(values)
+        assert tracemalloc.get_traced_memory()[1] < side * side
+    finally:
+        tracemalloc.stop()
