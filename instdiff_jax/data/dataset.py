@@ -161,7 +161,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     """
     path = Path(data_dir) / "dataset.json"
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected a dataset made by instdiff build-coco ({type(error).__name__})") from error
     found = meta.get("format") if isinstance(meta, dict) else None

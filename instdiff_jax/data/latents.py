@@ -53,7 +53,7 @@ class LatentCache:
         self._arrays, self._crcs = None, None
         file = self.path / "latents.json"
         try:
-            meta = json.loads(file.read_text())
+            meta = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: expected a cache of latents: {error}") from error
         for name, expected in _facts(dataset, encoder_fingerprint, image_size, flips).items():
@@ -127,7 +127,7 @@ def _alone(path: Path) -> Iterator[None]:
     lock = path.with_name(path.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
+        file = lock.open("w", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: the cache of latents cannot be written: {error}") from error
     with file:

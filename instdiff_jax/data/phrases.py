@@ -73,7 +73,7 @@ def read_phrases(data_dir: str | Path) -> list[str]:
     """
     path = Path(data_dir) / "phrases.json"
     try:
-        phrases = json.loads(path.read_text())
+        phrases = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected the phrases of a dataset: {error}") from error
     count = read_meta(data_dir)["phrases"]
