@@ -19,7 +19,7 @@ ROWS = (
     ("errors", "paths", "files", "locks", "config", "tree"),
     ("parallel",),
     ("analysis",),
-    ("geometry",),
+    ("geometry", "images"),
     ("layout", "coco"),
     ("grounding",),
     ("models",),

@@ -96,6 +96,22 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from error
 
 
+def json_files(folder: str | os.PathLike, inner: bool = False) -> list[Path]:
+    """The .json files of a folder, in any case, sorted; `inner` looks into its folders too.
+
+    Hidden files and folders are left out, such as the copies in .ipynb_checkpoints and macOS' ._x.json.
+    """
+    folder = Path(folder)
+    found = folder.rglob("*") if inner else folder.glob("*")
+    return sorted(
+        path
+        for path in found
+        if path.suffix.lower() == ".json"
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+    )
+
+
 @contextlib.contextmanager
 def replace_folder(path: str | os.PathLike, sync: bool = True) -> Iterator[Path]:
     """Gives an empty folder beside `path` that takes its place at the end of the block.

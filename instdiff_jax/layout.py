@@ -15,6 +15,8 @@ from instdiff_jax.errors import InputError, short
 from instdiff_jax.files import read_json, write_text
 from instdiff_jax.geometry.checks import (
     MAX_SIDE,
+    NORMALISED,
+    are_normalised,
     describe,
     pair_up,
     read_box,
@@ -159,6 +161,8 @@ class Layout:
         width, height = _check_canvas(caption, values["width"], values["height"], where)
         if not isinstance(annos, (list, tuple)):
             raise InputError(f"{where}: annos: expected a list of instances, got {describe(annos)}")
+        if are_normalised(anno.get("bbox") for anno in annos if isinstance(anno, Mapping)):
+            _logger.warning("%s: annos[].bbox: %s", where, NORMALISED)
         found = [_read_instance(anno, width, height, f"{where}: annos[{i}]", _OFFICIAL) for i, anno in enumerate(annos)]
         return cls(caption, width, height, _limited(found, max_instances, f"{where}: annos"), name)
 
@@ -246,7 +250,7 @@ def _read_instance(values: Any, width: int, height: int, where: str, names: _Nam
     given = {}
     for key in (names.box, "point", "scribble", names.mask):
         value = values.get(key)
-        given[key] = None if isinstance(value, (list, tuple)) and not len(value) else value
+        given[key] = None if isinstance(value, (list, tuple, Mapping)) and not len(value) else value
     box, point, scribble, mask = given.values()
     if box is not None:
         x, y, w, h = read_xywh(box, f"{where}.{names.box}")

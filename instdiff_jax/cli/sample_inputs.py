@@ -10,11 +10,12 @@ from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
-from PIL import Image
 
 from instdiff_jax.cli.box import default_layouts
 from instdiff_jax.coco import Coco
 from instdiff_jax.errors import InputError
+from instdiff_jax.files import json_files
+from instdiff_jax.images import open_image, read_repaint_mask
 from instdiff_jax.layout import Layout
 from instdiff_jax.paths import read_file
 from instdiff_jax.sampling.outputs import find_records, is_record
@@ -66,7 +67,7 @@ def _layout_files(path: Path) -> list[Path]:
     if not os.path.isdir(path):  # Path.is_dir raises for what cannot be a name
         return [path]
     records = [file for file in find_records(path) if is_record(file)]
-    files = sorted(set(path.glob("*.json")) - set(records))
+    files = [file for file in json_files(path) if file not in records]
     if not files:
         raise InputError(f"--layout: {path}: no .json file in this folder")
     return files
@@ -76,20 +77,19 @@ def read_arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """--init_image, --inpaint_mask and --noise as arrays."""
     arrays = {}
     if args.init_image is not None:
-        arrays["init_image"] = _read_image("init_image", args.init_image, "RGB")
+        arrays["init_image"] = _read_image("init_image", args.init_image)
     if args.inpaint_mask is not None:
-        arrays["inpaint_mask"] = _read_image("inpaint_mask", args.inpaint_mask, "L") >= 128
+        arrays["inpaint_mask"] = read_repaint_mask(args.inpaint_mask, "inpaint_mask")
     if args.noise is not None:
         arrays["noise"] = _read_noise(args.noise)
     return arrays
 
 
-def _read_image(flag: str, path: Path, mode: str) -> np.ndarray:
+def _read_image(flag: str, path: Path) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(read_file(path))) as image:
-            return np.asarray(image.convert(mode))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"--{flag}: {path}: expected an image ({error})") from error
+        return np.asarray(open_image(path))
+    except ValueError as error:
+        raise InputError(f"--{flag}: {path}: expected an image: {error}") from error
 
 
 def _read_noise(path: Path) -> np.ndarray:

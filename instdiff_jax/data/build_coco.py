@@ -5,6 +5,7 @@ images NAME/ (or images/NAME/) for each split NAME, for example train2017. Broke
 counted and listed in DATA_DIR/report.json.
 """
 
+import contextlib
 import os
 import sys
 from collections import deque
@@ -15,13 +16,13 @@ from typing import Any
 
 from instdiff_jax.coco import Coco, CocoAnnotation, CocoImage, SplitFiles, split_files
 from instdiff_jax.data.dataset import AnnotatedInstance, Record
-from instdiff_jax.data.images import load_image
 from instdiff_jax.data.report import Report
-from instdiff_jax.data.write import check_output, write_dataset
-from instdiff_jax.errors import InputError
+from instdiff_jax.data.write import UnusableSplit, check_output, check_split_name, write_dataset
+from instdiff_jax.errors import InputError, short
 from instdiff_jax.files import read_json
-from instdiff_jax.geometry.checks import read_xywh
+from instdiff_jax.geometry.checks import read_text, read_xywh
 from instdiff_jax.geometry.masks import RLE
+from instdiff_jax.images import open_image, orientation_note
 from instdiff_jax.paths import read_file
 
 
@@ -40,7 +41,7 @@ def make_instance(
         **fields: further fields of `AnnotatedInstance`.
 
     Returns:
-        The instance, and a remark if its mask has no pixel and is left out, else "".
+        The instance, and a remark if its mask, or a part of it, cannot be used and is left out, else "".
 
     Raises:
         InputError: for an annotation that cannot be used.
@@ -48,15 +49,28 @@ def make_instance(
     width, height = size
     x, y, w, h = read_xywh(box, f"{where}.bbox")
     if w == 0 or h == 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        raise InputError(f"{where}.bbox: expected a box on the image of {width}x{height} pixels, got {list(box)}")
-    counts, remark = b"", ""
-    if mask:
-        rle = RLE.from_coco(mask, height, width, f"{where}.{mask_field}")
-        if rle.area:
-            counts = rle.counts.encode("ascii")
-        else:
-            remark = f"{where}.{mask_field}: has no pixel; the instance keeps its box only"
+        raise InputError(f"{where}.bbox: expected a box on the image of {width}x{height} pixels, got {short(box)}")
+    counts, remark = _usable_mask(mask, width, height, f"{where}.{mask_field}") if mask else (b"", "")
     return AnnotatedInstance(box=(x, y, w, h), category=category, mask=counts, **fields), remark
+
+
+def _usable_mask(mask: Any, width: int, height: int, where: str) -> tuple[bytes, str]:
+    """The counts of the mask or of its good polygons, and a remark on what is left out."""
+    try:
+        rle, remark = RLE.from_coco(mask, height, width, where), ""
+    except InputError as error:
+        good = []
+        for ring in mask if isinstance(mask, list) else ():
+            with contextlib.suppress(InputError):
+                RLE.from_coco([ring], height, width, where)
+                good.append(ring)
+        if not good:
+            return b"", f"{error}; the instance keeps its box only"
+        rle = RLE.from_coco(good, height, width, where)
+        remark = f"{error}; the other {len(good)} of {len(mask)} polygons are used"
+    if not rle.area:
+        return b"", f"{where}: has no pixel; the instance keeps its box only"
+    return rle.counts.encode("ascii"), remark
 
 
 class CocoSplit:
@@ -86,7 +100,7 @@ class CocoSplit:
             workers: threads that decode images.
 
         Raises:
-            InputError: for files that are not COCO annotations, category ids that do not exist, no images.
+            InputError: for files that are not COCO annotations, no images, or an id used twice.
         """
         self.name, self.image_dir, self.report = name, files.images, report
         self.own_captions, self.workers = own_captions, workers
@@ -96,6 +110,8 @@ class CocoSplit:
         self.annotations = {image_id: self.coco.annotations(image_id) for image_id in self.coco.image_ids}
         for item in self.coco.unused:
             report.skip(item.kind, name, item.name, item.reason)
+        for note in self.coco.notes:
+            report.note("field", name, files.instances.name, note)
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -108,6 +124,8 @@ class CocoSplit:
                 self.report.skip("image", self.name, name, outcome)
                 continue
             image, data = outcome
+            if note := orientation_note(data, (image.width, image.height)):
+                self.report.note("image", self.name, name, note)
             instances = []
             for annotation in self.annotations[image_id]:
                 try:
@@ -119,7 +137,7 @@ class CocoSplit:
             captions = tuple(self.coco.captions.get(image_id, ()))
             yield Record(data, image.width, image.height, image_id, name, captions, tuple(instances))
         if broken and not kept:
-            raise InputError(f"{self.coco.path}: not one annotation can be used; the first: {self._short(broken)}")
+            raise UnusableSplit(f"{self.coco.path}: not one annotation can be used; the first: {self._short(broken)}")
 
     def _instance(self, annotation: CocoAnnotation, image: CocoImage) -> AnnotatedInstance:
         instance, remark = make_instance(
@@ -130,16 +148,16 @@ class CocoSplit:
             annotation.where,
             "segmentation",
             crowd=annotation.is_crowd,
-            category_id=annotation.values["category_id"],
+            category_id=annotation.category_id,
             annotation_id=annotation.number,
-            caption=self.own_captions.get(str(annotation.values.get("id")), ""),
+            caption=self.own_captions.get(str(annotation.number), ""),
         )
         if remark:
             self._skip("mask", annotation, remark)
         return instance
 
     def _skip(self, kind: str, annotation: CocoAnnotation, reason: str) -> None:
-        self.report.skip(kind, self.name, f"annotation {annotation.values.get('id')}", self._short(reason))
+        self.report.skip(kind, self.name, f"annotation {short(annotation.values.get('id'))}", self._short(reason))
 
     def _short(self, reason: str) -> str:
         return reason.removeprefix(f"{self.coco.path}: ")
@@ -162,7 +180,7 @@ class CocoSplit:
             if image.file_name is None:
                 return "expected a file_name"
             data = read_file(image.file_name, self.image_dir)
-            pixels = load_image(data)
+            pixels = open_image(data, (image.width, image.height))
         except ValueError as error:  # an InputError is one too
             return self._short(str(error))
         if pixels.size != (image.width, image.height):
@@ -198,6 +216,7 @@ def find_splits(coco_dir: Path, wanted: Sequence[str], captions: bool, report: R
                 raise InputError(f"{files.images}: missing; the images of split {name}")
             report.skip("file", name, files.instances.name, f"no folder of images {name}; the split is left out")
             continue
+        check_split_name(name, str(files.instances))
         if captions and not files.captions.exists():
             raise InputError(f"{files.captions}: missing; pass --no_captions to go without captions of whole images")
         splits[name] = files
@@ -206,12 +225,17 @@ def find_splits(coco_dir: Path, wanted: Sequence[str], captions: bool, report: R
     return splits
 
 
-def read_instance_captions(path: Path) -> dict[str, str]:
-    """Captions of single instances from a JSON object {annotation id: caption}."""
-    data = read_json(path)
-    if not isinstance(data, dict) or not all(isinstance(text, str) for text in data.values()):
+def read_instance_captions(path: Path, report: Report) -> dict[str, str]:
+    """Captions of single instances from a JSON object {annotation id: caption}; the report is told of broken ones."""
+    data, captions = read_json(path), {}
+    if not isinstance(data, dict):
         raise InputError(f"{path}: expected an object that maps annotation ids to captions")
-    return {key: " ".join(text.split()) for key, text in data.items()}
+    for key, text in data.items():
+        try:
+            captions[key] = " ".join(read_text(text, f"{path.name}: {short(key)}", empty=True).split())
+        except InputError as error:
+            report.skip("caption", "instance", f"annotation {short(key)}", str(error))
+    return captions
 
 
 def build(
@@ -243,7 +267,7 @@ def build(
     report = Report()
     check_output(data_dir, overwrite)
     found = find_splits(coco_dir, splits, captions, report)
-    texts = read_instance_captions(instance_captions) if instance_captions else {}
+    texts = read_instance_captions(instance_captions, report) if instance_captions else {}
     workers = max(workers or os.cpu_count() or 1, 1)
     opened = {}
     for name, files in found.items():
@@ -252,7 +276,7 @@ def build(
         opened[name] = (len(split), split)
     if texts:
         rows = (one for _, split in opened.values() for listed in split.annotations.values() for one in listed)
-        known = {str(one.values.get("id")) for one in rows}
-        for key in texts.keys() - known:
-            report.skip("caption", "instance", f"annotation {key}", "no annotation has this id")
+        known = {str(one.number) for one in rows}
+        for key in sorted(texts.keys() - known):
+            report.skip("caption", "instance", f"annotation {short(key)}", "no annotation has this id")
     return write_dataset(data_dir, opened, report, "coco", overwrite), report

@@ -95,6 +95,8 @@ class InstanceDataset:
             have = ", ".join(meta["splits"])
             raise InputError(f"{data_dir}: split {split}: expected one of {have}")
         self.split = names[0]
+        if meta["splits"][self.split].get("instances") == 0:
+            raise InputError(f"{data_dir}: split {self.split}: no instances, expected at least one to train on")
         self.fingerprint: str = meta["splits"][self.split]["fingerprint"]
         self._length: int = meta["splits"][self.split]["images"]
         self._source = None

@@ -1,4 +1,4 @@
-"""Training images: decoding, and the resize, crop and flip shared by an image and its locations.
+"""Training images: the resize, crop and flip shared by an image and its locations.
 
 Follows the released training data code (paper, "Training"). Where that code rescales maps twice,
 ours does it once.
@@ -6,25 +6,13 @@ ours does it once.
 
 import dataclasses
 import functools
-import io
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-
-def load_image(data: bytes) -> Image.Image:
-    """Decodes a whole image file to RGB.
-
-    Raises:
-        ValueError: with the reason, for a file that is not an image or ends too early.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read as an image: {error}") from error
+# An image longer than this many canvases is cropped before it is resized.
+_LONGEST = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +61,15 @@ class Crop:
         """The canvas of an RGB image."""
         for size in self.halvings:
             image = image.resize(size, Image.Resampling.BOX)
-        if image.size != self.resized:
-            image = image.resize(self.resized, Image.Resampling.BICUBIC)
         x, y = self.corner
+        if max(self.resized) > _LONGEST * self.size:
+            # Only what the crop keeps: resized whole, a thin image would take gigabytes.
+            scales = [side / resized for side, resized in zip(image.size, self.resized)]
+            box = tuple(edge * scale for edge, scale in zip((x, y, x + self.size, y + self.size), scales * 2))
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+            x = y = 0
+        elif image.size != self.resized:
+            image = image.resize(self.resized, Image.Resampling.BICUBIC)
         canvas = np.asarray(image)[y : y + self.size, x : x + self.size]
         return np.ascontiguousarray(canvas[:, ::-1] if self.flip else canvas)
 
@@ -110,8 +104,8 @@ class Crop:
         takes canvas pixel floor(i * size / map_size), as PyTorch's nearest interpolation inside UniFusion does.
         """
         (x, y), (width, height) = self.corner, self.resized
-        columns = _nearest(self.width, width)[x : x + self.size]
-        rows = _nearest(self.height, height)[y : y + self.size]
+        columns = _nearest(self.width, width, x, self.size)
+        rows = _nearest(self.height, height, y, self.size)
         if self.flip:
             columns = columns[::-1]
         if map_size != self.size:
@@ -121,7 +115,9 @@ class Crop:
 
 
 @functools.lru_cache(maxsize=256)
-def _nearest(source: int, target: int) -> Int[np.ndarray, " target"]:
-    """The source index of every target index, read-only; PIL itself makes the table, so that ties fall as there."""
+def _nearest(source: int, target: int, start: int, count: int) -> Int[np.ndarray, " count"]:
+    """The source index of `count` target indices; PIL itself makes the table, so that ties fall as there."""
     line = Image.fromarray(np.arange(source, dtype=np.int32)[None])
-    return np.asarray(line.resize((target, 1), Image.Resampling.NEAREST))[0]
+    table = np.asarray(line.resize((target, 1), Image.Resampling.NEAREST))[0, start : start + count].copy()
+    table.flags.writeable = False
+    return table

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset, Record
-from instdiff_jax.data.images import Crop, load_image
+from instdiff_jax.data.images import Crop
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import replace_folder, write_json
+from instdiff_jax.images import open_image
 
 EncodeFunction = Callable[
     [UInt8[np.ndarray, "b H W 3"]], tuple[Float[np.ndarray, "b h w z"], Float[np.ndarray, "b h w z"]]
@@ -192,7 +193,7 @@ def _encoded(
 
 
 def _canvas(record: Record, flip: bool, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    return Crop(record.width, record.height, size, flip).image(load_image(record.image))
+    return Crop(record.width, record.height, size, flip).image(open_image(record.image, (record.width, record.height)))
 
 
 def _facts(dataset: InstanceDataset, encoder_fingerprint: str, image_size: int, flips: bool) -> dict[str, str | int]:

@@ -24,10 +24,11 @@ from jaxtyping import Int
 
 from instdiff_jax.data.dataset import InstanceDataset, Record
 from instdiff_jax.data.examples import DataConfig, choose_phrases, draw_formats, locate, select_instances, write_caption
-from instdiff_jax.data.images import Crop, load_image
+from instdiff_jax.data.images import Crop
 from instdiff_jax.data.latents import LatentCache
 from instdiff_jax.data.phrases import PhraseTable
 from instdiff_jax.errors import InputError
+from instdiff_jax.images import open_image
 from instdiff_jax.models.regions import Orientation, region_bits
 
 TokenizeFunction = Callable[[list[str]], Int[np.ndarray, "n length"]]
@@ -150,7 +151,7 @@ class BatchReader:
 
     def _pixels(self, index: int, record: Record, crop: Crop) -> dict[str, np.ndarray]:
         if self.sources.latents is None:
-            return {"image": crop.image(load_image(record.image))}
+            return {"image": crop.image(open_image(record.image, (record.width, record.height)))}
         mean, logvar = self.sources.latents.lookup(index, crop.flip)
         return {"latent_mean": mean, "latent_logvar": logvar}
 

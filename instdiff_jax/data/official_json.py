@@ -17,12 +17,13 @@ from jaxtyping import Float
 
 from instdiff_jax.data.build_coco import make_instance
 from instdiff_jax.data.dataset import AnnotatedInstance, Record, caption_phrase
-from instdiff_jax.data.images import load_image
 from instdiff_jax.data.phrases import ImportedEmbeddings
 from instdiff_jax.data.report import Report
-from instdiff_jax.data.write import check_output, write_dataset
-from instdiff_jax.errors import InputError
-from instdiff_jax.files import read_json
+from instdiff_jax.data.write import check_output, check_split_name, write_dataset
+from instdiff_jax.errors import InputError, short
+from instdiff_jax.files import json_files, read_json
+from instdiff_jax.geometry.checks import NORMALISED, are_normalised, plain_integer, read_flag, read_text
+from instdiff_jax.images import open_image, orientation_note
 from instdiff_jax.paths import read_file
 
 
@@ -35,7 +36,7 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files += sorted(path.rglob("*.json"))
+            files += json_files(path, inner=True)
         elif path.suffix == ".txt" and path.is_file():
             lines = (line.strip() for line in read_file(path).decode("utf-8-sig", "surrogateescape").splitlines())
             files += [path.parent / line for line in lines if line]
@@ -76,9 +77,14 @@ def read_record(path: Path, number: int, report: Report, split: str, embeddings:
         raise InputError(f"{path}: expected an object with image and annos, as the official training JSON")
     try:
         data = base64.b64decode(item.get("image"), validate=True)
-        image = load_image(data)
+        size = _annotated_size(item)
+        image = open_image(data, size)
     except (binascii.Error, ValueError, TypeError) as error:
         raise InputError(f"{path}: image: expected an image file in base64: {error}") from error
+    if note := orientation_note(data, size):
+        report.note("image", split, path.name, note)
+    if are_normalised(anno.get("bbox") for anno in item["annos"] if isinstance(anno, dict)):
+        report.note("field", split, path.name, f"annos[].bbox: {NORMALISED}")
     instances = []
     for i, anno in enumerate(item["annos"]):
         where = f"annos[{i}]"
@@ -92,17 +98,45 @@ def read_record(path: Path, number: int, report: Report, split: str, embeddings:
         instances.append(instance)
     if item["annos"] and not instances:
         raise InputError(f"{path}: not one of its {len(item['annos'])} annotations can be used")
-    caption, data_id = item.get("caption"), item.get("data_id")
+    caption, data_id = _caption(item, report, split, path.name), plain_integer(item.get("data_id"))
     return Record(
         image=data,
         width=image.width,
         height=image.height,
-        image_id=data_id if type(data_id) is int else number,
-        file_name=str(item.get("file_name") or path.name),
-        captions=(" ".join(caption.split()),) if isinstance(caption, str) and caption.strip() else (),
+        image_id=number if data_id is None else data_id,
+        file_name=_printable(item.get("file_name") or path.name),
+        captions=(caption,) if caption else (),
         instances=tuple(instances),
-        detection=bool(item.get("is_det", False)),
+        detection=read_flag(item.get("is_det"), f"{path}: is_det"),
     )
+
+
+def _annotated_size(item: dict[str, Any]) -> tuple[Any, Any]:
+    """Width and height that the annotations are made for, as far as the file says; unchecked."""
+    size = (item.get("width"), item.get("height"))
+    if size == (None, None):
+        masks = [anno.get("mask") for anno in item["annos"] if isinstance(anno, dict)]
+        sizes = [mask.get("size") for mask in masks if isinstance(mask, dict)]
+        size = next((tuple(one[::-1]) for one in sizes if isinstance(one, list) and len(one) == 2), size)
+    return size
+
+
+def _caption(item: dict[str, Any], report: Report, split: str, name: str) -> str:
+    """The image's caption in one line; one that is not text goes to the report."""
+    try:
+        return " ".join(read_text(item.get("caption") or "", "caption", empty=True).split())
+    except InputError as error:
+        report.skip("caption", split, name, str(error))
+        return ""
+
+
+def _printable(name: Any) -> str:
+    return name if isinstance(name, str) and name.isprintable() else short(name)
+
+
+def _id(value: Any) -> int:
+    number = plain_integer(value)
+    return -1 if number is None else number
 
 
 def _read_instance(
@@ -110,9 +144,7 @@ def _read_instance(
 ) -> tuple[AnnotatedInstance, list[tuple[str, str]]]:
     if not isinstance(anno, dict):
         raise InputError(f"{where}: expected an object, got {type(anno).__name__}")
-    category = anno.get("category_name")
-    if not isinstance(category, str):
-        raise InputError(f"{where}.category_name: expected a string, got {category!r}")
+    category = read_text(anno.get("category_name"), f"{where}.category_name", empty=True)
     plain = decode_embedding(anno.get("text_embedding_before"), f"{where}.text_embedding_before")
     own = decode_embedding(anno.get("blip_clip_embeddings"), f"{where}.blip_clip_embeddings")
     for name, row in (("text_embedding_before", plain), ("blip_clip_embeddings", own)):
@@ -122,8 +154,9 @@ def _read_instance(
         raise InputError(f"{where}.blip_clip_embeddings: expected {len(plain)} numbers, got {len(own)}")
     # The official training ignores a caption without an embedding (small instances repeat their category).
     text = anno.get("caption")
-    caption = " ".join(text.split()) if own is not None and isinstance(text, str) else ""
-    number = anno.get("category_id")
+    caption = ""
+    if own is not None and isinstance(text, str):
+        caption = " ".join(read_text(text, f"{where}.caption", empty=True).split())
     instance, remark = make_instance(
         anno.get("bbox"),
         anno.get("mask"),
@@ -131,10 +164,10 @@ def _read_instance(
         category,
         where,
         "mask",
-        crowd=bool(anno.get("iscrowd", 0)),
+        crowd=read_flag(anno.get("iscrowd"), f"{where}.iscrowd"),
         caption=caption,
-        category_id=number if type(number) is int else -1,
-        annotation_id=anno["id"] if type(anno.get("id")) is int else -1,
+        category_id=_id(anno.get("category_id")),
+        annotation_id=_id(anno.get("id")),
     )
     remarks = [("mask", remark)] if remark else []
     for phrase, row in ((category, plain), (caption_phrase(category, caption), own if caption else None)):
@@ -171,6 +204,7 @@ def build(
     """
     report, embeddings = Report(), ImportedEmbeddings()
     check_output(data_dir, overwrite)
+    check_split_name(split, "--split")
     files = find_files(inputs)
     splits = {split: (len(files), read_records(files, report, split, embeddings))}
     return write_dataset(data_dir, splits, report, "official_json", overwrite, finish=embeddings.write), report

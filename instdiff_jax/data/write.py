@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,8 @@ from tqdm import tqdm
 
 from instdiff_jax.data.dataset import FORMAT, RECORDS, VERSION, Record, caption_phrase
 from instdiff_jax.data.report import Report
-from instdiff_jax.errors import InputError
-from instdiff_jax.files import replace_folder, write_json
+from instdiff_jax.errors import InputError, short
+from instdiff_jax.files import read_json, replace_folder, write_json
 
 Splits = Mapping[str, tuple[int, Iterable[Record]]]
 
@@ -81,7 +82,7 @@ def check_output(data_dir: Path, overwrite: bool) -> None:
         raise InputError(f"{data_dir}: expected a folder that can be replaced, found a link or a mount point")
     if data_dir.exists() and not data_dir.is_dir():
         raise InputError(f"{data_dir}: expected a folder for the dataset, found a file")
-    if data_dir.exists() and any(data_dir.iterdir()):
+    if data_dir.exists() and any(data_dir.iterdir()) and not _holds_failed_report(data_dir):
         if not (data_dir / "dataset.json").exists():
             raise InputError(f"{data_dir}: expected an empty or new folder, found one that holds other files")
         if not overwrite:
@@ -91,6 +92,23 @@ def check_output(data_dir: Path, overwrite: bool) -> None:
         parent = parent.parent
     if not os.access(data_dir if data_dir.exists() else parent, os.W_OK):
         raise InputError(f"{data_dir}: this folder cannot be written")
+
+
+def check_split_name(name: str, source: str) -> None:
+    """InputError for a name of a split that TFDS cannot read again."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) or name.lower() == "all":
+        expected = 'a name of letters, digits, "_" and "-", and not "all"'
+        raise InputError(f"{source}: split {short(name)}: expected {expected}; rename it")
+
+
+def _holds_failed_report(data_dir: Path) -> bool:
+    """Whether a folder has nothing but the report of a build that failed."""
+    if [path.name for path in data_dir.iterdir()] != ["report.json"]:
+        return False
+    try:
+        return read_json(data_dir / "report.json").keys() >= {"counts", "skipped"}
+    except (InputError, AttributeError):
+        return False
 
 
 def write_dataset(
@@ -118,8 +136,29 @@ def write_dataset(
         InputError: for a split without records, or a folder that cannot be written.
     """
     check_output(Path(data_dir), overwrite)
+    try:
+        return _write_dataset(data_dir, splits, report, source, finish)
+    except UnusableSplit as error:
+        kept = Path(data_dir) / "report.json"
+        if (Path(data_dir) / "dataset.json").exists():  # that dataset stays, with its own report
+            kept = kept.with_name("report-failed.json")
+        write_json(kept, report.values(), sync=False)
+        raise InputError(f"{error}; all reasons are in {kept}") from error
+
+
+class UnusableSplit(InputError):
+    """A split without an image or an instance that can be used: the report has the reasons."""
+
+
+def _write_dataset(
+    data_dir: str | Path,
+    splits: Splits,
+    report: Report,
+    source: str,
+    finish: Callable[[Path, list[str]], None] | None,
+) -> dict[str, Any]:
     with replace_folder(data_dir) as folder:
-        phrases, facts = _write_records(folder, splits)
+        phrases, facts = _write_records(folder, splits, report)
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         meta = {
             "format": FORMAT,
@@ -129,19 +168,19 @@ def write_dataset(
             "phrases": len(phrases),
         }
         write_json(folder / "phrases.json", phrases, indent=None, sync=False)
-        write_json(folder / "report.json", {"counts": report.counts(), "skipped": report.skipped}, sync=False)
+        write_json(folder / "report.json", report.values(), sync=False)
         write_json(folder / "dataset.json", meta, sync=False)
         if finish is not None:
             finish(folder, phrases)
     return meta
 
 
-def _write_records(folder: Path, splits: Splits) -> tuple[list[str], dict[str, dict]]:
+def _write_records(folder: Path, splits: Splits, report: Report) -> tuple[list[str], dict[str, dict]]:
     """Writes the records; returns the phrases that they refer to, and the facts of every split."""
     phrases: dict[str, int] = {}
     facts: dict[str, dict] = {}
     generators = {
-        name: functools.partial(_watched, name, total, records, phrases, facts)
+        name: functools.partial(_watched, name, total, records, phrases, facts, report)
         for name, (total, records) in splits.items()
     }
     tfds.disable_progress_bar()
@@ -153,7 +192,12 @@ def _write_records(folder: Path, splits: Splits) -> tuple[list[str], dict[str, d
 
 
 def _watched(
-    split: str, total: int, records: Iterable[Record], phrases: dict[str, int], facts: dict[str, dict]
+    split: str,
+    total: int,
+    records: Iterable[Record],
+    phrases: dict[str, int],
+    facts: dict[str, dict],
+    report: Report,
 ) -> Iterator[Record]:
     """Yields the records with their phrases numbered; shows a progress bar, and sets the split's facts at the end."""
     digest, instances, count = hashlib.sha256(), 0, 0
@@ -173,6 +217,10 @@ def _watched(
         yield record
     bar.total = bar.n  # skipped images never come
     bar.refresh()
+    reasons = report.first_reasons(split)
+    reasons = f"; the first reasons: {reasons}" if reasons else ""
     if not count:
-        raise InputError(f"split {split}: empty, expected at least one image that can be read")
+        raise UnusableSplit(f"split {split}: empty, expected at least one image that can be read{reasons}")
+    if not instances:
+        raise UnusableSplit(f"split {split}: no instance in {count} images, expected at least one{reasons}")
     facts[split] = {"images": count, "instances": instances, "fingerprint": digest.hexdigest()[:32]}

@@ -1,6 +1,5 @@
 """Detections from a file in COCO's results format, written by any detector."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.detect import Detection, xywh_of_mask
 from instdiff_jax.evaluation.split import Split
 from instdiff_jax.files import read_json
+from instdiff_jax.geometry.checks import plain_integer
 from instdiff_jax.geometry.masks import decode_mask
 
 
@@ -40,12 +40,12 @@ class Predictions:
         for i, row in enumerate(rows):
             where = f"{path}: [{i}]"
             self._check(row, split, where)
-            self._of_image.setdefault(row["image_id"], []).append((where, row))
+            self._of_image.setdefault(plain_integer(row["image_id"]), []).append((where, row))
         self.has_masks = all(row.get("segmentation") for row in rows)
 
     def _check(self, row: Mapping[str, Any], split: Split, where: str) -> None:
         for key, known in (("image_id", split.image_ids), ("category_id", split.categories)):
-            if type(row.get(key)) is not int or row[key] not in known:
+            if plain_integer(row.get(key)) not in known:
                 raise InputError(f"{where}.{key}: expected an id of the split's annotations, got {short(row.get(key))}")
         if not _is_number(row.get("score")):
             raise InputError(f"{where}.score: expected a number, got {short(row.get('score'))}")
@@ -65,8 +65,10 @@ class Predictions:
         if row.get("segmentation"):
             mask = decode_mask(row["segmentation"], size, size, f"{where}.segmentation")
         box = row.get("bbox") or xywh_of_mask(mask)
-        return Detection(self._names[row["category_id"]], float(row["score"]), tuple(map(float, box)), mask)
+        return Detection(
+            self._names[plain_integer(row["category_id"])], float(row["score"]), tuple(map(float, box)), mask
+        )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 <= value <= 1e9

@@ -12,11 +12,12 @@ from jaxtyping import Bool, Float, UInt8
 from pycocotools import mask as coco_mask
 
 from instdiff_jax.coco import Coco, CocoAnnotation, CocoImage, count_names, split_files
-from instdiff_jax.data.images import Crop, load_image
+from instdiff_jax.data.images import Crop
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry.checks import MAX_SIDE
 from instdiff_jax.geometry.masks import decode_mask, encode_mask
 from instdiff_jax.geometry.points import sample_scribble
+from instdiff_jax.images import open_image
 from instdiff_jax.layout import MAX_INSTANCES
 from instdiff_jax.paths import inside, read_file
 
@@ -94,7 +95,7 @@ class Scene:
     def real_image(self) -> UInt8[np.ndarray, "size size 3"]:
         """The real image on the canvas; InputError if its file is missing, broken or of another size."""
         try:
-            image = load_image(read_file(self.file))
+            image = open_image(read_file(self.file), (self.width, self.height))
         except InputError:
             raise
         except ValueError as error:
@@ -188,7 +189,8 @@ def _read_images(coco: Coco) -> list[CocoImage]:
         raise InputError(f"{coco.path}: categories: expected names that differ")
     images = [coco.image(image_id) for image_id in coco.image_ids]
     for image in images:
-        coco.annotations(image.id)
+        for annotation in coco.annotations(image.id):
+            annotation.category_id, annotation.is_crowd  # InputError for a bad one
         if image.file_name is None:
             raise InputError(f"{coco.path}: image {image.id}: file_name: expected text, got nothing")
     return images

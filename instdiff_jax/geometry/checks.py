@@ -4,7 +4,7 @@ Each returns the value in its plain type, or raises an InputError that starts wi
 """
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from instdiff_jax.errors import InputError, short
 from instdiff_jax.geometry.masks import RLE
 
 MAX_SIDE = 8192
+NORMALISED = "no number is over 1, as if boxes were fractions of the image; they are read as pixels"
 MAX_SCRIBBLE_POINTS = 10_000
 # Boxes are rounded to this fraction of a pixel: then x0 + (x1 - x0) is exact, and xywh files round-trip.
 _BOX_GRID = 2.0**24
@@ -34,6 +35,36 @@ def read_integer(value: Any, where: str, low: int, high: int, unit: str = "a who
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
         raise InputError(f"{where}: expected {unit} from {low} to {high}, got {short(value)}")
     return int(value)
+
+
+def plain_integer(value: Any) -> int | None:
+    """A whole number from 0 to 2^63 - 1, also one written as 1.0 or "1"; None for anything else."""
+    if isinstance(value, str) and len(value) < 20 and value.isascii() and value.isdigit():
+        value = int(value)
+    elif type(value) is float and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and 0 <= value < 2**63 else None
+
+
+def read_flag(value: Any, where: str) -> bool:
+    """A yes or no: true, false, 1, 0, also as text; nothing is no."""
+    text = value.strip().lower() if isinstance(value, str) else value
+    for meaning, spellings in ((False, (None, "", "0", "false", "no")), (True, ("1", "true", "yes"))):
+        if text in spellings if isinstance(text, str | None) else isinstance(text, int | float) and text == meaning:
+            return meaning
+    raise InputError(f"{where}: expected true or false, or 1 or 0, got {short(value)}")
+
+
+def are_normalised(boxes: Iterable[Any]) -> bool:
+    """Whether boxes look like fractions of the image, not pixels: there are some, and no number is over 1."""
+    some = False
+    for box in boxes:
+        if not is_list(box) or not len(box):
+            continue
+        if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in box):
+            return False
+        some = some or any(0 < value < 1 for value in box)
+    return some
 
 
 def read_numbers(values: Any, count: int | None, where: str, expected: str) -> list[float]:

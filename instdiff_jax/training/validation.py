@@ -10,6 +10,7 @@ from PIL import Image
 
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.errors import InputError, NotFiniteError
+from instdiff_jax.files import json_files
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.tokenizer import Tokenizer
 from instdiff_jax.parallel.mesh import REPLICATED
@@ -59,7 +60,7 @@ def read_sample_layouts(run: RunSettings) -> list[Layout]:
     if run.train.task != "diffusion" or not run.train.grounding:
         raise InputError("config.train.sample_every: only runs with grounding draw samples; expected 0")
     folder = Path(run.train.sample_layouts)
-    files = sorted(folder.glob("*.json"))[: run.train.sample_count]
+    files = json_files(folder)[: run.train.sample_count]
     if not files:
         raise InputError(f"config.train.sample_layouts: {folder}: expected a folder of layouts")
     return [Layout.from_json(file) for file in files]

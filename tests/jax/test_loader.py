@@ -17,11 +17,12 @@ from instdiff_jax.cli import build_coco as coco
 from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.data.examples import DataConfig, select_instances
-from instdiff_jax.data.images import Crop, load_image
+from instdiff_jax.data.images import Crop
 from instdiff_jax.data.latents import LatentCache, cache_latents
 from instdiff_jax.data.loader import BatchReader, DevicePrefetch, LoaderSettings, Sources, make_loader
 from instdiff_jax.data.phrases import phrase_table
 from instdiff_jax.errors import InputError
+from instdiff_jax.images import open_image
 from instdiff_jax.models.regions import region_bits
 
 SIZE = 64
@@ -210,7 +211,7 @@ def test_cached_latents_follow_image_and_flip(data_dir, settings, tmp_path):
 def test_latents_of_unflipped_images_alone(data_dir, tmp_path):
     dataset = InstanceDataset(data_dir, "train")
     cache = cache_latents(encode, dataset, tmp_path / "latents", "vae", SIZE, flips=False)
-    image = Crop(dataset[3].width, dataset[3].height, SIZE, False).image(load_image(dataset[3].image))
+    image = Crop(dataset[3].width, dataset[3].height, SIZE, False).image(open_image(dataset[3].image))
     np.testing.assert_array_equal(cache.lookup(3, False)[0], encode(image[None])[0][0])
     assert np.load(tmp_path / "latents" / "mean.npy", mmap_mode="r").shape[0] == 1
     with pytest.raises(InputError, match="flips: expected True"):
@@ -236,7 +237,7 @@ def test_two_runs_may_make_one_cache(data_dir, tmp_path):
     begun.wait()
     second = cache_latents(lambda canvases: pytest.fail("made twice"), dataset, path, "vae", SIZE)
     first.join()
-    image = Crop(dataset[3].width, dataset[3].height, SIZE, False).image(load_image(dataset[3].image))
+    image = Crop(dataset[3].width, dataset[3].height, SIZE, False).image(open_image(dataset[3].image))
     np.testing.assert_array_equal(second.lookup(3, False)[0], encode(image[None])[0][0])
     assert len(calls) == -(-2 * len(dataset) // 5)
 

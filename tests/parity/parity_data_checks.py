@@ -12,10 +12,11 @@ from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import rename_table
 from instdiff_jax.config import ScheduleConfig
 from instdiff_jax.data.examples import DataConfig, locate, select_instances
-from instdiff_jax.data.images import Crop, load_image
+from instdiff_jax.data.images import Crop
 from instdiff_jax.diffusion import schedule as schedules
 from instdiff_jax.geometry.points import mask_points
 from instdiff_jax.grounding import null_grounding
+from instdiff_jax.images import open_image
 from instdiff_jax.models.regions import region_bits
 from instdiff_jax.training.state import init_state, split_params
 from instdiff_jax.training.step import compile_step, make_train_step
@@ -62,7 +63,7 @@ def _training_example(case: int, flip: int) -> float:
     crop = Crop(record.width, record.height, 512, bool(flip))
     chosen = select_instances(record, crop, DataConfig(keep_caption=1.0, instance_caption=0.0))
     arrays = locate(chosen, record, crop, 512, np.random.default_rng(0))
-    image = (crop.image(load_image(record.image)).astype(np.float32) / 127.5 - 1)[::4, ::4].transpose(2, 0, 1)
+    image = (crop.image(open_image(record.image)).astype(np.float32) / 127.5 - 1)[::4, ::4].transpose(2, 0, 1)
     segments = np.unpackbits(expected["segs_packed"]).reshape(30, 512, 512)
     pairs = [
         (image, expected["image"]),

@@ -1,11 +1,15 @@
 """A small COCO folder made on the spot: real JPEG files; polygons, run lengths, a crowd, broken things, captions."""
 
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from instdiff_jax.cli import build_coco
 
 CATEGORIES = {1: "circle", 2: "square", 18: "dog"}
 COLOURS = {1: (220, 40, 40), 2: (40, 90, 220), 18: (60, 180, 60)}
@@ -89,3 +93,25 @@ def make_coco(
     make_split(folder, names[0], train, seed=0, **options)
     make_split(folder, names[1], val, seed=1, **options)
     return folder
+
+
+def build(folder: Path, data_dir: Path, *options: str) -> None:
+    """Runs instdiff build-coco."""
+    build_coco.main(["--coco_dir", str(folder), "--data_dir", str(data_dir), "--workers", "2", *options])
+
+
+def edit(folder: Path, name: str, change: Callable[[dict], Any]) -> None:
+    """Rewrites annotations/NAME.json after `change` had its way with it."""
+    path = folder / "annotations" / f"{name}.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def oriented(pixels: np.ndarray, number: int, kind: str = "PNG") -> bytes:
+    """An image file that stores these pixels under an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = number
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, kind, exif=exif, quality=92)
+    return buffer.getvalue()

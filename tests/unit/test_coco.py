@@ -67,7 +67,8 @@ def test_bad_coco(coco):
         Layout.from_coco(file, 7)
     with pytest.raises(InputError, match="no caption for image 9"):
         Layout.from_coco(file, 9, coco / "captions.json")
-    del data["images"][0]["id"]
+    for image in data["images"]:
+        del image["id"]
     file.write_text(json.dumps(data))
     with pytest.raises(InputError, match=r"instances.json: images\[0\].id: expected a whole number"):
         Coco(file)
@@ -110,22 +111,23 @@ def test_a_file_is_read_once_for_many_images(coco, monkeypatch):
 
 def test_what_belongs_to_nothing_is_named(coco):
     data = json.loads((coco / "instances.json").read_text())
-    data["images"].append({"id": 7, "file_name": "again.png"})
+    data["images"].append({"id": None, "file_name": "again.png"})
     data["annotations"].append({"id": 5, "image_id": 70})
     (coco / "instances.json").write_text(json.dumps(data))
     captions = {"annotations": [{"id": 1, "image_id": 8, "caption": " "}, {"image_id": 7, "caption": "two\nlines"}]}
     (coco / "captions.json").write_text(json.dumps(captions))
     index = Coco(coco / "instances.json", coco / "captions.json")
     assert [tuple(item) for item in index.unused] == [
-        ("image", "again.png", "images[3]: another image has the id 7"),
+        ("image", "'again.png'", f"images[3].id: expected a whole number from 0 to {2**63 - 1}, got None"),
         ("annotation", "annotation 5", "annotations[5].image_id: no image has the id 70"),
-        ("caption", "caption 1", "annotations[0]: empty, or of no image"),
+        ("caption", "caption 1", "annotations[0].caption: expected text that is not empty"),
     ]
     assert index.captions == {7: ["two lines"]} and index.image_ids == [7, 8, 9]
 
 
 @pytest.mark.parametrize(
-    "categories", [[{"id": "1", "name": "cat"}], [{"id": 1}], [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], [3], {}]
+    "categories",
+    [[{"id": "one", "name": "cat"}], [{"id": 1}], [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], [3], {}],
 )
 def test_bad_categories(coco, categories):
     data = json.loads((coco / "instances.json").read_text()) | {"categories": categories}

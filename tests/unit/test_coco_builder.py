@@ -8,18 +8,13 @@ import sys
 
 import numpy as np
 import pytest
-from coco_fixture import CATEGORIES, make_coco
+from coco_fixture import CATEGORIES, build, edit, make_coco
 from PIL import Image
 
-from instdiff_jax.cli import build_coco as coco
 from instdiff_jax.data.dataset import FORMAT, InstanceDataset, read_meta
 from instdiff_jax.data.phrases import phrase_table, read_phrases
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry.masks import decode_mask
-
-
-def build(folder, data_dir, *options):
-    coco.main(["--coco_dir", str(folder), "--data_dir", str(data_dir), "--workers", "2", *options])
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +29,6 @@ def data_dir(folder, tmp_path_factory):
     return path
 
 
-def edit(folder, name, change):
-    """Rewrites annotations/NAME.json after `change` had its way with it."""
-    path = folder / "annotations" / f"{name}.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
 def test_keeps_everything(folder, data_dir):
     source = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
     dataset = InstanceDataset(data_dir, "train2017")
@@ -54,7 +41,7 @@ def test_keeps_everything(folder, data_dir):
         assert Image.open(io.BytesIO(record.image)).size == (record.width, record.height)
         assert record.captions == ("a picture of shapes", f"number {i} of the shapes")
         assert record.detection
-        annotations = [a for a in source["annotations"] if a["image_id"] == row["id"] and a["id"] not in (1025, 1026)]
+        annotations = [a for a in source["annotations"] if a["image_id"] == row["id"] and a["id"] != 1025]
         assert [item.annotation_id for item in record.instances] == [a["id"] for a in annotations]
         for item, annotation in zip(record.instances, annotations, strict=True):
             np.testing.assert_allclose(item.box, annotation["bbox"])
@@ -63,6 +50,9 @@ def test_keeps_everything(folder, data_dir):
             assert item.crowd == bool(annotation["iscrowd"])
             crowds += item.crowd
             segmentation = annotation["segmentation"]
+            if annotation["id"] == 1026:  # of another size: the box is kept
+                assert item.mask == b""
+                continue
             assert bool(item.mask) == bool(segmentation)
             if segmentation:
                 rle = {"size": [record.height, record.width], "counts": item.mask}
@@ -75,7 +65,8 @@ def test_keeps_everything(folder, data_dir):
 def test_report_names_what_is_skipped(data_dir):
     report = json.loads((data_dir / "report.json").read_text())
     assert report["counts"]["train2017 image"] == 2
-    assert report["counts"]["train2017 annotation"] == 3
+    assert report["counts"]["train2017 annotation"] == 2
+    assert report["counts"]["train2017 mask"] == 1
     reasons = {entry["name"]: entry["reason"] for entry in report["skipped"] if entry["split"] == "train2017"}
     assert "truncated" in reasons["short.jpg"]
     assert "No such file" in reasons["gone.jpg"]
@@ -95,7 +86,7 @@ def test_fingerprint_follows_content_not_place(folder, data_dir, tmp_path):
     again = tmp_path / "again"
     build(folder, again)
     assert read_meta(again) == read_meta(data_dir)
-    other = make_coco(tmp_path / "other", broken=False)
+    other = make_coco(tmp_path / "other")
     edit(other, "captions_train2017", lambda data: data["annotations"][0].update(caption="something else"))
     build(other, tmp_path / "changed")
     splits, before = read_meta(tmp_path / "changed")["splits"], read_meta(data_dir)["splits"]
@@ -146,36 +137,13 @@ def test_phrase_table(data_dir):
         phrase_table(data_dir, "encoder-a", embed, use_imported=True)
 
 
-def no_category(data):
-    data["annotations"][3]["category_id"] = 77
-
-
-def wrong_masks(data):
-    for row in data["annotations"]:
-        row["segmentation"] = {"size": [10, 10], "counts": [100]}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda f: (f / "annotations" / "instances_train2017.json").unlink(), r"instances_train2017.json: missing"),
         (lambda f: (f / "annotations" / "captions_train2017.json").unlink(), r"captions_train2017.json: missing"),
-        (
-            lambda f: edit(f, "instances_train2017", no_category),
-            r"annotations\[3\].category_id: no category has the id 77",
-        ),
-        (
-            lambda f: edit(f, "instances_train2017", lambda d: d["images"][0].update(id=[1])),
-            r"images\[0\].id: expected a whole number.*got \[1\]",
-        ),
-        (
-            lambda f: edit(f, "instances_train2017", lambda d: d["annotations"][0].update(category_id={})),
-            r"annotations\[0\].category_id: no category has the id {}",
-        ),
         (lambda f: edit(f, "instances_train2017", lambda d: d.update(images=[])), r"images: empty"),
         (lambda f: edit(f, "instances_train2017", lambda d: d.pop("images")), r"images: expected a list"),
-        (lambda f: edit(f, "instances_train2017", wrong_masks), r"not one annotation can be used.*\[10, 10\]"),
-        (lambda f: [p.unlink() for p in (f / "train2017").iterdir()], r"split train2017: empty"),
         (
             lambda f: (f / "annotations" / "instances_train2017.json").write_text("{"),
             r"instances_train2017.json: not valid JSON",

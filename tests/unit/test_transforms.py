@@ -13,10 +13,11 @@ from PIL import Image
 from common import parity
 from instdiff_jax.data.dataset import AnnotatedInstance, Record
 from instdiff_jax.data.examples import DataConfig, choose_phrases, draw_formats, locate, select_instances, write_caption
-from instdiff_jax.data.images import Crop, load_image
+from instdiff_jax.data.images import Crop
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry.masks import encode_mask
 from instdiff_jax.grounding import FORMATS
+from instdiff_jax.images import open_image
 
 KEEP = DataConfig(keep_caption=1.0, instance_caption=0.0)
 
@@ -28,7 +29,7 @@ def test_equals_the_official_examples(case, flip):
     data, record = parity("training_examples"), official_record(case)
     expected = {key.split("_", 1)[1]: value for key, value in data.items() if key.startswith(f"c{case}f{flip}_")}
     crop = Crop(record.width, record.height, 512, bool(flip))
-    canvas = crop.image(load_image(record.image)).astype(np.float32) / 127.5 - 1
+    canvas = crop.image(open_image(record.image)).astype(np.float32) / 127.5 - 1
     np.testing.assert_array_equal(canvas[::4, ::4].transpose(2, 0, 1), expected["image"])
     chosen = select_instances(record, crop, KEEP)
     arrays = locate(chosen, record, crop, 512, np.random.default_rng(0))
