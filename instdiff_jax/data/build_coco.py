@@ -203,6 +203,13 @@ def find_splits(coco_dir: Path, wanted: Sequence[str], captions: bool, report: R
     """
     notes = coco_dir / "annotations"
     found = [path.stem.removeprefix("instances_") for path in sorted(notes.glob("instances_*.json"))]
+    for path in sorted(notes.glob("*")):
+        if (
+            path.name.lower().startswith("instances_")
+            and path.suffix.lower() == ".json"
+            and path.stem[10:] not in found
+        ):
+            report.skip("file", path.stem[10:], path.name, "expected a name like instances_NAME.json, in lower case")
     for name in wanted:
         if name not in found:
             raise InputError(f"{notes / f'instances_{name}.json'}: missing; COCO's annotation file of split {name}")

@@ -209,6 +209,14 @@ def test_names_of_splits(tmp_path, name):
         build_official_json.main(flags)
 
 
+def test_a_file_of_annotations_in_capitals_is_said(coco):
+    notes = coco / "annotations"
+    (notes / "instances_val2017.json").rename(notes / "instances_val2017.JSON")
+    build(coco, coco.parent / "data")
+    report = json.loads((coco.parent / "data" / "report.json").read_text())
+    assert [entry["name"] for entry in report["skipped"]] == ["instances_val2017.JSON"]
+
+
 def test_rotated_and_normalised_boxes_are_said(coco):
     def rotated(data):
         data["annotations"][2]["attributes"] = {"occluded": False, "rotation": 30.0}
