@@ -141,7 +141,7 @@ def generate(
         record.resume(list(layouts))
     if not layouts:
         return
-    with tqdm(total=1, unit="eval", desc="sampling", disable=None) as bar:
+    with record.lock(), tqdm(total=1, unit="eval", desc="sampling", disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

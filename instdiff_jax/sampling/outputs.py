@@ -20,8 +20,9 @@ from jaxtyping import UInt8
 from PIL import Image, PngImagePlugin
 
 from instdiff_jax.errors import InputError, NotFiniteError, short
-from instdiff_jax.files import read_json, write_file, write_json
+from instdiff_jax.files import read_json, remove_leftovers, write_file, write_json
 from instdiff_jax.layout import Layout
+from instdiff_jax.locks import lock_folder
 from instdiff_jax.paths import output_path, read_file
 from instdiff_jax.sampling.shards import Shard
 from instdiff_jax.sampling.visualize import contact_sheet, draw_layout, enlarge
@@ -103,6 +104,8 @@ class OutputFolder:
             for path in map(self.file, names):
                 if path.exists() and not path.is_dir():
                     raise InputError(f"--output: {path}: expected a folder to write to, found a file")
+                remove_leftovers(path)
+            remove_leftovers(self.path)
             yield
         except OSError as error:
             raise InputError(f"--output: {error.filename or self.path}: {error.strerror or error}") from error
@@ -187,6 +190,11 @@ class RunRecord:
             if path == self.path:
                 made_again = set(again)
                 self.values["layouts"] = [entry for entry in old["layouts"] if entry["layout"] not in made_again]
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps out runs of other settings; shards of one run share the folder."""
+        common = json.dumps([self.values[name] for name in COMMON], sort_keys=True)
+        return lock_folder(self.path.parent, hashlib.sha256(common.encode()).hexdigest())
 
     def add(self, **entry: Any) -> None:
         """Notes a layout that is done."""

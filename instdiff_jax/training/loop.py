@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import write_json
+from instdiff_jax.files import remove_leftovers, write_json
+from instdiff_jax.locks import lock_folder
 from instdiff_jax.parallel.mesh import ParallelSettings, check_batch, initialize_distributed, make_mesh
 from instdiff_jax.parallel.runtime import enable_compilation_cache
 from instdiff_jax.training.checkpoints import Checkpoints, StopSignal
@@ -33,8 +34,16 @@ def train(run: RunSettings, workdir: Path) -> str:
     Raises:
         InputError: for settings or inputs that do not fit, or if too many updates in a row were not finite.
     """
-    # ---- mesh
     mesh = start_devices(run)
+    # One process of a job speaks for all.
+    alone = lock_folder(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone:
+        remove_leftovers(workdir)
+        return train_on(run, workdir, mesh)
+
+
+def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
+    """`train` on a mesh, in a folder that no other run uses."""
     plan = make_sharding_plan(run.model, run.train, run.parallel, mesh)
 
     # ---- inputs on disk: what is missing is reported before any long work

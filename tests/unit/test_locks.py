@@ -1,5 +1,6 @@
 """Two runs do not write to one folder at once; a dead run keeps nobody out."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,11 +10,15 @@ import pytest
 
 from instdiff_jax.errors import InputError
 from instdiff_jax.locks import NAME, lock_folder
+from instdiff_jax.sampling.outputs import COMMON, RunRecord
+from instdiff_jax.sampling.shards import Shard
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from instdiff_jax.locks import lock_folder
+from instdiff_jax.sampling.outputs import COMMON, RunRecord
+from instdiff_jax.sampling.shards import Shard
 with lock_folder(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     time.sleep(60)
@@ -51,3 +56,14 @@ def test_runs_of_one_key_share_a_folder(tmp_path):
     finally:
         other.kill()
         other.wait()
+
+
+def test_sampler_of_other_settings_is_kept_out(tmp_path):
+    values = dict.fromkeys(COMMON)
+    with RunRecord(tmp_path, Shard(0, 2), values).lock():
+        with RunRecord(tmp_path, Shard(1, 2), values).lock():
+            pass
+        with pytest.raises(InputError, match=f"in use by another run \\(process {os.getpid()} on "):
+            with RunRecord(tmp_path, Shard(0, 1), values | {"dtype": "float32"}).lock():
+                pass
+    assert not list(tmp_path.iterdir())
