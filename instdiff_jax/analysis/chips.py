@@ -80,7 +80,7 @@ def predict(chip: Chip, flops: float, costs: ProgramCosts) -> Prediction:
     return Prediction(
         compute=flops / chip.flops,
         memory=costs.memory_bytes / chip.memory_bandwidth,
-        kernels=costs.cycles / chip.clock,
+        kernels=(costs.cycles + costs.pallas_cycles) / chip.clock,
         interconnect=sum(collective.sent for collective in costs.collectives) / chip.ring_bandwidth,
     )
 

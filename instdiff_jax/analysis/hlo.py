@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from instdiff_jax.analysis.hlo_text import Instruction, collective_group, parse_program
@@ -56,18 +56,29 @@ class ProgramCosts(NamedTuple):
     """What one call of a program costs a device.
 
     `cycles` sums the compiler's estimates for its fused kernels, 0 if it gives none; `open_loops` are loops with an
-    unknown number of iterations, counted once.
+    unknown number of iterations, counted once. `pallas_cycles` are those of Pallas kernels, by their schedules;
+    `unscheduled_kernels` are runs of Pallas kernels whose schedule is not known, which count as nothing.
     """
 
     collectives: tuple[Collective, ...]
     memory_bytes: float
     cycles: int
     open_loops: int
+    pallas_cycles: float = 0.0
+    unscheduled_kernels: int = 0
 
 
-def analyze(text: str) -> ProgramCosts:
-    """Costs of a compiled program, from `compiled.as_text()`."""
+def analyze(text: str, kernel_cycles: Mapping[str, float] | None = None) -> ProgramCosts:
+    """Costs of a compiled program, from `compiled.as_text()`.
+
+    Args:
+        text: of the program.
+        kernel_cycles: cycles of Pallas kernels by the name of one instruction that runs them, as
+            `kernel_schedule.read_dump` gives them: the compiler schedules equal kernels once.
+    """
     program = _Program(text)
+    bodies = program.kernel_cycles(kernel_cycles or {})
+    pallas_cycles, unscheduled = 0.0, 0
     collectives: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
     memory, cycles = 0.0, 0
     chains = set()
@@ -76,6 +87,9 @@ def analyze(text: str) -> ProgramCosts:
             memory += times * program.traffic(computation, instruction)
             estimates = map(int, re.findall(r'"estimated_cycles":"(\d+)"', instruction.text))
             cycles += times * sum(estimate for estimate in estimates if estimate < _NO_ESTIMATE)
+            if (body := _kernel_body(instruction)) is not None:
+                pallas_cycles += times * bodies.get(body, 0.0)
+                unscheduled += times * (body not in bodies)
             for one in program.collectives_of(computation, instruction):
                 if one.chain is not None and one.chain in chains:
                     continue
@@ -86,7 +100,15 @@ def analyze(text: str) -> ProgramCosts:
     found = []
     for (kind, group, stride), (count, looped, payload, sent) in sorted(collectives.items()):
         found.append(Collective(kind, group, stride, int(count), int(looped), payload, sent))
-    return ProgramCosts(tuple(found), memory, cycles, program.open_loops)
+    return ProgramCosts(tuple(found), memory, cycles, program.open_loops, pallas_cycles, unscheduled)
+
+
+def _kernel_body(instruction: Instruction) -> str | None:
+    """The code of the Pallas kernel that an instruction runs; None for any other instruction."""
+    if 'custom_call_target="tpu_custom_call"' not in instruction.text:
+        return None
+    body = re.search(r'"body":"([^"]*)"', instruction.text)
+    return instruction.name if body is None else body[1]
 
 
 def ring_bytes(kind: str, payload: float, group: int) -> float:
@@ -104,6 +126,12 @@ class _Program:
         self.open_loops = 0
         self.computations, entry = parse_program(text)
         self.runs = list(self._walk(entry, 1, False)) if entry else []
+
+    def kernel_cycles(self, by_name: Mapping[str, float]) -> dict[str, float]:
+        """Cycles of each Pallas kernel's code."""
+        instructions = [one for computation in self.computations.values() for one in computation.values()]
+        found = [(_kernel_body(one), by_name[one.name]) for one in instructions if one.name in by_name]
+        return {body: cycles for body, cycles in found if body is not None}
 
     def _walk(self, computation: str, times: int, looped: bool) -> Iterator[tuple[str, int, bool]]:
         yield computation, times, looped

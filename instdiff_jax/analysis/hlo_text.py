@@ -12,6 +12,8 @@ _CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations|called
 _NAME = re.compile(r"%([\w.\-]+)")
 _NAMES = re.compile(r"[\w.\-]+")
 
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{.*?\}\s*\}", re.DOTALL)
+
 
 class ArrayType(NamedTuple):
     """One array: bytes, bytes with the layout's padding, and whether it is in main memory."""
@@ -37,6 +39,8 @@ def parse_program(text: str) -> tuple[dict[str, dict[str, Instruction]], str | N
     """The computations of a program, each a dict of instructions by name, and the name of the entry."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = None, None
+    # The one attribute that the compiler may print over several lines.
+    text = _KERNEL_METADATA.sub(lambda found: found[0].replace("\n", " "), text)
     for line in text.splitlines():
         if current is None:
             header = _COMPUTATION.match(line)

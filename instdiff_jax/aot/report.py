@@ -1,6 +1,7 @@
 """What a compiled program needs: memory, operations, traffic, collectives and the predicted time."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,10 +28,15 @@ def memory_table(stats: Any) -> dict[str, int]:
 _EVALUATIONS = {"images_per_second": 51, "images_per_second_mis": 165}
 
 
-def make_report(program: Program, topology: str, compiled: Any, seconds: float) -> dict[str, Any]:
-    """Everything about a compiled program as plain values: bytes, FLOPs and seconds of one chip."""
+def make_report(
+    program: Program, topology: str, compiled: Any, seconds: float, kernel_cycles: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Everything about a compiled program as plain values: bytes, FLOPs and seconds of one chip.
+
+    `kernel_cycles` are those of Pallas kernels, see `hlo.analyze`.
+    """
     chip, xla = CHIPS[topology.partition(":")[0]], compiled.cost_analysis()
-    costs = analyze(compiled.as_text())
+    costs = analyze(compiled.as_text(), kernel_cycles)
     prediction = predict(chip, program.flops, costs)
     mesh = dict(program.mesh.shape)
     rows = scaling(chip, prediction, costs.collectives, mesh, program.batch)
@@ -52,6 +58,8 @@ def make_report(program: Program, topology: str, compiled: Any, seconds: float) 
         xla_memory_bytes=xla["bytes accessed"],
         collectives=[dataclasses.asdict(collective) for collective in costs.collectives],
         open_loops=costs.open_loops,
+        pallas_seconds=costs.pallas_cycles / chip.clock,
+        unscheduled_kernels=costs.unscheduled_kernels,
         prediction=prediction.to_dict(),
         scaling=rows,
     )
@@ -71,6 +79,12 @@ def format_report(values: dict[str, Any]) -> str:
         f"  memory traffic per chip: {values['memory_bytes'] / 1e9:.1f} GB "
         f"(XLA's count: {values['xla_memory_bytes'] / 1e9:.1f}); loops of unknown length: {values['open_loops']}",
     ]
+    kernels = (
+        f'  Pallas kernels, by the compiler\'s schedule: {values["pallas_seconds"] * 1e3:.1f} ms of "kernels" below'
+    )
+    if values["unscheduled_kernels"]:
+        kernels += f"; NOT counted: {values['unscheduled_kernels']} runs of kernels without a schedule"
+    lines.append(kernels)
     for one in values["collectives"]:
         lines.append(
             f"  {one['kind']} over {one['group']} (stride {one['stride']}): {one['count']}, {one['looped']} in loops; "

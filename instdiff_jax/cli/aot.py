@@ -8,11 +8,14 @@ Compiling takes minutes. A program that does not fit the chips' memory is an err
 
 import argparse
 import dataclasses
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from instdiff_jax.analysis.kernel_schedule import DUMP_FLAGS, read_dump
 from instdiff_jax.cli.config_flags import names_config, read_settings
 from instdiff_jax.cli.parser import command_parser
 from instdiff_jax.errors import InputError
@@ -20,6 +23,7 @@ from instdiff_jax.files import write_json, write_text
 
 if TYPE_CHECKING:
     from instdiff_jax.aot.programs import Program
+    from instdiff_jax.training.settings import RunSettings
 
 # What configs/coco.py sets for a TPU pod: the defaults where no config file is named.
 POD = ("--config.train.remat=blocks", "--config.parallel.fsdp=16")
@@ -49,6 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (args.output and args.output.parent, args.hlo):
         if path is not None and not path.is_dir():
             raise InputError(f"{path}: expected an existing folder")
+    with tempfile.TemporaryDirectory(prefix="instdiff-aot-") as dump:
+        # Read when libtpu is loaded: the compiler then writes the schedules of Pallas kernels.
+        flags = DUMP_FLAGS.format(folder=dump)
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+        compile_programs(run, args, Path(dump))
+
+
+def compile_programs(run: "RunSettings", args: argparse.Namespace, dump: Path) -> None:
+    """Compiles and reports; libtpu writes the schedules of kernels to the folder `dump`."""
     from instdiff_jax.aot import programs
     from instdiff_jax.aot.report import format_report, make_report
     from instdiff_jax.parallel.mesh import make_mesh
@@ -70,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         compiled, seconds = programs.compile_program(program, args.topology)
         if args.hlo:
             write_text(args.hlo / f"{args.topology.replace(':', '_')}_{name}.hlo", compiled.as_text())
-        reports.append(make_report(program, args.topology, compiled, seconds))
+        kernel_cycles = {name: schedule.cycles() for name, schedule in read_dump(dump)}
+        for path in dump.iterdir():
+            path.unlink()  # names may come again in the next program
+        reports.append(make_report(program, args.topology, compiled, seconds, kernel_cycles))
         print(format_report(reports[-1]), flush=True)
         # After each program: the next one takes as long again, or may not fit.
         if args.output:
