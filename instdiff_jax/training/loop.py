@@ -36,8 +36,8 @@ def train(run: RunSettings, workdir: Path) -> str:
     """
     mesh = start_devices(run)
     # One process of a job speaks for all.
-    alone = lock_folder(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with alone:
+    lock = lock_folder(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock:
         remove_leftovers(workdir)
         return train_on(run, workdir, mesh)
 
