@@ -1,7 +1,7 @@
 """Devices: starting on several hosts, the mesh, and how arrays are sharded over it.
 
-The mesh has two axes. Batches are sharded over both; parameters are sharded over `fsdp` by the rules, and replicated
-over `data`.
+The mesh has two axes. Batches are sharded over both. Parameters are sharded over `fsdp` according to the rules, and
+replicated over `data`.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ class ParallelSettings(Settings):
     """Sizes of the mesh, and the rules that shard parameters.
 
     Attributes:
-        data, fsdp: devices along each axis; -1 takes all that are left.
-        rules: ordered (regex over "/"-joined parameter paths, "fsdp" or "replicate"); the first full match decides,
-            and a parameter without one is an error. "fsdp" splits the longest axis that the mesh's divides.
-        frozen: "replicated" keeps a whole copy of what does not train on every device; "sharded" obeys `rules`.
+        data, fsdp: devices along each axis; -1 uses all that are left.
+        rules: ordered (regex over "/"-joined parameter paths, "fsdp" or "replicate"). The first full match decides; a
+            parameter without a match is an error. "fsdp" splits the longest axis divisible by the mesh's fsdp size.
+        frozen: "replicated" keeps a whole copy of the frozen parameters on every device; "sharded" follows `rules`.
     """
 
     data: int = -1
@@ -56,25 +56,25 @@ class ParallelSettings(Settings):
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """Raises InputError for what is no regular expression."""
+    """Raises InputError if `pattern` is not a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:
         raise InputError(f"{where}: expected a regular expression, got {pattern!r} ({error})") from error
 
 
-# Seconds that a process of a job that draws waits at its end for those with more to draw: a week.
+# When a process of a sampling job is done, it waits this many seconds for the others: a week.
 PATIENCE = 7 * 24 * 3600
 
 
 def initialize_distributed(patience: int = 300) -> None:
-    """Joins this process to the others of its job; does nothing where there is only one.
+    """Connects this process to the others of its job; does nothing if there is only one.
 
-    A job is recognised by its environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (any
-    machine, CPU included), Slurm or Open MPI with more than one task, or a TPU host. Call before any use of a device.
+    The environment defines a job: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (any machine, CPU
+    included), Slurm or Open MPI with more than one task, or a TPU host. Call before any use of a device.
 
     Args:
-        patience: seconds that a process waits at its end for the others, which would die with the first one.
+        patience: seconds that a process waits at its end for the others, which would die when the first one exits.
     """
     if jax.distributed.is_initialized():
         return
@@ -98,10 +98,10 @@ def _is_tpu_host() -> bool:
 
 
 def make_mesh(settings: ParallelSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices of the job.
+    """Makes the mesh over all devices of the job.
 
     Raises:
-        InputError: where the sizes do not multiply to the number of devices.
+        InputError: if the product of the sizes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [settings.data, settings.fsdp]
@@ -118,7 +118,7 @@ def make_mesh(settings: ParallelSettings, devices: Sequence[jax.Device] | None =
     try:
         return jax.make_mesh(sizes, (DATA, FSDP), devices=devices, axis_types=axis_types)
     except (NotImplementedError, ValueError):
-        # The sizes do not follow the links between the chips. Any order works, but more slowly.
+        # The sizes do not match the links between the chips. Any order works, but more slowly.
         return Mesh(np.array(devices).reshape(sizes), (DATA, FSDP), axis_types=axis_types)
 
 
@@ -148,7 +148,7 @@ def parameter_specs(shapes: Mapping[str, Any], rules: Sequence[Sequence[str]] | 
 
     Args:
         shapes: nested dict whose leaves have a shape.
-        rules: as in `ParallelSettings`; None copies everything to every device.
+        rules: as in `ParallelSettings`; None replicates everything.
     """
 
     def spec(path: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
@@ -172,7 +172,7 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
 
 
 def gather(tree: Any, specs: Any) -> Any:
-    """Inside `shard_map`: whole arrays from every device's part; the gradient goes back summed and split."""
+    """Inside `shard_map`: gathers whole arrays from the devices' parts. Its gradient is summed and split."""
 
     def whole(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
         if FSDP not in spec:
@@ -187,10 +187,10 @@ def gather(tree: Any, specs: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather_whole(leaf: jax.Array, axis: int) -> jax.Array:
-    """`all_gather` whose gradient is a whole sum, cut afterwards, instead of a reduce-scatter.
+    """`all_gather` whose gradient is a psum and a slice, instead of a reduce-scatter.
 
-    Between processes on CPUs that is gloo's, which now and then adds what its peer has overwritten: one gradient in
-    some runs was wrong in the fourth digit (github.com/jax-ml/jax/issues/40830).
+    Between processes on CPUs, reduce-scatter is gloo's. It sometimes adds data that its peer has overwritten: one
+    gradient in some runs was wrong in the fourth digit (github.com/jax-ml/jax/issues/40830).
     """
     return jax.lax.all_gather(leaf, FSDP, axis=axis, tiled=True)
 
@@ -208,12 +208,12 @@ _gather_whole.defvjp(_gather_forward, _gather_backward)
 
 
 def sum_gradients(tree: Any, specs: Any) -> Any:
-    """Inside `shard_map`: sums gradients over the axes along which `gather` has not done so."""
+    """Inside `shard_map`: sums gradients over the axes that `gather` has not summed."""
     return jax.tree.map(lambda leaf, spec: jax.lax.psum(leaf, DATA if FSDP in spec else (DATA, FSDP)), tree, specs)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays, split over the mesh, from the rows of `process_rows` (numpy)."""
+    """Makes global arrays, split over the mesh, from this process's rows (numpy; see `process_rows`)."""
     sharding = NamedSharding(mesh, BATCH)
 
     def put(leaf: Any) -> jax.Array:
@@ -236,9 +236,9 @@ def _own(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[jax.Device, tu
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
-    """Which rows of a global batch this process's devices own, in order.
+    """The rows of a global batch that this process's devices hold, in order.
 
-    They need not be neighbours: a host of a TPU slice holds a square of the chips, the mesh follows their links.
+    They need not be contiguous: a host of a TPU slice has a square of the chips, and the mesh follows their links.
     """
     spans = [index[0].indices(batch_size) for index in _own(NamedSharding(mesh, BATCH), (batch_size,)).values()]
     return tuple(sorted(row for span in spans for row in range(*span)))

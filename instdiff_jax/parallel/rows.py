@@ -1,8 +1,8 @@
 """Arrays whose first axis is split over a mesh, one part per device.
 
-By default XLA gathers such arrays wherever a network loops over its batch, as attention's chunks do. And a network must
-choose its chunks by the rows on its device. So what runs on rows is mapped over the devices (`shard_map`). Where a
-sharding is None, there is one device and no mesh.
+By default XLA gathers such arrays wherever a network loops over its batch, as attention's chunks do. Also, a network
+must choose its chunks by the rows on its device. So functions of rows are mapped over the devices (`shard_map`). A
+sharding of None means one device and no mesh.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 
 def count_devices(sharding: NamedSharding | None) -> int:
-    """Devices that rows are split over."""
+    """The number of devices that rows are split over."""
     return 1 if sharding is None else sharding.num_devices
 
 
@@ -27,7 +27,7 @@ def replicated(sharding: NamedSharding) -> NamedSharding:
 
 
 def on_each_device(function: Callable, sharding: NamedSharding | None, whole: tuple[int, ...] = ()) -> Callable:
-    """Runs the function on each device's part of the arguments; of the arguments in `whole` each device has a copy."""
+    """Runs the function on each device's part of the arguments. Arguments in `whole` are replicated."""
     if sharding is None:
         return function
 
@@ -40,10 +40,10 @@ def on_each_device(function: Callable, sharding: NamedSharding | None, whole: tu
 
 
 def settled(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Returns the arrays; on a mesh of CPU devices waits until they are ready.
+    """Returns the arrays; on a mesh of CPU devices, first waits until they are ready.
 
-    XLA:CPU's devices share one pool of threads. A collective can wait there forever for partners that are busy or queue
-    behind another collective. So collectives run on inputs that are ready, one at a time.
+    XLA:CPU's devices share one thread pool. A collective can wait there forever for partners that are busy or queued
+    behind another collective. So collectives run one at a time, on inputs that are ready.
     """
     if sharding is not None and sharding.mesh.devices.flat[0].platform == "cpu":
         jax.block_until_ready(tree)
@@ -51,7 +51,7 @@ def settled(tree: Any, sharding: NamedSharding | None) -> Any:
 
 
 def device_of(params: Any) -> jax.Device | None:
-    """The one device that parameters are bound to; None where they are not bound, or to several."""
+    """The one device that parameters are committed to; None if they are not committed, or to several."""
     leaf = next(iter(jax.tree.leaves(params)), None)
     if not isinstance(leaf, jax.Array) or not leaf.committed or len(leaf.devices()) != 1:
         return None
@@ -59,17 +59,17 @@ def device_of(params: Any) -> jax.Device | None:
 
 
 def beside(params: Any, tree: Any) -> Any:
-    """Binds arrays to the device that parameters are bound to.
+    """Commits arrays to the device that parameters are committed to.
 
-    A program's outputs are bound to its parameters' device. If its first inputs were not, it compiles again when its
-    outputs become its inputs.
+    A program's outputs are committed to its parameters' device. If its first inputs were not, it compiles again when
+    its outputs become its inputs.
     """
     device = device_of(params)
     return tree if device is None else jax.device_put(tree, device)
 
 
 def spread(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Splits arrays over the mesh, padded with zeros to a multiple of its devices."""
+    """Splits arrays over the mesh. Pads them with zeros to a multiple of the number of devices."""
 
     def put(a: Any) -> Array:
         short = -len(a) % sharding.num_devices
@@ -83,7 +83,7 @@ def spread(tree: Any, sharding: NamedSharding | None) -> Any:
 def take(tree: Any, index: Int[np.ndarray, "..."], sharding: NamedSharding | None) -> Any:
     """Takes entries of arrays that are split over the mesh; the result is split too.
 
-    Only one array at a time is whole on every device.
+    Gathers one array at a time.
     """
     if sharding is None:
         return _take(tree, jnp.asarray(index), None)

@@ -1,4 +1,4 @@
-"""Compiling: the cache of compiled programs, and the memory that compiling takes."""
+"""Compilation: the cache of compiled programs, and the memory that compilation needs."""
 
 import ctypes
 import functools
@@ -12,17 +12,17 @@ import jax
 import jaxlib
 
 _EMITTERS_FLAG = "xla_cpu_use_fusion_emitters"
-# XLA ends the process at an unknown flag: jaxlib 0.10.2 knows this one, 0.11.2 does not.
+# An unknown flag makes XLA end the process. jaxlib 0.10.2 knows this one, 0.11.2 does not.
 _FIRST_WITHOUT = (0, 11)
-_M_ARENA_MAX = -8  # of glibc's malloc.h
+_M_ARENA_MAX = -8  # from glibc's malloc.h
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
 def set_up_compilation() -> None:
-    """Sets up compiling for a command: cache and memory. Call before jax looks for devices.
+    """Sets up compilation for a command: cache and memory. Call before jax looks for devices.
 
-    It changes the process (environment, jax's configuration, the allocator), so it is the command line's to call,
-    never the library's.
+    It changes the process (environment, jax's configuration, the allocator), so only the command line calls it, never
+    the library.
     """
     spare_compiler_memory()
     enable_compilation_cache()
@@ -30,7 +30,7 @@ def set_up_compilation() -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless jax is configured otherwise already."""
+    """Caches compiled programs in the user's cache folder, unless jax already has a cache folder."""
     if jax.config.jax_compilation_cache_dir is not None:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -46,9 +46,9 @@ def enable_compilation_cache() -> None:
 def spare_compiler_memory() -> None:
     """Makes XLA compile for CPUs in less memory. Has no effect once jax has looked for devices.
 
-    XLA's newer way to compile fusions needs half a gigabyte more for a small UNet, beside the weights, and the program
-    is no faster (docs/performance.md). And glibc gives every thread a heap of its own, each never quite full: here it
-    gets one per two cores. A user's own XLA_FLAGS and MALLOC_ARENA_MAX are kept.
+    XLA's fusion emitters need half a gigabyte more for a small UNet, beside the weights, and the program is no faster
+    (docs/performance.md). By default glibc gives every thread its own heap, each partly unused; this allows one heap
+    per two cores. A user's own XLA_FLAGS and MALLOC_ARENA_MAX are kept.
     """
     if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
         _set_heaps(max(1, (os.cpu_count() or 1) // 2))
@@ -59,10 +59,10 @@ def spare_compiler_memory() -> None:
 
 @functools.cache
 def return_compiler_memory() -> None:
-    """From now on returns the compiler's freed memory to the system after each long compilation, on CPUs.
+    """From now on, returns the compiler's freed memory to the system after each long compilation, on CPUs.
 
-    There compiler and programs share memory, and glibc would keep half a gigabyte after a small UNet. Does nothing with
-    another C library.
+    On CPUs, compiler and programs share memory, and glibc would keep half a gigabyte after a small UNet. Does nothing
+    with another C library.
     """
     trim = _heap_trim()
     if trim is None:
@@ -76,7 +76,7 @@ def return_compiler_memory() -> None:
 
 
 def _set_heaps(most: int) -> bool:
-    """glibc's M_ARENA_MAX; False with another C library."""
+    """Sets glibc's M_ARENA_MAX; returns False with another C library."""
     try:
         return bool(ctypes.CDLL(None).mallopt(ctypes.c_int(_M_ARENA_MAX), ctypes.c_int(most)))
     except (OSError, TypeError, AttributeError):
@@ -84,7 +84,7 @@ def _set_heaps(most: int) -> bool:
 
 
 def _heap_trim() -> Callable[[], int] | None:
-    """glibc's malloc_trim, keeping nothing; None with another C library."""
+    """glibc's malloc_trim with a pad of 0; None with another C library."""
     try:
         function = ctypes.CDLL(None).malloc_trim
     except (OSError, TypeError, AttributeError):

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written in the background, verified when read, whole or not there at all.
+"""Checkpoints of a run: written atomically in the background, verified when read.
 
-A run's folder `checkpoints/` holds one folder a step (orbax). Each has the training state, and in `facts` what the
-run started from and a checksum of every array. Frozen parameters are not in it: they come from the base checkpoint.
+A run's folder `checkpoints/` has one folder per step (orbax). Each has the training state, and in `facts` what the
+run started from and a checksum of every array. It has no frozen parameters: they come from the base checkpoint.
 """
 
 import signal
@@ -22,8 +22,8 @@ from instdiff_jax.training.state import TrainState
 
 DAMAGED = "damaged_checkpoints"
 
-# What a resumed run must share with the checkpoint, and what to say of it. The base is known by its contents: its
-# folder may have moved.
+# The facts that a resumed run must share with the checkpoint, and their names in errors. The base is identified by
+# its contents, because its folder may have moved.
 _SAME = {
     "seed": "config.train.seed",
     "batch_size": "config.train.batch_size",
@@ -34,14 +34,14 @@ _SAME = {
 
 
 class Checkpoints:
-    """A run's checkpoints. Every process of the job makes one, and calls every method.
+    """A run's checkpoints. Every process of the job makes this object and calls every method.
 
     Args:
         workdir: the run's folder.
-        facts: what the run started from: JSON-ready, with the keys of `_SAME` at least.
+        facts: what the run started from: JSON-ready, with at least the keys of `_SAME`.
         keep_newest: how many of the newest to keep.
-        keep_every: those of steps divisible by this are kept for ever; 0 keeps none so.
-        read_only: to look at another run's.
+        keep_every: checkpoints of steps divisible by this are kept permanently; 0 for none.
+        read_only: for reading another run's checkpoints.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Checkpoints:
             raise InputError(f"{self.folder}: this folder cannot be written ({error})") from error
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts to save; returns once the arrays are copied, so that the step may overwrite them."""
+        """Starts saving. Returns once the arrays are copied, so that the next step may overwrite them."""
         if step in self._manager.all_steps():
             return
         args = ocp.args.Composite(
@@ -76,15 +76,15 @@ class Checkpoints:
         self._manager.save(step, args=args, force=True)
 
     def restore(self, shapes: TrainState) -> TrainState | None:
-        """The newest state that is intact, each array straight to its place; None where the run has none.
+        """Restores the newest intact state, already sharded; None if the run has none.
 
-        A damaged checkpoint is named in a warning and moved to `damaged_checkpoints/`, and the one before it taken.
+        A damaged checkpoint is moved to `damaged_checkpoints/` with a warning, and the one before it is used.
 
         Args:
-            shapes: the state as ShapeDtypeStructs with shardings, on whatever mesh.
+            shapes: the state as ShapeDtypeStructs with shardings, on any mesh.
 
         Raises:
-            InputError: where the run started from something else, or none of its checkpoints can be read.
+            InputError: if the run started from something else, or none of its checkpoints can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -102,10 +102,10 @@ class Checkpoints:
         return None
 
     def restore_at(self, step: int | None, shapes: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
-        """The step, state and facts of one checkpoint (None: the newest); nothing is compared, moved or skipped.
+        """The step, state and facts of one checkpoint (None: the newest). Compares, moves and skips nothing.
 
         Raises:
-            InputError: where it is not there or damaged.
+            InputError: if it is missing or damaged.
         """
         steps = sorted(self._manager.all_steps())
         if not steps or (step is not None and step not in steps):
@@ -128,11 +128,11 @@ class Checkpoints:
     def _read(
         self, step: int, shapes: TrainState, compare: bool = True
     ) -> tuple[TrainState | None, dict[str, Any], str | None]:
-        """A state and its facts, or why there is none: the processes agree whether there is one."""
+        """A state and its facts, or the problem. All processes agree whether there is a state."""
         try:
             facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
             sums, problem = checked_sums(facts), None
-        except Exception as error:  # orbax, tensorstore and json each raise their own kinds for damaged files
+        except Exception as error:  # orbax, tensorstore and json raise different errors for damaged files
             problem = damage(error)
         if not _everywhere(problem is None):
             return None, {}, problem or "another process cannot read it"
@@ -150,7 +150,7 @@ class Checkpoints:
             state, problem = self._manager.restore(step, args=args)["state"], None
         except Exception as error:
             state, problem = None, damage(error)
-        # Each process reads its own part; the checksums are of all parts, so that all of them must have come.
+        # Each process reads its own part. The checksums cover all parts, so every process must have read its part.
         if not _everywhere(problem is None):
             return None, facts, problem or "another process cannot read its part"
         wrong = [path for path, value in checksums(state).items() if sums[path] != value]
@@ -166,7 +166,7 @@ class Checkpoints:
                 raise InputError(f"{self.folder / str(step)}: {name}: expected the run's{old}, got{new or ' another'}")
 
     def _set_aside(self, step: int) -> None:
-        # Moved, not deleted: a later save of the same step needs the place.
+        # Moved, not deleted: a later save of the same step needs this path.
         if jax.process_index() == 0:
             target = self.folder.parent / DAMAGED
             target.mkdir(exist_ok=True)
@@ -177,21 +177,21 @@ class Checkpoints:
 
 
 def _everywhere(value: bool) -> bool:
-    """Whether it is True on every process of the job."""
+    """Whether `value` is True on every process of the job."""
     return bool(np.all(multihost_utils.process_allgather(np.array(value)))) if jax.process_count() > 1 else value
 
 
 class StopSignal:
-    """Notices SIGTERM (and Ctrl-C, alone) and lets all processes stop at one step.
+    """Notices SIGTERM (with one process also Ctrl-C), and lets all processes stop after the same step.
 
-    With several processes jax's own preemption service carries the notice to all and picks the step. A second signal
-    ends the process at once.
+    With several processes, jax's preemption service notifies all of them and chooses the step. A second signal ends
+    the process at once.
     """
 
     def __init__(self):
         self._asked = False
         self._before: dict[int, Any] = {}
-        # Python allows handlers in the main thread alone; the service has its own.
+        # Python allows signal handlers only in the main thread. The preemption service has its own.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle)
@@ -201,12 +201,12 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
     def close(self) -> None:
-        """Gives the signals back to whoever had them before."""
+        """Restores the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked after each."""
+        """Whether to stop after this step. Call after every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked

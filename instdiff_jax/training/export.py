@@ -13,10 +13,10 @@ from instdiff_jax.training.settings import TrainSettings
 
 
 def read_run(workdir: Path) -> tuple[ModelConfig, SamplingConfig, TrainSettings]:
-    """What a run's config.json says.
+    """Reads the settings in a run's config.json.
 
     Raises:
-        InputError: for a folder that is not a run's.
+        InputError: if the folder is not a run's.
     """
     found = run.read_run(workdir)
     return found.model, found.sampling, TrainSettings.from_dict(found.train, f"{workdir / 'config.json'}: train")
@@ -30,9 +30,9 @@ def export(
     Args:
         workdir: the run's folder.
         output: the checkpoint folder.
-        step: the checkpoint's step; None takes the newest.
+        step: the checkpoint's step; None for the newest.
         overwrite: replace a checkpoint folder at `output`.
-        dtype: how the parameters are stored.
+        dtype: of the stored parameters.
 
     Returns:
         The step.

@@ -1,4 +1,4 @@
-"""A run's inputs: the datasets, what is computed from them once, and the batches on the devices."""
+"""A run's inputs: the datasets, the embeddings and latents computed once from them, and the device batches."""
 
 import dataclasses
 import functools
@@ -38,13 +38,13 @@ class Inputs:
     sources: Sources
 
     def batches(self, start: int) -> DevicePrefetch:
-        """Endless training batches on the devices, from step `start` on; to be closed at the end."""
+        """Endless training batches on the devices, from step `start` on. Close it at the end."""
         data = self.run.data
         settings = dataclasses.replace(self._settings(), workers=data.workers, prefetch=data.prefetch)
         return DevicePrefetch(make_loader(self.sources, settings, start), self.put, data.prefetch)
 
     def validation_batches(self) -> list[dict[str, Any]]:
-        """The validation split's first batches, on the host: images in order, nothing dropped or flipped."""
+        """The validation split's first batches, on the host: in order, nothing dropped or flipped."""
         dataset = InstanceDataset(self.run.data.dir, self.run.data.validation_split)
         sources = self.sources._replace(dataset=dataset, latents=None)
         examples = self.run.data.examples.without_chance()
@@ -52,7 +52,7 @@ class Inputs:
         return [next(loader) for _ in range(self.run.train.validation_batches)]
 
     def put(self, batch: Mapping[str, Any]) -> dict[str, Array]:
-        """What the loss reads of a batch, as global arrays on the mesh."""
+        """Puts the arrays that the loss reads on the mesh, as global arrays."""
         keys = batch_keys(self.run.train)
         return put_batch({key: value for key, value in batch.items() if key in keys}, self.plan.mesh)
 
@@ -72,14 +72,14 @@ class Inputs:
 def open_inputs(
     run: RunSettings, plan: ShardingPlan, dataset: InstanceDataset, tokenizer: Tokenizer, frozen: Params
 ) -> Inputs:
-    """The run's inputs. Phrase embeddings, and latents if asked for, are computed here if they are missing."""
+    """Opens the run's inputs. Computes missing phrase embeddings, and missing latents if the config asks for them."""
     phrases = open_phrases(run, plan, frozen, tokenizer)
     latents = open_latents(run, plan, frozen, dataset)
     return Inputs(run, plan, Sources(dataset, tokenizer.encode_prompts, phrases, latents))
 
 
 def check_data(run: RunSettings) -> None:
-    """Raises InputError if the examples do not fit the networks, or the networks do not fit one another."""
+    """Raises InputError if the examples do not match the networks, or the networks do not match each other."""
     examples, stride, model = run.data.examples, run.model.canvas_stride, run.model
     fits = {
         "unet.in_channels": (model.unet.in_channels, "autoencoder.z_channels", model.autoencoder.z_channels),
@@ -99,14 +99,14 @@ def check_data(run: RunSettings) -> None:
 
 
 def open_tokenizer(run: RunSettings) -> Tokenizer:
-    """The tokenizer of the checkpoint that the run starts from, or else the config's."""
+    """The tokenizer of the checkpoint that the run starts from; without a checkpoint, the config's."""
     text = run.model.text_encoder
     name = read_folder(run.train.start)[0].text_encoder.tokenizer if run.train.start else text.tokenizer
     return Tokenizer(find_tokenizer(name, text.vocab_size), text.vocab_size, text.max_length)
 
 
 class NoPhrases:
-    """Stands in for a phrase table where no network reads phrases."""
+    """Replaces a phrase table when no network reads phrases."""
 
     def __init__(self, width: int):
         self._width = width
@@ -116,7 +116,7 @@ class NoPhrases:
 
 
 def open_phrases(run: RunSettings, plan: ShardingPlan, params: Params, tokenizer: Tokenizer) -> PhraseTable | NoPhrases:
-    """The embeddings of the dataset's phrases, computed first if this text encoder has not embedded them yet."""
+    """The embeddings of the dataset's phrases; computes them if this text encoder has not embedded them yet."""
     if run.train.task != "diffusion" or not run.train.grounding:
         return NoPhrases(run.model.unet.context_dim)
     encoder = make_networks(run.model, run.train).text_encoder.clone(dtype=jnp.float32)
@@ -137,7 +137,7 @@ def _embed(encode: Callable, params: Params, tokenizer: Tokenizer, phrases: list
 
 
 def open_latents(run: RunSettings, plan: ShardingPlan, params: Params, dataset: InstanceDataset) -> LatentCache | None:
-    """The encodings of all images, computed first if they are missing; None if the config does not ask for them."""
+    """The latents of all images; computes them if they are missing. None if the config does not ask for them."""
     if not run.data.cache_latents:
         return None
     autoencoder = make_networks(run.model, run.train).autoencoder
@@ -150,7 +150,7 @@ def open_latents(run: RunSettings, plan: ShardingPlan, params: Params, dataset: 
     path = Path(run.data.dir) / "latents" / name
     cache = first_process_first(functools.partial(cache_latents, encode, dataset, path, fingerprint, size, flips=flips))
     if jax.process_index() == 0:
-        # The noise has standard deviation 1. Latents far from it drown in the noise, or never become noise.
+        # The noise has standard deviation 1. Much smaller latents drown in it; much larger ones never become noise.
         deviation = run.model.autoencoder.scale_factor * cache.deviation()
         print(f"latents: standard deviation {deviation:.3f}; expected about 1", file=sys.stderr)
     return cache
@@ -163,7 +163,7 @@ def _posterior(autoencoder: nn.Module, params: Params, images: UInt8[Array, "b H
 
 
 def _dtype_suffix(run: RunSettings) -> str:
-    """Frozen parameters are rounded to the run's dtype, so their encodings differ."""
+    """Marks the run's dtype: frozen parameters are rounded to it, which changes what they encode."""
     return "" if run.train.dtype == "float32" else f"-{run.train.dtype}"
 
 
@@ -172,13 +172,13 @@ def _identity(tree: Params) -> Params:
 
 
 def on_one_device(tree: Params, plan: ShardingPlan) -> Params:
-    """A whole copy on this process's first device. Every process of the job must call it."""
+    """Copies the whole tree to this process's first device. Every process of the job must call it."""
     whole = jax.jit(_identity, out_shardings=jax.NamedSharding(plan.mesh, REPLICATED))(tree)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
 def first_process_first(make: Callable[[], Any]) -> Any:
-    """Calls `make` on process 0, then on the others, which find the files that process 0 has written."""
+    """Calls `make` on process 0, then on the others, which read the files that process 0 wrote."""
     if jax.process_index() == 0:
         result = make()
     if jax.process_count() > 1:

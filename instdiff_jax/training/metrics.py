@@ -1,4 +1,4 @@
-"""What a run reports: numbers in JSONL and TensorBoard, a progress line, images, a profile."""
+"""What a run reports: numbers in JSONL and TensorBoard, a progress line, images, a profiler trace."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from instdiff_jax.errors import InputError
 from instdiff_jax.files import write_text
 from instdiff_jax.training.settings import TrainSettings
 
-# Peak dense bfloat16 FLOP/s of one chip, from the vendors' data sheets, by the beginning of jax's device_kind; the
-# longest match counts. A device of a TPU v2 or v3 is half a chip.
+# Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets. Keys are prefixes of jax's device_kind; the
+# longest match counts. On TPU v2 and v3 a device is half a chip.
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -45,7 +45,7 @@ PEAK_FLOPS = {
 }
 
 
-# What the progress line shows, and its labels.
+# The metrics in the progress line, and their labels.
 _SHOWN = {
     "loss": "loss",
     "learning_rate": "rate",
@@ -67,9 +67,9 @@ class MetricsWriter:
 
     Args:
         workdir: the run's folder.
-        start_step: lines of later steps, which a killed run wrote, are dropped.
-        total_steps: of the run, for the progress line.
-        active: whether this process writes; one of a job does. On the others the methods do nothing.
+        start_step: lines of later steps, written by a killed run, are dropped.
+        total_steps: the run's number of steps, for the progress line.
+        active: whether this process writes; only one per job does. On the others the methods do nothing.
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int, active: bool = True):
@@ -77,7 +77,7 @@ class MetricsWriter:
         self._start_step = start_step
         if not active:
             return
-        # A slow import that only this process needs.
+        # A slow import, needed only on this process.
         from tensorboardX import SummaryWriter
 
         path = workdir / "metrics.jsonl"
@@ -86,7 +86,7 @@ class MetricsWriter:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a step's numbers. Numbers that are not finite become null in JSON."""
+        """Writes a step's numbers. Numbers that are not finite become null in JSON."""
         if not self._active:
             return
         numbers = {name: float(value) for name, value in values.items()}
@@ -102,7 +102,7 @@ class MetricsWriter:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the progress: one line that is rewritten on a terminal, a new line each time elsewhere."""
+        """Shows the progress: on a terminal one line that is rewritten, elsewhere a new line each time."""
         if not self._active:
             return
         done = max(1, step - self._start_step)
@@ -129,7 +129,7 @@ def _drop_later_lines(path: Path, step: int) -> None:
         try:
             entry = json.loads(line)
         except ValueError:
-            continue  # half a line of a killed run
+            continue  # an incomplete line of a killed run
         if entry["step"] <= step:
             kept.append(line + "\n")
     write_text(path, "".join(kept))
@@ -141,11 +141,11 @@ def _duration(seconds: float) -> str:
 
 
 class Clock:
-    """Speed since the last report: images a second, the chips' utilisation, the share of time spent waiting for data.
+    """Speed since the last report: images per second, MFU, and the share of time spent waiting for data.
 
     Args:
-        batch_size: images a step, over all devices.
-        count_flops: returns the model FLOPs of one step on one device; only called if the chip's peak is known.
+        batch_size: images per step, over all devices.
+        count_flops: returns the model FLOPs of one step on one device; called only if the chip's peak is known.
         device: one of the job's devices, which are all of one kind.
     """
 
@@ -176,7 +176,7 @@ class Clock:
 
 
 class Reporter:
-    """Reads a step's numbers while the next step runs, so that the devices never wait, and writes them.
+    """Reads and writes a step's numbers while the next step runs, so that the devices never wait.
 
     Attributes:
         sound: False once `max_skips` updates in a row were skipped.
@@ -193,12 +193,12 @@ class Reporter:
         return self._clock is not None
 
     def start(self, step: int, clock: Clock) -> None:
-        """To be called before the run's first step; `step` is the number of steps done."""
+        """Call before the run's first step; `step` is the number of steps done."""
         self._clock, self._first = clock, step
         clock.start(step, self._batches.wait_seconds)
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes a step's numbers, which may still be on their way, and writes those of the step before."""
+        """Takes a step's numbers, which may not be computed yet, and writes those of the step before."""
         self.flush()
         self._pending = step, metrics
         if step == self._first + 1:
@@ -227,13 +227,13 @@ class ProfilerWindow:
         self._folder, self._first, self._last, self._running = workdir / "profile", first, first + count, False
 
     def before(self, step: int) -> None:
-        """To be called before each step."""
+        """Call before each step."""
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
     def after(self, step: int, result: object) -> None:
-        """To be called after each step, with its result."""
+        """Call after each step, with its result."""
         if self._running and step + 1 >= self._last:
             jax.block_until_ready(result)
             self.close()
@@ -246,7 +246,7 @@ class ProfilerWindow:
 
 
 def make_workdir(path: str | os.PathLike) -> Path:
-    """The run's folder, made if it is missing.
+    """Returns the run's folder; makes it if it is missing.
 
     Raises:
         InputError: if it cannot be written.
@@ -256,7 +256,7 @@ def make_workdir(path: str | os.PathLike) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A unique name: the job's processes share the folder, and may have the same process id.
+        # A unique name: the job's processes share the folder, and may have equal process ids.
         tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.").close()
     except OSError as error:
         raise InputError(f"--workdir: {folder}: this folder cannot be written ({error.strerror})") from error

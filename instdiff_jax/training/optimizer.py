@@ -1,4 +1,4 @@
-"""AdamW, the learning rate and the moving average, as in the paper's training."""
+"""AdamW, the learning rate schedule and the EMA, as in the paper's training."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ from instdiff_jax.training.settings import OptimizerSettings
 
 
 class OptimizerState(NamedTuple):
-    """What the optimizer keeps of the trainable parameters; every tree has their structure, in float32.
+    """The optimizer's state. Every tree has the structure of the trainable parameters, in float32.
 
-    `updates` counts the steps that were taken; a skipped one does not count.
+    `updates` counts the updates; skipped steps do not count.
     """
 
     updates: Int[Array, ""]
@@ -23,20 +23,20 @@ class OptimizerState(NamedTuple):
 
 
 def init_optimizer(params: Any) -> OptimizerState:
-    """No moments, and the average at the parameters themselves."""
+    """The initial state: the moments are zero, the average is a copy of the parameters."""
     return OptimizerState(
         updates=jnp.zeros((), jnp.int32),
         mu=jax.tree.map(jnp.zeros_like, params),
         nu=jax.tree.map(jnp.zeros_like, params),
-        # A copy: the step donates its buffers, and one buffer cannot be given away twice.
+        # A copy: the step donates its buffers, and a buffer can be donated only once.
         ema=jax.tree.map(jnp.copy, params),
     )
 
 
 def learning_rate(updates: Int[Array, ""], settings: OptimizerSettings, steps: int) -> Float[Array, ""]:
-    """Rate of the update after `updates` others: linear from 0 over the warm-up, then constant or a half cosine to 0.
+    """Learning rate after `updates` updates: linear warm-up from 0, then constant or a half cosine to 0.
 
-    transformers' get_constant_schedule_with_warmup and get_cosine_schedule_with_warmup, which the official code uses.
+    As transformers' get_constant_schedule_with_warmup and get_cosine_schedule_with_warmup, used by the official code.
     """
     count = updates.astype(jnp.float32)
     factor = jnp.minimum(count / max(1, settings.warmup_steps), 1.0)
@@ -47,7 +47,7 @@ def learning_rate(updates: Int[Array, ""], settings: OptimizerSettings, steps: i
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """√ of the sum of all squares in a tree, in float32."""
+    """The L2 norm over all leaves of a tree, in float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
 
 
@@ -60,17 +60,17 @@ def apply_gradients(
     norm: Float[Array, ""],
     take: Bool[Array, ""],
 ) -> tuple[Any, OptimizerState]:
-    """One update of parameters, moments and average.
+    """Updates parameters, moments and average.
 
-    Loshchilov and Hutter 2019, algorithm 2, with the decay multiplied by the rate and ε outside the root: PyTorch's.
+    Loshchilov and Hutter 2019, algorithm 2. As in PyTorch, the rate multiplies the decay and ε is outside the root.
 
     Args:
         rate: learning rate of this update.
         norm: global norm of `grads`.
-        take: where False, everything comes back as it was.
+        take: False returns everything unchanged.
     """
     count = (state.updates + 1).astype(jnp.float32)
-    # 1 − βᵗ by expm1: the plain difference loses half of float32's digits at the first steps.
+    # 1 − βᵗ by expm1: in the first steps the plain difference loses half of float32's digits.
     bias1, bias2 = (-jnp.expm1(count * math.log(beta)) if beta else 1.0 for beta in (settings.beta1, settings.beta2))
     scale = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6)) if settings.clip_norm else 1.0
 
@@ -80,9 +80,9 @@ def apply_gradients(
         new_nu = settings.beta2 * nu + (1 - settings.beta2) * jnp.square(g)
         step = (new_mu / bias1) / (jnp.sqrt(new_nu / bias2) + settings.eps)
         new_p = p - rate * (step + settings.weight_decay * p)
-        # In this form the rounding is that of the difference, not of the product.
+        # This form has the rounding error of the difference, not of the product.
         new_ema = ema + (1 - settings.ema_decay) * (new_p - ema)
-        # A select and no branch: it costs nothing beside the reads and writes, and fuses with them.
+        # A select instead of a branch: it fuses with the reads and writes, and costs nothing beside them.
         news, olds = (new_p, new_mu, new_nu, new_ema), (p, mu, nu, ema)
         return tuple(jnp.where(take, new, old) for new, old in zip(news, olds, strict=True))
 

@@ -1,4 +1,4 @@
-"""The settings of a training run, read strictly from a config's groups `train` and `data`."""
+"""The settings of a training run, read from a config's groups `train` and `data`, with strict checks."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from instdiff_jax.parallel.mesh import ParallelSettings, check_pattern
 
 Rules = tuple[tuple[str, ...], ...]
 
-# Which parameters train: ordered (regex over "/"-joined paths, "train" or "freeze"), the first full match decides.
+# Which parameters train: ordered (regex over "/"-joined paths, "train" or "freeze"). The first full match decides.
 TRAINABLE: dict[str, Rules] = {
     "paper": (
         (r"unet/.*/fuser/.*", "train"),
@@ -29,9 +29,9 @@ TRAINABLE: dict[str, Rules] = {
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings(Settings):
-    """AdamW as in the paper's training; `warmup_steps` counts updates, and the first has rate 0.
+    """AdamW as in the paper's training. `warmup_steps` counts updates; the first update has rate 0.
 
-    `clip_norm` bounds the global gradient norm; 0 leaves gradients alone. "cosine" falls to 0 at the run's last step.
+    `clip_norm` is the maximum global gradient norm; 0 disables clipping. "cosine" falls to 0 at the run's last step.
     """
 
     learning_rate: float = 5e-5
@@ -47,30 +47,30 @@ class OptimizerSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings(Settings):
-    """What to train, from where, for how long, and what to write on the way.
+    """What to train, from which checkpoint, for how long, and what to write.
 
     Attributes:
         task: "diffusion" trains the noise prediction, "autoencoder" the autoencoder's reconstruction, "text" a text
-            encoder whose pooled state holds the words.
+            encoder whose pooled state contains the words.
         start: checkpoint folder to start from; empty initialises everything.
         trainable: a name of TRAINABLE, or ordered pairs (regex, "train" or "freeze").
-        grounding: False trains on captions alone; UniFusion and the fusers are then not part of the model.
-        masked_attention: separates instances inside the fusers of the highest resolution (paper, "Instance-Masked
+        grounding: False trains on captions alone; the model then has no UniFusion and no fusers.
+        masked_attention: separates instances in the fusers of the highest resolution (paper, "Instance-Masked
             Attention"), with the same values as in the sampling settings; "none" as released.
-        batch_size: images a step, over all devices.
-        accumulate: parts that each device's share of a batch is taken in, one after the other.
-        dtype: of the computation and of what is frozen; what trains is always kept in float32.
-        remat: what the backward pass computes again: nothing, every block's inside, or all but matrix products.
-        loss_weight: whose error the diffusion loss is: the noise's, as released, or the velocity's, which gives high
-            noise its share and lets a small model learn layouts much sooner.
+        batch_size: images per step, over all devices.
+        accumulate: number of parts of each device's rows, computed one after the other.
+        dtype: of the computation and the frozen parameters; trainable parameters are always float32.
+        remat: what the backward pass recomputes: nothing, the inside of every block, or all but matrix products.
+        loss_weight: the diffusion loss: the error of the noise, as released, or of the velocity, which gives more
+            weight to high noise, so that a small model learns layouts much sooner.
         kl_weight: weight of the KL term in the autoencoder's loss.
-        max_skips: updates in a row skipped for a loss or gradient that is not finite, before the run stops.
-        *_every: in steps; 0 switches it off, but for `log_every` and `save_every`. `keep_every` keeps the checkpoints
-            of steps divisible by it for ever.
+        max_skips: the run stops after this many updates in a row, skipped because loss or gradient is not finite.
+        *_every: in steps; 0 switches it off, except `log_every` and `save_every`. `keep_every` keeps the checkpoints
+            of steps divisible by it permanently.
         validation_batches: batches of fixed noise and timesteps in one validation.
-        sample_layouts: folder of layouts for the sample grids; their pictures are of the averaged parameters.
+        sample_layouts: folder of layouts for the sample grids; the averaged parameters generate the images.
         sample_count: layouts in a sample grid.
-        profile_start: first step of a profiler window of `profile_steps` steps; -1 for none.
+        profile_start: first step of a profiler trace of `profile_steps` steps; -1 for none.
     """
 
     steps: int = 100_000
@@ -115,12 +115,12 @@ class TrainSettings(Settings):
         return settings
 
     def to_config(self) -> dict[str, Any]:
-        """`trainable` by its name, where it has one."""
+        """The config, with the name of `trainable` if it has one."""
         names = [name for name, rules in TRAINABLE.items() if rules == self.trainable]
         return super().to_config() | ({"trainable": names[0]} if names else {})
 
     def validate(self, where: str = "config.train") -> None:
-        """Raises InputError for a value out of its range."""
+        """Raises InputError if a value is out of range."""
         for name in ("steps", "batch_size", "accumulate", "max_skips", "save_every", "keep_newest", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{where}.{name}: expected a whole number of at least 1, got {getattr(self, name)}")
@@ -154,15 +154,15 @@ class TrainSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings(Settings):
-    """Which dataset, and how it is loaded.
+    """Which dataset to load, and how.
 
     Attributes:
-        dir: the dataset's folder, as `python -m instdiff_jax build-coco` makes it.
+        dir: the dataset's folder, made by `python -m instdiff_jax build-coco`.
         validation_split: empty for no validation.
-        workers: processes that make batches; 0 makes them in a thread.
+        workers: processes that make batches; 0 uses a thread.
         prefetch: batches made ahead, by each worker and on the devices.
-        cache_latents: encode every image once, beside the dataset, and train on that.
-        imported_phrases: take the phrase embeddings that came with the data.
+        cache_latents: encode every image once, save the latents beside the dataset, and train on them.
+        imported_phrases: use the phrase embeddings that came with the data.
         examples: how records become examples.
     """
 

@@ -1,4 +1,4 @@
-"""Where a run's parameters come from: a checkpoint folder, and fresh ones for what it lacks."""
+"""A run's initial parameters: restored from a checkpoint folder, or initialised where the folder lacks them."""
 
 import os
 from pathlib import Path
@@ -18,19 +18,19 @@ from instdiff_jax.tree import flatten, unflatten
 
 
 def base_fingerprint(settings: TrainSettings, model: ModelConfig, part: str = "") -> str:
-    """Fingerprint of the parameters that a run starts from; see `fingerprints.base_fingerprint`."""
+    """Fingerprint of a run's initial parameters; see `fingerprints.base_fingerprint`."""
     return fingerprints.base_fingerprint(settings.start, settings.seed, model, part)
 
 
 def start_params(
     plan: ShardingPlan, model: ModelConfig, settings: TrainSettings, only_frozen: bool = False
 ) -> tuple[Params, Params]:
-    """The parameters before the first step: those that train (none where `only_frozen`), and the frozen ones.
+    """The parameters before the first step: the trainable ones (none if `only_frozen`), and the frozen ones.
 
-    Restored arrays go straight to their places; only what the folder lacks is initialised, born in its place.
+    Parameters are restored already sharded. Those that the folder lacks are initialised, also already sharded.
 
     Raises:
-        InputError: for a folder that is no checkpoint, is damaged, or holds a model of other sizes.
+        InputError: if the folder is not a checkpoint, is damaged, or has a model of other sizes.
     """
     wanted = set(flatten(plan.frozen if only_frozen else plan.params))
     held: dict[tuple[str, ...], jax.Array] = {}
@@ -53,7 +53,7 @@ def _restore(plan: ShardingPlan, model: ModelConfig, settings: TrainSettings) ->
     found, _, absent = read_config(directory)
     ours, theirs = flatten(model_sizes(model)), flatten(model_sizes(found))
     if not found.unet.positions:
-        # A model without may be given them: the layer begins as zeros.
+        # Positions may be added to a model without them: the layer starts at zero.
         theirs["unet", "positions"] = model.unet.positions
     if ours != theirs:
         path = next(path for path in ours if ours[path] != theirs.get(path))
@@ -65,7 +65,7 @@ def _restore(plan: ShardingPlan, model: ModelConfig, settings: TrainSettings) ->
     copied = jax.sharding.NamedSharding(plan.mesh, REPLICATED)
     held = {}
     for part in shapes:
-        # A part of which some trains is read in float32, for its masters; the rest of it is cast afterwards.
+        # A part with trainable parameters is read in float32, for the masters. Its frozen ones are cast afterwards.
         dtype = "float32" if part in plan.trainable else settings.dtype
         tree = unflatten({path: places.get(path, copied) for path in flatten({part: shapes[part]})})
         held |= flatten(restore_params(directory, (part,), dtype=jax.numpy.dtype(dtype), sharding=tree))
@@ -73,7 +73,7 @@ def _restore(plan: ShardingPlan, model: ModelConfig, settings: TrainSettings) ->
 
 
 def run_facts(settings: TrainSettings, model: ModelConfig, dataset_fingerprint: str) -> dict:
-    """What a checkpoint must share with the run that resumes from it; see `checkpoints`."""
+    """The facts that a checkpoint must share with the run that resumes from it; see `checkpoints`."""
     return {
         "seed": settings.seed,
         "batch_size": settings.batch_size,

@@ -1,7 +1,7 @@
-"""The training state: which parameters exist, which of them train, and on which devices each array lies.
+"""The training state: which parameters exist, which of them train, and how each array is sharded.
 
-Parameters are plain nested dicts. Trainable and frozen parameters are two dicts without a common leaf; gradients,
-moments and averages exist for the trainable ones only.
+Parameters are plain nested dicts. Trainable and frozen parameters are two dicts with no leaf in common. Only trainable
+parameters have gradients, moments and averages.
 """
 
 import functools
@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     """Everything that a step changes.
 
     `step` counts all batches and is the loader's position. `skipped` counts the batches whose loss or gradient was not
-    finite, `skipped_in_row` those since the last update.
+    finite; `skipped_in_row` counts those since the last update.
     """
 
     step: Int[Array, ""]
@@ -53,11 +53,11 @@ _REACHED = {
 
 
 def split_params(params: Mapping[str, Any], settings: TrainSettings) -> tuple[Params, Params]:
-    """Splits a parameter tree into the trainable and the frozen part.
+    """Splits a parameter tree into trainable and frozen parameters.
 
     Raises:
-        InputError: if no rule of `train.trainable` covers a parameter, if the task's loss does not depend on a network
-            that should train, or if nothing trains.
+        InputError: if no rule of `train.trainable` covers a parameter, if the task's loss does not depend on a
+            trainable network, or if nothing trains.
     """
     trainable, frozen = {}, {}
     for path, leaf in flatten(params).items():
@@ -66,7 +66,7 @@ def split_params(params: Mapping[str, Any], settings: TrainSettings) -> tuple[Pa
         if trains and path[0] not in _REACHED[settings.task]:
             raise InputError(f"config.train.trainable: the {settings.task} task's loss does not train {name}")
         if trains and path[0] == "text_encoder" and settings.grounding:
-            # The phrases are embedded once, before the run.
+            # Phrases are embedded only once, before the run.
             raise InputError(f"config.train.trainable: {name} trains only where config.train.grounding is False")
         (trainable if trains else frozen)[path] = leaf
     if not trainable:
@@ -109,7 +109,7 @@ class ShardingPlan(NamedTuple):
         return shardings(self.frozen_specs, self.mesh)
 
     def state_shapes(self) -> TrainState:
-        """The training state as ShapeDtypeStructs with shardings, as a checkpoint is restored."""
+        """The training state as ShapeDtypeStructs with shardings, for restoring a checkpoint."""
         shapes = jax.eval_shape(init_state, self.trainable)
         return jax.tree.map(with_sharding, shapes, self.state_shardings())
 
@@ -135,7 +135,7 @@ def make_sharding_plan(
     params = jax.eval_shape(initial, jax.eval_shape(lambda: jax.random.key(0)))
     trainable, frozen = split_params(params, settings)
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype(leaf.shape, settings)), frozen)
-    # Also checks the frozen parameters, whose rules may not be used.
+    # Also checks the rules for frozen parameters, which may go unused.
     parameter_specs(params, parallel.rules, mesh)
     return ShardingPlan(
         params=params,
@@ -163,7 +163,7 @@ def fresh_params(plan: ShardingPlan, seed: int, paths: set[tuple[str, ...]]) -> 
     """Initialises the parameters at `paths`, sharded from the start: no unsharded copy ever exists.
 
     Returns:
-        The trainable ones (float32) and the frozen ones (the compute dtype).
+        The trainable ones (float32) and the frozen ones (`frozen_dtype`).
     """
     halves = tuple(_at_paths(half, paths) for half in (plan.trainable, plan.frozen))
     specs = tuple(_at_paths(half, paths) for half in (plan.trainable_specs, plan.frozen_specs))

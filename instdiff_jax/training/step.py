@@ -1,10 +1,10 @@
 """The loss, and the training step around it.
 
-A step is one `shard_map`: every device computes the loss and gradient of its own rows, with parameters gathered for
-the moment, and gradients go back summed to where their parameters lie. Noise, timesteps and posterior samples are
-keyed by (seed, step, row), so they do not depend on the mesh.
+A step is one `shard_map`. Every device gathers the parameters and computes the loss and gradient of its own rows.
+Gradients are summed and sharded like their parameters. Noise, timesteps and posterior samples are keyed by
+(seed, step, row), so they do not depend on the mesh.
 
-Axes: b rows of the whole batch, h w latents, z latent channels, n tokens, c context.
+Axes: b rows of the global batch, h w latents, z latent channels, n tokens, c context.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,18 +24,18 @@ from instdiff_jax.training.optimizer import apply_gradients, global_norm, learni
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import Networks, Params, ShardingPlan, TrainState, make_networks, merge_params
 
-# fold_in constants that keep a row's random streams apart.
+# fold_in constants: one per random stream of a row.
 _TIMESTEP, _NOISE, _POSTERIOR = range(3)
 
 Loss = Callable[[Params, Mapping[str, Any], jax.Array], Float[Array, ""]]
 
 
 class Batch(TypedDict, total=False):
-    """What a step takes; every array has the batch in front.
+    """The input of a step. The first axis of every array is the batch.
 
-    Pictures come as `image` (uint8, or float in [−1, 1]), or encoded as `latent_mean` and `latent_logvar`;
-    captions as `caption_ids`, or encoded as `context`. `latents`, `noise` and `timesteps` replace what the step would
-    draw itself. A validation or parity check gives those.
+    Images are given as `image` (uint8, or float in [−1, 1]), or encoded as `latent_mean` and `latent_logvar`.
+    Captions are given as `caption_ids`, or encoded as `context`. `latents`, `noise` and `timesteps` replace what the
+    step would draw itself; validation and parity checks give them.
     """
 
     image: Float[Array, "b H W 3"]
@@ -51,7 +51,7 @@ class Batch(TypedDict, total=False):
 
 
 def batch_keys(settings: TrainSettings) -> set[str]:
-    """What of a loaded batch the task's loss reads; the rest need not go to the devices."""
+    """The keys of a loaded batch that the task's loss reads; the others need not go to the devices."""
     if settings.task != "diffusion":
         return {"image"} if settings.task == "autoencoder" else {"caption_ids"}
     keys = {"image", "latent_mean", "latent_logvar", "caption_ids"}
@@ -88,7 +88,7 @@ def _latents(networks: Networks, params: Params, batch: Batch, keys: jax.Array, 
 def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:
     """Mean of (ε − prediction)² over rows and latents, in float32 (paper, "Training"; DDPM, eq. 14).
 
-    With `loss_weight` "velocity", of the error in v = √ᾱ·ε − √(1−ᾱ)·x0 instead (`velocity_weights`).
+    `loss_weight` "velocity" takes the error in v = √ᾱ·ε − √(1−ᾱ)·x0 instead (`velocity_weights`).
     """
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
@@ -121,7 +121,7 @@ def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettin
 
 
 def autoencoder_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:
-    """Mean squared error of the reconstruction, and `kl_weight` times the mean KL divergence from a unit normal."""
+    """Mean squared error of the reconstruction, plus `kl_weight` times the mean KL divergence from a unit normal."""
     network, scale = networks.autoencoder, model.autoencoder.scale_factor
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
@@ -138,11 +138,11 @@ def autoencoder_loss(networks: Networks, model: ModelConfig, settings: TrainSett
 
 
 def text_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:
-    """Cross-entropy of a caption's words given its pooled state, for a small text encoder trained from nothing.
+    """Cross-entropy of a caption's words given its pooled state, for a small text encoder trained from scratch.
 
-    UniFusion sees a phrase as its pooled state alone. CLIP's carries every word of a phrase, for it was trained by
-    contrast; one that learns from the noise prediction keeps colours and little else. Here the pooled state, times the
-    embedding of the tokens, gives the logits of the words that are in the caption: each counts the same.
+    UniFusion sees only the pooled state of a phrase. CLIP's pooled state carries every word, because CLIP was trained
+    contrastively. An encoder trained by noise prediction keeps colours and little else. Here the logits are the pooled
+    state times the token embeddings. The targets are the caption's words, with equal weights.
     """
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
@@ -150,7 +150,7 @@ def text_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -
         _, pooled = networks.text_encoder.apply({"params": encoder}, ids)
         embedding = encoder["token_embedding"]["embedding"].astype(jnp.float32)
         likely = jax.nn.log_softmax(pooled.astype(jnp.float32) @ embedding.T)
-        # Words stand between the start token and the first end token, which has the highest id.
+        # Words are between the start token and the first end token, which has the highest id.
         place = jnp.arange(ids.shape[1])[None]
         words = (place > 0) & (place < jnp.argmax(ids, axis=1)[:, None])
         rows = jnp.arange(ids.shape[0])[:, None]
@@ -164,7 +164,7 @@ LOSSES = {"diffusion": diffusion_loss, "autoencoder": autoencoder_loss, "text": 
 
 
 def make_loss(model: ModelConfig, settings: TrainSettings) -> Loss:
-    """The loss of the run's task over a whole parameter tree."""
+    """The loss of the run's task, as a function of the whole parameter tree."""
     loss = LOSSES[settings.task](make_networks(model, settings), model, settings)
     if settings.remat == "dots":
         loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
@@ -173,7 +173,7 @@ def make_loss(model: ModelConfig, settings: TrainSettings) -> Loss:
 
 def _compute_params(trainable: Params, frozen: Params, plan: ShardingPlan, settings: TrainSettings) -> Params:
     def cast(path, leaf: Array) -> Array:
-        # Kernels are cast by their layers anyway: doing it here halves the bytes that are gathered.
+        # The layers cast their kernels anyway. Casting before the gather halves the bytes to send.
         return leaf.astype(settings.dtype) if path[-1].key == "kernel" else leaf
 
     trainable = gather(jax.tree_util.tree_map_with_path(cast, trainable), plan.trainable_specs)
@@ -183,7 +183,7 @@ def _compute_params(trainable: Params, frozen: Params, plan: ShardingPlan, setti
 def make_train_step(
     model: ModelConfig, settings: TrainSettings, plan: ShardingPlan
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The step, not yet compiled: (state, frozen parameters, batch) → (state, metrics).
+    """Makes the step, not yet compiled: (state, frozen parameters, batch) → (state, metrics).
 
     Metrics are float32 or int32 scalars: loss, grad_norm (before clipping), learning_rate, skipped, skipped_in_row.
     """
@@ -192,7 +192,7 @@ def make_train_step(
 
     def local_gradients(trainable: Params, frozen: Params, batch: Batch, keys: jax.Array):
         def loss(trainable: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
-            # The mean over all devices and parts, of which this is one's share.
+            # One device's and one part's share of the mean over all.
             share = plan.mesh.size * parts
             return loss_of(_compute_params(trainable, frozen, plan, settings), batch, keys) / share
 
@@ -234,7 +234,7 @@ def make_train_step(
 def make_validation_step(
     model: ModelConfig, settings: TrainSettings, plan: ShardingPlan
 ) -> Callable[[Params, Params, Batch, Int[Array, ""]], Float[Array, ""]]:
-    """(trainable, frozen, batch, index) → loss with the noise and timesteps that belong to the index-th batch."""
+    """Makes (trainable, frozen, batch, index) → loss; `index` determines the noise and timesteps of the batch."""
     loss_of = make_loss(model, settings)
 
     def local_loss(trainable: Params, frozen: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
@@ -242,7 +242,7 @@ def make_validation_step(
         if settings.accumulate == 1:
             loss = loss_of(params, batch, keys)
         else:
-            # In the parts of the training step: as much memory as that, not more.
+            # In the same parts as the training step, so that it needs no more memory.
             rows = _parts((batch, keys), settings.accumulate)
             loss = jnp.mean(jax.lax.map(lambda part: loss_of(params, *part), rows))
         return jax.lax.pmean(loss, (DATA, FSDP))
@@ -250,7 +250,7 @@ def make_validation_step(
     over_devices = _over_devices(local_loss, plan, REPLICATED)
 
     def validation_step(trainable: Params, frozen: Params, batch: Batch, index: Int[Array, ""]) -> Float[Array, ""]:
-        # Training's steps count up from 0: a negative one is never among its draws.
+        # Training steps count up from 0, so a negative step never repeats a draw of theirs.
         keys = row_keys(settings.seed, -1 - index, jnp.arange(_rows(batch)))
         return over_devices(trainable, frozen, batch, keys)
 
@@ -258,13 +258,13 @@ def make_validation_step(
 
 
 def compile_step(step: Callable, plan: ShardingPlan) -> Callable:
-    """`make_train_step`'s result under jit: the state is donated, and comes out where it lay."""
+    """Compiles `make_train_step`'s result. The state is donated, and keeps its sharding."""
     places = plan.state_shardings()
     return jax.jit(step, donate_argnums=0, out_shardings=(places, places.step))
 
 
 def _parts(rows: Any, parts: int) -> Any:
-    """Arrays of rows with the parts in front."""
+    """Splits the rows of arrays into parts, along a new first axis."""
     return jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), rows)
 
 

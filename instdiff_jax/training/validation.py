@@ -1,4 +1,4 @@
-"""What a run looks at between steps: the validation loss, and images of a few layouts."""
+"""What a run checks between steps: the validation loss, and images of a few layouts."""
 
 import logging
 from pathlib import Path
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 
 def check_validation(run: RunSettings) -> None:
-    """Raises InputError if the validation split or the sample layouts are missing, before any long work."""
+    """Raises InputError if the validation split or the sample layouts are missing. Call before any long work."""
     if validates(run):
         InstanceDataset(run.data.dir, run.data.validation_split)
     if run.train.sample_every:
@@ -38,7 +38,7 @@ def validates(run: RunSettings) -> bool:
 
 
 class Validation:
-    """The mean loss over the validation split's first batches, with the same noise and timesteps every time."""
+    """The mean loss over the validation split's first batches, always with the same noise and timesteps."""
 
     def __init__(self, inputs: Inputs):
         """Loads the batches."""
@@ -56,7 +56,7 @@ class Validation:
 
 
 def read_sample_layouts(run: RunSettings) -> list[Layout]:
-    """The layouts of the sample grids; InputError if there are none, or the run cannot sample them."""
+    """The layouts of the sample grids. Raises InputError if there are none, or the run cannot sample them."""
     if run.train.task != "diffusion" or not run.train.grounding:
         raise InputError("config.train.sample_every: only runs with grounding draw samples; expected 0")
     folder = Path(run.train.sample_layouts)
@@ -67,7 +67,7 @@ def read_sample_layouts(run: RunSettings) -> list[Layout]:
 
 
 class SampleGrid:
-    """Images of a few layouts from the averaged parameters, written to WORKDIR/samples/STEP.png."""
+    """Generates images of a few layouts with the averaged parameters; writes them to WORKDIR/samples/STEP.png."""
 
     def __init__(self, run: RunSettings, plan: ShardingPlan, workdir: Path, tokenizer: Tokenizer):
         """Reads the layouts."""
@@ -75,9 +75,9 @@ class SampleGrid:
         self._layouts = read_sample_layouts(run)
 
     def draw(self, step: int, state: TrainState, frozen: Params) -> UInt8[np.ndarray, "H W 3"] | None:
-        """The grid on process 0, None on the others, and for images that are not finite.
+        """Returns the grid on process 0; None on the others, or if the images are not finite.
 
-        Every process must call it: parameters are gathered.
+        Every process must call it, because it gathers parameters.
         """
         params = on_one_device(merge_params(state.optimizer.ema, frozen), self._plan)
         if jax.process_index() != 0:
@@ -86,7 +86,7 @@ class SampleGrid:
         pipeline = Pipeline(run.model, run.sampling, params, self._tokenizer, run.train.dtype)
         try:
             results = pipeline(self._layouts, seeds=[0], width=size, height=size)
-        except NotFiniteError as error:  # no reason to end a run
+        except NotFiniteError as error:  # does not end the run
             _logger.warning("no samples of step %d: %s", step, error)
             return None
         pairs = [(result.layout, enlarge(result.array)) for result in results]
