@@ -1,6 +1,6 @@
 """Imports PyTorch checkpoints as our parameter tree and writes them back.
 
-The keys of a file tell what it is:
+The keys of a file determine its kind:
 
 - the released checkpoint, {"model", "autoencoder", "text_encoder", "diffusion"[, "ema", …]}; EMA weights
   are taken when present;
@@ -13,7 +13,7 @@ The keys of a file tell what it is:
   positionnet: UniFusion's state dict without a prefix; scaleu: {index: {"scaleu_b", "scaleu_s"}};
 - a flat state dict of adapters under their released names.
 
-A base and several adapter files make one model. With a base, only the adapters of the released checkpoint are used.
+A base and several adapter files form one model. With a base, only the adapters of the released checkpoint are used.
 """
 
 import importlib.util
@@ -57,7 +57,7 @@ State = dict[str, dict[str, Any]]  # part -> key -> array; parts are PARTS and "
 def load_pytorch(
     paths: Sequence[str | Path], config: ModelConfig, convnext: str | Path | None = None, verify: bool = True
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Reads PyTorch files as one model; leaves are read-only views of the memory-mapped files, in their dtype.
+    """Reads PyTorch files as one model. Leaves are read-only views of the memory-mapped files, in their dtype.
 
     Args:
         paths: the released checkpoint, or a base and any adapter files, in any order.
@@ -107,7 +107,7 @@ def load_pytorch(
 
 
 def _is_finite(value: np.ndarray) -> bool:
-    # Minimum and maximum pass NaN on, and make no array of the tensor's size.
+    # Minimum and maximum propagate NaN, and allocate no array of the tensor's size.
     with np.errstate(invalid="ignore"):
         return not value.size or bool(np.isfinite(value.min()) and np.isfinite(value.max()))
 
@@ -153,7 +153,7 @@ def _split_file(path: Path, content: dict[str, Any], config: ModelConfig) -> tup
 
 
 def _rename(path: Path, tensors: Mapping[Any, Any], rename: Callable[[Any], str] = str) -> dict[str, Any]:
-    """Tensors under other names. Two keys that become one name are an error: neither can be chosen."""
+    """Renames tensors. Two keys with the same new name are an error."""
     renamed, origin = {}, {}
     for key, value in tensors.items():
         name = rename(key)
@@ -165,7 +165,7 @@ def _rename(path: Path, tensors: Mapping[Any, Any], rename: Callable[[Any], str]
 
 
 def _clip_key(key: Any) -> str:
-    """Adds `text_model.`, which newer versions of transformers leave out."""
+    """Adds `text_model.`, which newer versions of transformers omit."""
     pattern = r"transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"
     return re.sub(pattern, "transformer.text_model.", str(key), count=1)
 
@@ -242,7 +242,7 @@ def schedule_buffers(schedule: ScheduleConfig) -> dict[str, np.ndarray]:
 
 
 def _check_schedule(found: Mapping[str, np.ndarray], schedule: ScheduleConfig, source: str) -> None:
-    """Checks that a file's buffers are those of the config. They are never loaded but computed."""
+    """Checks that a file's buffers match the config. They are computed, never loaded."""
     expected = schedule_buffers(schedule)
     for name, value in found.items():
         if name not in expected:
@@ -250,7 +250,7 @@ def _check_schedule(found: Mapping[str, np.ndarray], schedule: ScheduleConfig, s
         if value.shape != expected[name].shape:
             sizes = f"file {list(value.shape)}, config {list(expected[name].shape)}"
             raise InputError(f"{source}: diffusion: {name} ({sizes}): config.model.schedule does not match")
-        # Half-precision files round to about 1e-3; another schedule differs by far more.
+        # Half-precision files round to about 1e-3; other schedules differ by far more.
         if name in ("betas", "alphas_cumprod"):
             error = np.abs(value.astype(np.float64) - expected[name]).max() / expected[name].max()
             if not error < 2e-3:
@@ -260,11 +260,11 @@ def _check_schedule(found: Mapping[str, np.ndarray], schedule: ScheduleConfig, s
 def save_pytorch(path: str | Path, params: dict[str, Any], config: ModelConfig) -> None:
     """Writes a checkpoint in the released layout, which the official code loads with strict=True.
 
-    Empties `params` as it goes, so that no second copy of the model is held.
+    Empties `params` while writing, to avoid a second copy of the model.
 
     Args:
         path: .pth (a dict of model, autoencoder, text_encoder and diffusion; needs torch) or .safetensors
-            (the same as flat keys with these words as prefixes; needs no torch).
+            (the same as flat keys with these prefixes; needs no torch).
         params: the whole parameter tree as numpy arrays; empty afterwards.
         config: the model's sizes.
 

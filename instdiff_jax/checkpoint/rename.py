@@ -1,7 +1,7 @@
 """Renames PyTorch state dicts to our parameter tree and back.
 
-The tables (tables.py) list every key. Each key is used exactly once, and any other key is an error that names it.
-Arrays are turned as views: nothing is copied, and memory-mapped arrays stay on disk.
+The tables (tables.py) list every key. Each key is used exactly once; any other key is an error that names it.
+Arrays are transposed as views: nothing is copied, and memory-mapped arrays stay on disk.
 """
 
 import re
@@ -15,7 +15,7 @@ from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.tree import flatten, unflatten
 
-# Keys that other programs store beside the weights. None of them is a parameter.
+# Keys that other programs store with the weights. None of them is a parameter.
 IGNORED = {
     "model": (),
     "autoencoder": (r"loss\..*", r"model_ema\..*"),
@@ -30,7 +30,7 @@ def from_state_dict(
     absent: Collection[str] = (),
     source: str = "state dict",
 ) -> dict[str, Any]:
-    """Renames one state dict of the released checkpoint to our tree; leaves are views of its arrays.
+    """Renames one state dict of the released checkpoint to our tree. Leaves are views of its arrays.
 
     Args:
         part: one of PARTS.
@@ -54,7 +54,7 @@ def from_state_dict(
 def to_state_dict(
     part: str, params: Mapping[str, Any], config: ModelConfig, absent: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
-    """The inverse of `from_state_dict`; the arrays are views.
+    """The inverse of `from_state_dict`. The arrays are views.
 
     Raises:
         InputError: with the parameters that are missing, extra or of another shape.

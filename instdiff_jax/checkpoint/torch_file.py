@@ -1,7 +1,7 @@
 """Reads and writes PyTorch checkpoint files: the zip files of `torch.save`, and .safetensors.
 
-Reading needs no torch and executes nothing. Arrays are read-only views of the memory-mapped file, so that only what is
-used is read from disk.
+Reading needs no torch and executes nothing. Arrays are read-only views of the memory-mapped file, so only what is used
+is read from disk.
 """
 
 import json
@@ -50,7 +50,7 @@ _SAFETENSORS = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# Bytes of what lists the tensors; some 100 a tensor in real files. The limits bound the time and memory of reading it.
+# Bytes of the tensor list; about 100 per tensor in real files. The limits bound the time and memory of reading it.
 _MAX_HEADER = 1 << 24
 _MAX_PICKLE = 1 << 26
 _MAX_DIRECTORY = 1 << 24
@@ -58,11 +58,11 @@ _CRC = "crc32"  # in the metadata of our .safetensors: eight hexadecimal digits 
 
 
 def read_file(path: str | os.PathLike, verify: bool = True) -> dict[str, Any]:
-    """Reads a .pth, .ckpt or .safetensors file; its content tells which one it is.
+    """Reads a .pth, .ckpt or .safetensors file; the content determines the format.
 
     Args:
         path: the file.
-        verify: compare the tensors with the checksums of the zip file, or those that we write into .safetensors.
+        verify: compare the tensors with the checksums in the zip file, or those that we write to .safetensors.
 
     Returns:
         Nested dicts whose tensors are memory-mapped, read-only numpy arrays (bfloat16 by ml_dtypes), in
@@ -119,7 +119,7 @@ def _read_zip(path: Path, data: np.ndarray, verify: bool) -> dict[str, Any]:
 
     def persistent_load(identifier: Any) -> Any:
         kind, storage_type, key = identifier[:3]
-        # Only text: nested tuples, a few hundred bytes in the file, can be terabytes as text.
+        # Text only: nested tuples of a few hundred bytes can become terabytes as text.
         if kind != "storage" or not isinstance(storage_type, Global) or not isinstance(key, str):
             raise ValueError("a storage of unknown kind")
         dtype = _STORAGES.get(storage_type.name.removeprefix("torch."))
@@ -146,7 +146,7 @@ def _read_zip(path: Path, data: np.ndarray, verify: bool) -> dict[str, Any]:
 
 
 def _check_directory(data: np.ndarray) -> None:
-    """A ValueError for a zip file whose list of entries is too long to be read."""
+    """Raises ValueError if a zip file's list of entries is too long."""
     tail = bytes(data[-(1 << 16) - 22 :])
     end, end64 = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
     size = int.from_bytes(tail[end + 12 : end + 16], "little") if end >= 0 else 0
@@ -172,7 +172,7 @@ def _record(path: Path, data: np.ndarray, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Any:
-    """A tensor as a view of its storage; PyTorch counts offset and strides in elements."""
+    """A tensor as a view of its storage. PyTorch counts offset and strides in elements."""
     if isinstance(storage, Inert):
         return storage
     if not isinstance(storage, _Storage) or len(size) != len(stride) or len(size) > 32:
@@ -246,7 +246,7 @@ def _read_safetensors(path: Path, data: np.ndarray, verify: bool) -> dict[str, n
 
 
 def _entry_crc(name: str, array: np.ndarray) -> int:
-    """Checksum of what the header says of a tensor; that of its bytes goes on from it."""
+    """Checksum of a tensor's header entry. The checksum of its bytes continues from it."""
     return zlib.crc32(f"{name} {array.dtype} {array.shape}".encode())
 
 
@@ -255,7 +255,7 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as a .safetensors file, whole or not at all, one array in memory at a time."""
+    """Writes a .safetensors file, completely or not at all, with one array in memory at a time."""
     names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
     crcs = "".join(f"{zlib.crc32(_bytes(array).data, _entry_crc(name, array)):08x}" for name, array in tensors.items())
     header: dict[str, Any] = {"__metadata__": {"format": "pt", _CRC: crcs}}
@@ -276,9 +276,9 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
 
 
 def write_torch(path: str | os.PathLike, content: dict[str, dict[str, Any]]) -> None:
-    """Writes dicts of arrays with `torch.save`, whole or not at all.
+    """Writes dicts of arrays with `torch.save`, completely or not at all.
 
-    Arrays in `content` are replaced by tensors one by one, so that no second copy of the model is held.
+    Replaces the arrays in `content` by tensors one by one, to avoid a second copy of the model.
 
     Raises:
         InputError: if torch is not installed or the file cannot be written.
@@ -300,5 +300,5 @@ def write_torch(path: str | os.PathLike, content: dict[str, dict[str, Any]]) -> 
             group[key] = tensor(group[key])
     try:
         write_file(path, lambda file: torch.save(content, file))
-    except RuntimeError as error:  # what torch raises for a full disk
+    except RuntimeError as error:  # torch raises this for a full disk
         raise InputError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]})") from error

@@ -18,7 +18,7 @@ _LITERALS = frozenset(
 )
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _NO_EFFECT = frozenset(("PROTO", "FRAME"))
-# A real file has some 30 instructions for each of at most a few ten thousand tensors. The limits bound time and memory.
+# Bounds on time and memory. Real files have about 30 instructions per tensor, and at most a few ten thousand tensors.
 _MAX_STEPS = 4_000_000
 _MAX_DEPTH = 1_000_000
 _MAX_ARGUMENTS = 16
@@ -45,9 +45,9 @@ _MARK = object()
 
 
 def add_items(target: dict, items: Iterable[tuple[Any, Any]]) -> None:
-    """Adds items to a dict; a key that is there already is a ValueError.
+    """Adds items to a dict. Raises ValueError for a key that exists.
 
-    Keys other than text and whole numbers of 64 bits name no weight, and hashing or showing them may take for ever.
+    Only text and 64-bit integers can name weights; hashing or showing other keys may take forever.
     """
     for key, value in items:
         if not isinstance(key, str) and not (type(key) is int and -(2**63) <= key < 2**63):
@@ -58,7 +58,7 @@ def add_items(target: dict, items: Iterable[tuple[Any, Any]]) -> None:
 
 
 class _Machine:
-    """The pickle machine: a stack, a memo, and the functions that stand for allowed globals."""
+    """The pickle machine: a stack, a memo, and the functions for allowed globals."""
 
     def __init__(self, functions: dict[str, Callable[..., Any]], persistent_load: Callable[[Any], Any]):
         self.functions = functions
@@ -87,7 +87,7 @@ class _Machine:
         raise ValueError("it does not end")
 
     def count(self, steps: int) -> None:
-        """Counts work that was done; more than any real file needs is an error."""
+        """Counts work done. More than any real file needs is an error."""
         self.steps += steps
         if self.steps > _MAX_STEPS or max(len(self.stack), len(self.memo)) > _MAX_DEPTH:
             raise ValueError("it has more entries than any checkpoint")
@@ -116,7 +116,7 @@ class _Machine:
         if function.name in self.functions and isinstance(arguments, tuple):
             if len(arguments) > _MAX_ARGUMENTS:
                 raise ValueError(f"{function.name} with {len(arguments)} arguments")
-            # A list may be given again and again by its place in the memo.
+            # The memo allows the same list to be passed many times.
             self.count(sum(len(argument) for argument in arguments if isinstance(argument, (list, tuple))))
             return self.functions[function.name](*arguments)
         return Inert(function.name)
@@ -216,7 +216,7 @@ class _Machine:
         self.stack.append(Inert(name.replace(" ", ".", 1)))
 
     def op_build(self, _) -> None:
-        self.stack.pop()  # an object's state: attributes beside its items hold no weights
+        self.stack.pop()  # an object's state: its attributes hold no weights
 
     def op_binpersid(self, _) -> None:
         self.stack.append(self.persistent_load(self.stack.pop()))
@@ -229,16 +229,16 @@ def read_pickle(
 
     Args:
         data: the pickle.
-        functions: what to call for the globals that are allowed, by "module.name". They must be safe
+        functions: functions for the allowed globals, by "module.name". They must be safe
             for any arguments and raise ValueError or TypeError for wrong ones.
-        persistent_load: what a persistent id stands for; the same rules.
+        persistent_load: resolves a persistent id; the same rules apply.
         where: the file, for the error.
 
     Returns:
         Dicts, lists, tuples, strings, numbers, results of `functions`, and `Global` and `Inert` for the rest.
 
     Raises:
-        InputError: if it is not a whole pickle. InputErrors of the functions pass through.
+        InputError: if the pickle is incomplete or invalid. InputErrors of the functions pass through.
     """
     try:
         return _Machine(functions, persistent_load).run(data)

@@ -1,4 +1,4 @@
-"""Checksums (CRC-32) of the files of a checkpoint, compared while the files are read."""
+"""Checksums (CRC-32) of a checkpoint's files, compared while the files are read."""
 
 import json
 import os
@@ -12,13 +12,13 @@ import numpy as np
 
 from instdiff_jax.errors import InputError
 
-CHECKSUMS = "_CRC32"  # file of a part's folder; the underscore marks it as a note, like orbax's own
+CHECKSUMS = "_CRC32"  # file in a part's folder; the underscore marks it as metadata, like orbax's own
 _CHUNK = 1 << 22
 _THREADS = min(os.cpu_count() or 1, 8)
 
 
 def file_crc(path: Path, size: int | None = None) -> int:
-    """CRC-32 of a file's bytes; of the first `size` of them."""
+    """CRC-32 of a file's bytes, or of the first `size` bytes."""
     crc, left = 0, path.stat().st_size if size is None else size
     buffer = memoryview(bytearray(_CHUNK))
     with open(path, "rb", buffering=0) as file:
@@ -35,7 +35,7 @@ def file_crcs(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def write_checksums(folder: Path) -> int:
-    """Writes the checksums of all files of a folder into it; returns the checksum of that list."""
+    """Writes the checksums of all files of a folder into it. Returns the checksum of that list."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     (folder / CHECKSUMS).write_text(json.dumps(file_crcs(folder, names), indent=0), encoding="utf-8")
     return file_crc(folder / CHECKSUMS)
@@ -53,13 +53,13 @@ def compare_files(folder: Path, expected: Mapping[str, Any]) -> None:
 
 
 def compare_folder(folder: Path, crc: int) -> None:
-    """Compares a folder with the checksums that `write_checksums` wrote and whose own checksum it returned."""
+    """Compares a folder with the checksums that `write_checksums` wrote; `crc` is what it returned."""
     compare_files(folder, {CHECKSUMS: crc})
     compare_files(folder, json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
 
 
 def start_compare_folder(folder: Path, crc: int) -> Future:
-    """`compare_folder` in the background, beside a reader of the same files, so that the disk is read once."""
+    """Runs `compare_folder` in the background while the same files are read, so that the disk is read once."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(compare_folder, folder, crc)
     pool.shutdown(wait=False)

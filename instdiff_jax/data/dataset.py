@@ -1,11 +1,11 @@
-"""The dataset on disk: images with captioned, located instances, stored by TFDS as array_record, without TensorFlow.
+"""The dataset on disk: images with captioned, located instances, as TFDS array_record files; needs no TensorFlow.
 
-TFDS shuffles the records, always the same way for the same source. A dataset folder holds
+TFDS shuffles the records, in the same order for the same source. A dataset folder holds
 
     instances/1.0.0/   the records of every split
     dataset.json       the source, and each split's size and fingerprint
     phrases.json       every phrase once; records refer to it by number
-    report.json        what was skipped, and why
+    report.json        what was skipped and why
 """
 
 import dataclasses
@@ -63,9 +63,9 @@ class Record:
 
 
 def caption_phrase(category: str, caption: str) -> str:
-    """The phrase of an instance with its own caption, with the category in front unless the caption names it.
+    """The phrase of an instance with its own caption, preceded by the category unless the caption names it.
 
-    As in the official script that generates training data, whose embeddings are of such phrases.
+    As in the official script that generates training data: its embeddings are of such phrases.
     """
     if not category or category.lower() in caption.lower():
         return caption
@@ -81,7 +81,7 @@ class InstanceDataset:
     """
 
     def __init__(self, data_dir: str | Path, split: str):
-        """Opens a split by its name, or by its name without the year ("train" for "train2017").
+        """Opens a split by its name, with or without the year ("train" for "train2017").
 
         Raises:
             InputError: if there is no dataset or no such split, or if it is damaged.

@@ -1,4 +1,4 @@
-"""Training examples from records: choice of instances, formats, caption and phrases, and the grounding.
+"""Makes training examples from records: selects instances, formats, caption and phrases; builds the grounding.
 
 Follows the released training data code (paper, "Training").
 """
@@ -28,7 +28,7 @@ class DataConfig(Settings):
     `image_size` is the side of the square canvas in pixels, `map_size` that of the maps. The
     `max_instances` largest instances of an image are kept, and batches have that many slots. Probabilities: `flip`;
     `keep_caption` (else the caption is empty); `instance_caption`, that an instance's phrase is its own caption instead
-    of its category; `drop_*` and `only_*`, see `draw_formats`; `null_grounding`, that a sample has none.
+    of its category; `drop_*` and `only_*`, see `draw_formats`; `null_grounding`, that a sample has no grounding.
     `point` is the "center" of the instance's box, as released, or a random pixel of its "mask", like a user's click.
     """
 
@@ -64,7 +64,7 @@ class DataConfig(Settings):
             raise InputError(f"{where}.max_instances: expected at most {MAX_INSTANCES}, got {self.max_instances}")
 
     def without_chance(self) -> "DataConfig":
-        """The config for validation: nothing is dropped or flipped; captions and scribbles are still random."""
+        """The config for validation: drops and flips nothing. Captions and scribbles are still random."""
         never = dict(flip=0.0, keep_caption=1.0, instance_caption=0.0, null_grounding=0.0)
         formats = ("drop_box", "drop_point", "drop_scribble", "drop_mask", "only_point", "only_mask", "only_scribble")
         return dataclasses.replace(self, **never, **dict.fromkeys(formats, 0.0))
@@ -73,7 +73,7 @@ class DataConfig(Settings):
 def select_instances(
     record: Record, crop: Crop, config: DataConfig
 ) -> list[tuple[AnnotatedInstance, Float[np.ndarray, "4"]]]:
-    """The instances to train on with their boxes on the canvas in pixels: large enough, the largest first.
+    """Selects the instances to train on, largest first, with their boxes in canvas pixels.
 
     An instance needs `min_area` of the canvas after clipping; crowds are left out unless `use_crowds`.
     """
@@ -133,8 +133,8 @@ def locate(
         map_size: side of the maps in pixels.
         rng: draws the scribbles, the mask points of masks under 128 pixels, and points on masks.
         point: an instance's point, see DataConfig; without a mask on the canvas it is the box's center.
-        used: the formats that are not dropped, see `draw_formats`. Scribbles and mask points are only made where they
-            are used; boxes, points and maps always.
+        used: the formats that are not dropped, see `draw_formats`. Scribbles and mask points are only made if they
+            are used; boxes, points and maps are always made.
 
     Raises:
         InputError: for a mask that does not fit its image.
@@ -169,7 +169,7 @@ def _paint(
     columns: Int[np.ndarray, " S"],
     slot: int,
 ) -> None:
-    """Sets bit `slot` of the maps inside the mask; only the mask's box is read."""
+    """Sets bit `slot` of the maps inside the mask. Reads only the mask's box."""
     box = box_from_mask(mask)
     if box is None:
         return
@@ -177,17 +177,17 @@ def _paint(
     across = np.flatnonzero((columns >= x0) & (columns < x1))
     down = np.flatnonzero((rows >= y0) & (rows < y1))
     if len(across) and len(down):
-        # Decoded masks are column-major in memory, so columns are taken first.
+        # Decoded masks are column-major in memory, so columns are indexed first.
         part = mask.T[columns[across]][:, rows[down]].T
         maps[down[0] : down[-1] + 1, across[0] : across[-1] + 1] |= part.astype(np.uint32) << np.uint32(slot)
 
 
 def write_caption(record: Record, categories: Sequence[str], config: DataConfig, rng: np.random.Generator) -> str:
-    """The training caption; for detection data it starts with the counted categories, "2 dog, 1 cat. a caption".
+    """The training caption. For detection data it starts with counted categories: "2 dog, 1 cat. a caption".
 
     Args:
         record: one of its captions is drawn.
-        categories: names of the chosen instances, the largest first.
+        categories: names of the chosen instances, largest first.
         config: `keep_caption`, `count_categories`.
         rng: random generator.
 
@@ -207,7 +207,7 @@ def write_caption(record: Record, categories: Sequence[str], config: DataConfig,
 def choose_phrases(
     instances: Sequence[AnnotatedInstance], config: DataConfig, rng: np.random.Generator
 ) -> Int[np.ndarray, "30"]:
-    """The number of each slot's phrase in phrases.json: of its category or of its own caption; -1 for empty slots."""
+    """Each slot's phrase as its number in phrases.json: the category or its own caption; -1 for empty slots."""
     numbers = np.full(MAX_INSTANCES, -1, np.int64)
     draws = rng.random(MAX_INSTANCES)
     for slot, instance in enumerate(instances):

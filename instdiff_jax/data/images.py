@@ -1,6 +1,6 @@
 """Training images: the resize, crop and flip shared by an image and its locations.
 
-Follows the released training data code (paper, "Training"). Where that code rescales maps twice,
+Follows the released training data code (paper, "Training"). That code rescales maps twice;
 ours does it once.
 """
 
@@ -17,7 +17,7 @@ _LONGEST = 8
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """Resize of the short side to `size`, center crop and optional flip, from an image to a square canvas.
+    """Maps an image to a square canvas: resize of the short side to `size`, center crop, optional flip.
 
     Attributes:
         width: of the original image in pixels.
@@ -33,7 +33,7 @@ class Crop:
 
     @functools.cached_property
     def halvings(self) -> list[tuple[int, int]]:
-        """Sizes on the way down: halved while the short side is at least twice the canvas."""
+        """Intermediate sizes: halved while the short side is at least twice the canvas."""
         sizes, side = [], (self.width, self.height)
         while min(side) >= 2 * self.size:
             side = (side[0] // 2, side[1] // 2)
@@ -63,7 +63,7 @@ class Crop:
             image = image.resize(size, Image.Resampling.BOX)
         x, y = self.corner
         if max(self.resized) > _LONGEST * self.size:
-            # Only what the crop keeps: resized whole, a thin image would take gigabytes.
+            # Resize only what the crop keeps: a whole thin image would take gigabytes.
             scales = [side / resized for side, resized in zip(image.size, self.resized)]
             box = tuple(edge * scale for edge, scale in zip((x, y, x + self.size, y + self.size), scales * 2))
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
@@ -91,14 +91,14 @@ class Crop:
         return corners, area
 
     def points(self, points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
-        """Points x, y in pixels of the original image as pixels of the canvas, clipped to it."""
+        """Converts points x, y from original pixels to canvas pixels, clipped to the canvas."""
         points = np.clip(np.asarray(points, np.float64) * self.scale - self.corner, 0, self.size)
         if self.flip:
             points[:, 0] = self.size - points[:, 0]
         return points
 
     def grid(self, map_size: int) -> tuple[Int[np.ndarray, "map_size"], Int[np.ndarray, "map_size"]]:
-        """Which row and column of the original image each row and column of a map shows.
+        """The row and column of the original image that each row and column of a map shows.
 
         The canvas takes its nearest original pixel, as PIL's NEAREST does, and a map of another size than the canvas
         takes canvas pixel floor(i * size / map_size), as PyTorch's nearest interpolation inside UniFusion does.
@@ -116,7 +116,7 @@ class Crop:
 
 @functools.lru_cache(maxsize=256)
 def _nearest(source: int, target: int, start: int, count: int) -> Int[np.ndarray, " count"]:
-    """The source index of `count` target indices; PIL itself makes the table, so that ties fall as there."""
+    """The source index of `count` target indices. PIL makes the table, so that ties round as in PIL."""
     line = Image.fromarray(np.arange(source, dtype=np.int32)[None])
     table = np.asarray(line.resize((target, 1), Image.Resampling.NEAREST))[0, start : start + count].copy()
     table.flags.writeable = False

@@ -1,6 +1,6 @@
-"""The autoencoder's posteriors of every image, computed once: training then neither decodes nor encodes images.
+"""A cache of every image's autoencoder posterior. Training then neither decodes nor encodes images.
 
-mean.npy, logvar.npy    [2, images, h, w, z]; first axis: as it is, flipped (where the data are never flipped: 1)
+mean.npy, logvar.npy    [2, images, h, w, z]; first axis: original, flipped (length 1 if data are never flipped)
 crc32.npy               uint32 [2, 2, images]: checksums of the rows of mean and of logvar
 latents.json            what they were made from; written last
 """
@@ -48,7 +48,7 @@ class LatentCache:
         """Opens a cache that `cache_latents` made.
 
         Raises:
-            InputError: where it is missing or was made from other data, another encoder or at another size.
+            InputError: if it is missing, or was made from other data, with another encoder or at another size.
         """
         self.path = Path(path)
         self._arrays, self._crcs = None, None
@@ -65,7 +65,7 @@ class LatentCache:
         """Mean and log-variance (raw, not clamped or scaled) of an image, float32.
 
         Raises:
-            InputError: where they are not what was written.
+            InputError: if their checksums do not match.
         """
         if self._arrays is None:
             self._arrays = [np.load(self.path / f"{name}.npy", mmap_mode="r") for name in NAMES]
@@ -78,7 +78,7 @@ class LatentCache:
         return mean, logvar
 
     def deviation(self, images: int = 1000) -> float:
-        """Standard deviation of the first images' means about their overall mean: 1 over it suits as `scale_factor`."""
+        """Standard deviation of the first images' posterior means. Its inverse is a suitable `scale_factor`."""
         mean = np.load(self.path / "mean.npy", mmap_mode="r")[0, :images]
         return float(np.std(mean, dtype=np.float64))
 
@@ -98,17 +98,17 @@ def cache_latents(
     """Opens a cache of latents; encodes every image first, flipped and not, if it is missing (31 GB for COCO at 512).
 
     Args:
-        encode: canvases, uint8, to the posterior's mean and log-variance, which may be on their way still: they are
-            read after the next call. Always called with `batch_size` canvases.
+        encode: maps uint8 canvases to the posterior's mean and log-variance. It may return before they are ready:
+            they are read after the next call. Always called with `batch_size` canvases.
         dataset: the split.
         path: folder of the cache.
-        encoder_fingerprint: names the autoencoder and its weights.
+        encoder_fingerprint: identifies the autoencoder and its weights.
         image_size: side of the canvas in pixels.
-        batch_size: canvases in one call; by default as many as have the pixels of eight of 512x512, at most 128.
+        batch_size: canvases per call; by default as many pixels as eight 512x512 canvases have, at most 128 canvases.
         flips: False leaves out the flipped images, for data that are never flipped.
 
     Raises:
-        InputError: where a cache is there that was made from something else, or the folder cannot be written.
+        InputError: if the existing cache was made from something else, or the folder cannot be written.
     """
     path = Path(path)
     if batch_size is None:
@@ -124,7 +124,7 @@ def cache_latents(
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other process makes the cache; a process that dies lets go of it."""
+    """Holds the cache's lock, which no two processes hold at once. A process that dies releases it."""
     lock = path.with_name(path.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,13 +170,13 @@ def _encode_all(
 def _encoded(
     encode: EncodeFunction, dataset: InstanceDataset, blocks: list[list[tuple[int, bool]]], batch_size: int, size: int
 ) -> Iterator[tuple[Any, Any]]:
-    """The blocks' encodings, each given out while the next one is computed and images of the next but one are read."""
+    """Yields each block's encoding while the next block is encoded and the one after that is read."""
     waiting: collections.deque = collections.deque()
     running: collections.deque = collections.deque()
 
     def call() -> None:
         canvases = [image.result() for image in waiting.popleft()]
-        # The last call is filled up, so that a compiled encoder sees one shape.
+        # The last batch is padded, so that a compiled encoder sees one shape.
         canvases += [canvases[-1]] * (batch_size - len(canvases))
         running.append(encode(np.stack(canvases)))
 

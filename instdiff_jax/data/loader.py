@@ -1,8 +1,8 @@
-"""Batches by step: batch s is a function of the seed and s, however many processes load it.
+"""Batches by step: batch s depends only on the seed and s, not on the number of processes.
 
-Row r of batch s is position s·B + r in an endless sequence of epochs, each a shuffle of the split. The image at a
-position, and every random draw for it, depend on the seed and the position only. So the loader's state is the step, and
-a run may continue with another number of processes or workers.
+Row r of batch s is position s·B + r in an endless sequence of epochs; each epoch is a shuffle of the split. The image
+at a position and all its random draws depend only on the seed and the position. So the loader's only state is the step,
+and a run may resume with another number of processes or workers.
 """
 
 import dataclasses
@@ -36,18 +36,18 @@ Batch = dict[str, Any]
 
 _MANY_STEPS = 1 << 62
 _SAMPLE, _BATCH = 0, 1
-# The arrays of a grounding that have no slots.
+# Arrays of a grounding without a slot axis.
 _WHOLE = ("maps", "has_map")
 
 
 class Sources(NamedTuple):
-    """Where the parts of a batch come from; everything is sent to worker processes, and must pickle.
+    """Where the parts of a batch come from. It is sent to worker processes, so everything must pickle.
 
     Attributes:
         dataset: the split.
-        tokenize: captions to token ids of a fixed length.
+        tokenize: maps captions to token ids of a fixed length.
         phrases: the phrase embeddings of `dataset`.
-        latents: cached posteriors, which replace the images.
+        latents: cached posteriors, used instead of the images.
     """
 
     dataset: InstanceDataset
@@ -63,12 +63,12 @@ class LoaderSettings:
     Attributes:
         examples: how records become examples.
         batch_size: rows of the whole batch, over all processes.
-        rows: the rows this process loads, in this order; all by default.
-        seed: of the shuffle and every draw; below 2^32.
-        shuffle: whether epochs are shuffled; otherwise images come in the split's order.
+        rows: the rows that this process loads, in this order; all by default.
+        seed: for the shuffle and all draws; below 2^32.
+        shuffle: whether to shuffle each epoch; otherwise images come in the split's order.
         masked: for masked attention, its orientation and the side of the latent grid.
-        workers: processes that make batches; 0 makes them in a thread of this one.
-        prefetch: batches made ahead (by each worker).
+        workers: processes that make batches; 0 uses a thread of this process.
+        prefetch: batches made ahead, per worker.
     """
 
     examples: DataConfig
@@ -90,13 +90,13 @@ class LoaderSettings:
 
 
 class BatchReader:
-    """From a step to this process's rows of its batch. It is sent to worker processes, and pickles."""
+    """Maps a step to this process's rows of its batch. It is sent to worker processes, so it pickles."""
 
     def __init__(self, sources: Sources, settings: LoaderSettings):
         settings.validate()
         self.sources, self.settings = sources, settings
         order = grain.MapDataset.range(len(sources.dataset))
-        # Every epoch gets its own shuffle.
+        # Each epoch has its own shuffle.
         self.order = (order.shuffle(settings.seed) if settings.shuffle else order).repeat()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,12 +121,12 @@ class BatchReader:
     def example(
         self, index: int, rng: np.random.Generator, dropout: tuple[bool, frozenset[str]] | None = None
     ) -> Batch:
-        """One example: image `index` of the split with the draws of `rng`.
+        """Makes one example from image `index` of the split, with random draws from `rng`.
 
         Args:
             index: which record.
-            rng: every draw comes from it.
-            dropout: whether the grounding is null, and the formats kept; None draws both from `rng`.
+            rng: source of all draws.
+            dropout: whether the grounding is null, and which formats to keep; None draws both from `rng`.
         """
         record, config = self.sources.dataset[index], self.settings.examples
         crop = Crop(record.width, record.height, config.image_size, bool(rng.random() < config.flip))
@@ -136,7 +136,7 @@ class BatchReader:
         phrases = choose_phrases(instances, config, rng)
         null, kept = dropout or self._draw_dropout(rng)
         if null:
-            # Without instances all arrays are zero, and every token is its null embedding.
+            # Without instances all arrays are zero, so every token is its null embedding.
             chosen, phrases = [], np.full_like(phrases, -1)
         grounding = locate(chosen, record, crop, config.map_size, rng, config.point, kept)
         grounding["phrase_embeddings"] = self.sources.phrases.lookup(phrases)
@@ -145,7 +145,7 @@ class BatchReader:
             orientation, side = self.settings.masked
             visual, tokens = region_bits(grounding, side, side, orientation)
             result["regions"] = {"visual": visual, "tokens": tokens}
-        # The other slots are always empty, and need not go to the devices.
+        # The other slots are always empty; they are not sent to the devices.
         result["grounding"] = {k: x if k in _WHOLE else x[: config.max_instances] for k, x in grounding.items()}
         return result | self._pixels(index, record, crop)
 
@@ -164,16 +164,16 @@ class BatchReader:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent is gone; Python's resource tracker then removes the shared memory.
+    """Ends this worker when its parent has ended. Python's resource tracker then removes the shared memory.
 
-    Linux's PR_SET_PDEATHSIG would end it with the thread that started it, which is not the main one.
+    Linux's PR_SET_PDEATHSIG does not work here: it follows the starting thread, which is not the main one.
     """
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
 def _explain(error: BaseException) -> BaseException:
-    """An InputError for a worker that was ended by a signal whose reason the user can mend."""
+    """Returns an InputError if a signal ended a worker for a reason that the user can fix."""
     found = re.search(r"Worker process was terminated unexpectedly with exit code -(\d+)", str(error))
     if found is None:
         return error
@@ -200,24 +200,24 @@ def _stack(examples: list[Batch]) -> Batch:
 
 
 def make_loader(sources: Sources, settings: LoaderSettings, start_step: int = 0) -> Iterator[Batch]:
-    """An endless iterator over batches from `start_step` on.
+    """Returns an endless iterator over batches, starting at `start_step`.
 
     Returns:
         Batches: caption_ids int32 [n, length]; image uint8 [n, S, S, 3], or latent_mean and latent_logvar float32
-        [n, h, w, z]; grounding, of k = `max_instances` slots: boxes [n, k, 4], points [n, k, 2], scribbles [n, k, 40],
+        [n, h, w, z]; grounding with k = `max_instances` slots: boxes [n, k, 4], points [n, k, 2], scribbles [n, k, 40],
         mask_points [n, k, 512], phrase_embeddings [n, k, width], valid, has_box, has_point, has_scribble, has_mask
         [n, k], has_map [n], float32, and maps uint32 [n, map_size, map_size], bit i for slot i; with `masked` also
         regions: visual uint32 [n, side²] and tokens [n, 184], see `regions.region_bits`.
 
     Raises:
-        InputError: for rows outside the batch, or a setting out of range.
+        InputError: if rows are outside the batch, or a setting is out of range.
     """
     reader = BatchReader(sources, settings)
     steps = grain.MapDataset.range(start_step, _MANY_STEPS).map(reader)
     ahead = max(settings.prefetch, 1)
     batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead))
     if settings.workers:
-        # grain reads absl's flags when it starts workers; only absl.app would parse them.
+        # grain reads absl's flags when it starts workers, but only absl.app parses them.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=ahead)
@@ -226,10 +226,10 @@ def make_loader(sources: Sources, settings: LoaderSettings, start_step: int = 0)
 
 
 class DevicePrefetch:
-    """Puts batches on the devices ahead of the step that uses them.
+    """Transfers batches to the devices ahead of the step that uses them.
 
     Attributes:
-        wait_seconds: how long `next` has waited in all.
+        wait_seconds: total time that `next` has waited.
     """
 
     def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Any], depth: int = 2):
@@ -274,6 +274,6 @@ class DevicePrefetch:
         """Stops the thread and the loader's worker processes. Call it before the program ends."""
         self._stop.set()
         self._thread.join(timeout=10)
-        # Otherwise the batches that workers made ahead stay in shared memory.
+        # Otherwise prefetched batches stay in shared memory.
         if not self._thread.is_alive() and hasattr(self._batches, "close"):
             self._batches.close()

@@ -1,9 +1,9 @@
-"""Phrase embeddings: each phrase of a dataset embedded once, in a table beside it.
+"""Phrase embeddings: each phrase of a dataset is embedded once and stored in its folder.
 
     DATA_DIR/phrases/KEY/embeddings.npy    float32 [phrases, width], row i for phrase i of phrases.json
     DATA_DIR/phrases/imported/             embeddings that came with the data (official training JSON), and their rows
 
-KEY is the text encoder's fingerprint, so a table is never read with another encoder.
+KEY is the text encoder's fingerprint, so a table is never used with another encoder.
 """
 
 import json
@@ -39,7 +39,7 @@ class PhraseTable:
         """Opens embeddings.npy.
 
         Raises:
-            InputError: where it is missing or not such a table.
+            InputError: if it is missing or not such a table.
         """
         self.path = path
         self._rows = None
@@ -69,7 +69,7 @@ def read_phrases(data_dir: str | Path) -> list[str]:
     """The phrases of a dataset; records refer to them by number.
 
     Raises:
-        InputError: where the file is missing or does not fit the dataset.
+        InputError: if the file is missing or does not fit the dataset.
     """
     path = Path(data_dir) / "phrases.json"
     try:
@@ -89,16 +89,16 @@ def phrase_table(
     use_imported: bool = False,
     batch_size: int = 256,
 ) -> PhraseTable:
-    """Opens a text encoder's table; computes it first if it is missing.
+    """Opens a text encoder's table. Computes it first if it is missing.
 
-    Several processes may call it at once: each writes its own file, and the last one stays.
+    Several processes may call this at once: each writes its own file, and the last one remains.
 
     Args:
         data_dir: the dataset's folder.
         fingerprint: identifies the text encoder and its weights.
-        embed: from phrases to pooled text features, one row each; only called if the table is missing.
-        use_imported: take the embeddings that came with the data, and embed only the other phrases.
-        batch_size: phrases in one call of `embed`.
+        embed: maps phrases to pooled text features, one row each; only called if the table is missing.
+        use_imported: use the embeddings that came with the data, and embed only the other phrases.
+        batch_size: phrases per call of `embed`.
 
     Raises:
         InputError: if the table is missing and `embed` is None, or the dataset has no imported embeddings.
@@ -119,7 +119,7 @@ def phrase_table(
     known = _read_imported(Path(data_dir)) if use_imported else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Embeddings are written as they come; the file gets its name when it is whole.
+        # Written batch by batch; the file is renamed when it is complete.
         with tempfile.TemporaryDirectory(dir=path.parent, suffix=".partial") as folder:
             _embed_all(Path(folder) / path.name, phrases, known, embed, batch_size)
             _add_checksum(Path(folder) / path.name)
@@ -130,14 +130,14 @@ def phrase_table(
 
 
 def _add_checksum(path: Path) -> None:
-    """Writes the CRC-32 of a table behind it, where numpy does not look: table and checksum are always of one run."""
+    """Appends a table's CRC-32 to its file, where numpy ignores it. So both always come from the same run."""
     crc = file_crc(path)
     with path.open("ab") as file:
         file.write(_TRAILER + crc.to_bytes(4, "little"))
 
 
 def _compare(path: Path) -> None:
-    """Raises InputError if a table is not what its checksum says; older tables have none."""
+    """Raises InputError if a table does not match its checksum. Older tables have none."""
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
     size, length = path.stat().st_size, rows.offset + rows.nbytes
     if size == length:
@@ -156,7 +156,7 @@ def _embed_all(
     embed: EmbedFunction,
     batch_size: int,
 ) -> None:
-    """Writes the embeddings of all phrases, of which those in `known` are taken from there."""
+    """Writes the embeddings of all phrases. Those in `known` are not computed."""
     missing = [i for i in range(len(phrases)) if i not in known]
     first = next(iter(known.values())) if known else embed([phrases[missing[0]]])[0]
     rows = new_array(path, np.float32, (len(phrases), len(first)))
@@ -175,24 +175,24 @@ def _embed_all(
 
 
 class ImportedEmbeddings:
-    """Collects the embeddings that come with data, one a phrase: the first."""
+    """Collects the embeddings that come with the data. Each phrase keeps its first one."""
 
     def __init__(self):
         self._rows: dict[str, Float[np.ndarray, " width"]] = {}
 
     def check(self, row: Float[np.ndarray, " width"], where: str) -> None:
-        """Raises InputError for an embedding of another width than the first."""
+        """Raises InputError if an embedding's width differs from the first one's."""
         width = next((len(first) for first in self._rows.values()), len(row))
         if len(row) != width:
             raise InputError(f"{where}: expected {width} numbers, as in the embeddings before, got {len(row)}")
 
     def add(self, phrase: str, row: Float[np.ndarray, " width"]) -> bool:
-        """Adds a phrase's embedding; False where the phrase came before with another one (half precision apart)."""
+        """Adds a phrase's embedding; False if it differs from its first one by more than half-precision rounding."""
         first = self._rows.setdefault(phrase, row)
         return first.shape == row.shape and float(np.abs(first - row).max()) <= 1e-2 * float(np.abs(first).max())
 
     def write(self, data_dir: Path, phrases: Sequence[str]) -> None:
-        """Writes phrases/imported/ for the phrases that the dataset has."""
+        """Writes phrases/imported/ for the phrases in the dataset."""
         held = [(i, self._rows[phrase]) for i, phrase in enumerate(phrases) if phrase in self._rows]
         if not held:
             return

@@ -77,7 +77,7 @@ class InstancesBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def check_output(data_dir: Path, overwrite: bool) -> None:
-    """Raises InputError unless a dataset may be written to `data_dir`; to be called before any long work."""
+    """Raises InputError unless a dataset may be written to `data_dir`. Call it before any long work."""
     if data_dir.is_symlink() or os.path.ismount(data_dir):
         raise InputError(f"{data_dir}: expected a folder that can be replaced, found a link or a mount point")
     if data_dir.exists() and not data_dir.is_dir():
@@ -95,14 +95,14 @@ def check_output(data_dir: Path, overwrite: bool) -> None:
 
 
 def check_split_name(name: str, source: str) -> None:
-    """InputError for a name of a split that TFDS cannot read again."""
+    """Raises InputError for a split name that TFDS could not read back."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) or name.lower() == "all":
         expected = 'a name of letters, digits, "_" and "-", and not "all"'
         raise InputError(f"{source}: split {short(name)}: expected {expected}; rename it")
 
 
 def _holds_failed_report(data_dir: Path) -> bool:
-    """Whether a folder has nothing but the report of a build that failed."""
+    """Whether a folder holds only the report of a failed build."""
     if [path.name for path in data_dir.iterdir()] != ["report.json"]:
         return False
     try:
@@ -119,13 +119,13 @@ def write_dataset(
     overwrite: bool = False,
     finish: Callable[[Path, list[str]], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes a dataset, whole or not at all.
+    """Writes a dataset, completely or not at all.
 
     Args:
         data_dir: the dataset's folder; new, empty, or a dataset to overwrite.
         splits: for each split, the expected number of records (for the progress bar) and the records.
-        report: what the source skipped; written to report.json.
-        source: where the records come from, noted in dataset.json.
+        report: what the source skipped, for report.json.
+        source: where the records come from, for dataset.json.
         overwrite: replace an existing dataset.
         finish: called with the unfinished folder and the list of phrases, to add files.
 
@@ -133,21 +133,21 @@ def write_dataset(
         What dataset.json holds.
 
     Raises:
-        InputError: for a split without records, or a folder that cannot be written.
+        InputError: if a split has no records or the folder cannot be written.
     """
     check_output(Path(data_dir), overwrite)
     try:
         return _write_dataset(data_dir, splits, report, source, finish)
     except UnusableSplit as error:
         kept = Path(data_dir) / "report.json"
-        if (Path(data_dir) / "dataset.json").exists():  # that dataset stays, with its own report
+        if (Path(data_dir) / "dataset.json").exists():  # keep that dataset and its own report
             kept = kept.with_name("report-failed.json")
         write_json(kept, report.values(), sync=False)
         raise InputError(f"{error}; all reasons are in {kept}") from error
 
 
 class UnusableSplit(InputError):
-    """A split without an image or an instance that can be used: the report has the reasons."""
+    """A split has no usable image or instance. The report gives the reasons."""
 
 
 def _write_dataset(
@@ -176,7 +176,7 @@ def _write_dataset(
 
 
 def _write_records(folder: Path, splits: Splits, report: Report) -> tuple[list[str], dict[str, dict]]:
-    """Writes the records; returns the phrases that they refer to, and the facts of every split."""
+    """Writes the records. Returns the phrases that they refer to, and each split's facts."""
     phrases: dict[str, int] = {}
     facts: dict[str, dict] = {}
     generators = {
@@ -185,7 +185,7 @@ def _write_records(folder: Path, splits: Splits, report: Report) -> tuple[list[s
     }
     tfds.disable_progress_bar()
     builder = InstancesBuilder(splits=generators, data_dir=str(folder), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download that does not take place
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that does not happen
         builder.download_and_prepare()
     shutil.rmtree(folder / "downloads", ignore_errors=True)
     return list(phrases), facts
@@ -199,7 +199,7 @@ def _watched(
     facts: dict[str, dict],
     report: Report,
 ) -> Iterator[Record]:
-    """Yields the records with their phrases numbered; shows a progress bar, and sets the split's facts at the end."""
+    """Yields records with numbered phrases. Shows a progress bar, and sets the split's facts at the end."""
     digest, instances, count = hashlib.sha256(), 0, 0
     bar = tqdm(records, total=total, desc=split, unit="image", smoothing=0.05)
     for record in bar:
@@ -215,7 +215,7 @@ def _watched(
         digest.update(repr(dataclasses.replace(record, image=b"")).encode())
         instances, count = instances + len(numbered), count + 1
         yield record
-    bar.total = bar.n  # skipped images never come
+    bar.total = bar.n  # skipped images are never yielded
     bar.refresh()
     reasons = report.first_reasons(split)
     reasons = f"; the first reasons: {reasons}" if reasons else ""

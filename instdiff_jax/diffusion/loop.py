@@ -1,15 +1,15 @@
-"""The denoising loop: any evaluations of any solver, on rows, in one compiled program.
+"""The denoising loop: one compiled program runs any evaluations of any solver on rows.
 
 The UNet comes in as a function
 
     eps_fn(params, latents [n h w c], timesteps [n], conditions, alpha) -> ε [n h w c]
 
-that must be hashable and the same object for the same model, since it is part of the compiled program's key. With
-guidance n is 2 · rows, and each row's conditional and unconditional entries are adjacent: as two halves they would cost
+It must be hashable, and the same object for the same model: it is part of the compiled program's key. With guidance,
+n is 2 · rows, and each row's conditional and unconditional entries are adjacent. As two halves they would need
 collectives when rows are sharded.
 
 Conditions are a dict of groups, each a tree of arrays whose first axis is the rows'. Only the fusers read the group
-`grounding`; it is left out where they are off.
+`grounding`; it is left out when they are off.
 
 To reuse deep features between evaluations (DeepCache; Ma et al. 2024), `eps_fn` also has two parts:
 `deep(params, latents, timesteps, conditions, alpha)`, and `finish`, which takes its result as one more argument.
@@ -41,9 +41,9 @@ class DenoiseState(NamedTuple):
 
 
 class Inpaint(NamedTuple):
-    """An image of which a region is kept. Before each step that region becomes the image, noised to the step.
+    """An image with a region to keep. Before each step, that region is set to the image noised to that step.
 
-    `keep` is 1 in the region to keep and 0 where to paint (the `mask` of the official sampler).
+    `keep` is 1 in the region to keep and 0 in the region to paint (the `mask` of the official sampler).
     """
 
     latents: Float[Array, "rows h w c"]
@@ -52,15 +52,15 @@ class Inpaint(NamedTuple):
 
 
 class Evaluations(NamedTuple):
-    """Evaluations start … stop−1 of a solver's table. All values are traced: others compile nothing.
+    """Evaluations start … stop−1 of a solver's table. All values are traced: new values reuse the compiled program.
 
     Attributes:
         coefficients: the table's.
         start: first evaluation.
         stop: end of the evaluations.
         guidance_scale: g of ε = u + g·(c − u) (classifier-free guidance); not read without unconditional entries.
-        reuse: compute deep features in every `reuse`-th evaluation from `start` on; None computes them in each, by
-            another program.
+        reuse: compute deep features in every `reuse`-th evaluation from `start` on. None computes them in each one,
+            with another program.
     """
 
     coefficients: Coefficients
@@ -91,16 +91,16 @@ def denoise(
 ) -> DenoiseState:
     """Runs evaluations of a solver on every row, in one compiled loop.
 
-    The program depends only on shapes, `eps_fn`, `use_fusers`, `sharding`, and whether there are `inpaint` and `reuse`.
+    The program depends only on shapes, `eps_fn`, `use_fusers`, `sharding`, and whether `inpaint` and `reuse` are given.
 
     Args:
         eps_fn: the UNet, see the top of the file.
         params: its parameters.
         state: donated.
         conditions: tree of [rows, G, …]; G = 2 with guidance (conditional, negative), 1 without.
-        evaluations: which ones.
+        evaluations: which ones to run.
         use_fusers: False passes alpha=None to `eps_fn`, which leaves the fusers out of the program.
-        inpaint: a region to keep.
+        inpaint: region to keep.
         sharding: how the rows axis is split over a mesh.
     """
     run = functools.partial(_denoise_part, eps_fn, use_fusers)
@@ -123,7 +123,7 @@ def _denoise_part(
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditions)
 
     def inputs(c: Coefficients, x: Array) -> tuple:
-        """What `eps_fn` takes: each row once per group."""
+        """Inputs of `eps_fn`: each row once per group."""
         latents = jnp.repeat(x, groups, axis=0)
         return latents, jnp.broadcast_to(c.timestep, latents.shape[:1]), flat, c.alpha if use_fusers else None
 
@@ -152,12 +152,12 @@ def _entry(coefficients: Coefficients, i: Array | int) -> Coefficients:
 
 
 def _keep_known(c: Coefficients, x: Float[Array, "rows h w c"], inpaint: Inpaint) -> Float[Array, "rows h w c"]:
-    """Puts the known image, noised to the step, into the region to keep."""
+    """Sets the region to keep to the known image, noised to the step."""
     known = c.signal * inpaint.latents + c.sigma * inpaint.noise
     keep = jnp.where(c.blend, inpaint.keep, 0.0)
     return keep * known + (1.0 - keep) * x
 
 
 def _guide(eps: Float[Array, "rows groups h w c"], scale: Float[Array, ""]) -> Float[Array, "rows h w c"]:
-    """Classifier-free guidance (Ho and Salimans 2022), where there is an unconditional prediction."""
+    """Classifier-free guidance (Ho and Salimans 2022), if there is an unconditional prediction."""
     return eps[:, 1] + scale * (eps[:, 0] - eps[:, 1]) if eps.shape[1] == 2 else eps[:, 0]

@@ -1,9 +1,9 @@
-"""The multi-instance sampler (InstanceDiffusion, "Multi-instance Sampler"): fewer attributes leak between instances.
+"""The multi-instance sampler (InstanceDiffusion, "Multi-instance Sampler"): less attribute leakage between instances.
 
-    1. For the first M steps denoise every instance on its own, under its own caption and location, and beside them the
-       image's global latent, under the whole layout. All start from the image's noise.
+    1. For the first M steps, denoise each instance separately, with its own caption and location, and also the image's
+       global latent, with the whole layout. All start from the image's noise.
     2. Merge each image's latents into one: their mean, or each instance cropped to its box and pasted.
-    3. Denoise the merged latent under the whole layout for the other steps, with the global row's solver history.
+    3. Denoise the merged latent with the whole layout for the other steps, with the global row's solver history.
 
 A latent being denoised is a row. All rows of all images run as one batch; rows.py packs them, plan.py says which
 evaluations run on which rows. The UNet comes in as a function, see loop.py.
@@ -27,15 +27,15 @@ from instdiff_jax.diffusion.rows import ImageRows, Rows, RowSet, join_rows, pack
 from instdiff_jax.diffusion.solvers import Coefficients
 from instdiff_jax.parallel.rows import beside, count_devices, replicated, settled, spread, take
 
-EVENT_EVALUATIONS = 5  # evaluations of some rows between two progress events
+EVENT_EVALUATIONS = 5  # evaluations between two progress events
 
 
 class SamplerInputs(NamedTuple):
     """What a batch of images is sampled from.
 
     Attributes:
-        latents: where each image starts: noise, or an image noised to the table's first timestep.
-        conditions: groups of trees of [unique, …]; over a mesh, split already or still to be.
+        latents: each image's start: noise, or an image noised to the table's first timestep.
+        conditions: groups of trees of [unique, …]; over a mesh, sharded or not.
         images: the rows of each image.
         inpaint: regions to keep, one per image.
     """
@@ -47,14 +47,14 @@ class SamplerInputs(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where rows run: at most `max_rows` at a time (the rest in further chunks of one program), split over a mesh."""
+    """Where rows run: split over a mesh, at most `max_rows` at a time (the rest in further chunks of one program)."""
 
     max_rows: int | None = None
     sharding: NamedSharding | None = None
 
 
 class ProgressEvent(NamedTuple):
-    """Some evaluations that are on their way: how many, without padding, and an array that is ready when they are."""
+    """Evaluations in progress: their number without padding, and an array that is ready when they are."""
 
     evaluations: int
     ready: Array
@@ -68,7 +68,7 @@ def sample_rows(
     placement: Placement = Placement(),
     events: list[ProgressEvent] | None = None,
 ) -> Float[Array, "images h w c"]:
-    """Samples latents for a batch of images with any numbers of instances; returns before they are ready.
+    """Samples latents for images with any number of instances each. Returns before they are ready.
 
     Args:
         eps_fn: the UNet, see loop.py.
@@ -76,7 +76,7 @@ def sample_rows(
         inputs: the images.
         plan: solver, settings and the pieces to run.
         placement: where rows run.
-        events: gets an event for every few evaluations of some rows, which then run one after another.
+        events: receives an event every few evaluations of some rows, which then run one after another.
 
     Returns:
         float32 latents of each image.
@@ -103,7 +103,7 @@ def sample_rows(
 def merge_images(
     finished: Sequence[tuple[Rows, list[DenoiseState]]], merge: Literal["mean", "crop"], sharding: NamedSharding | None
 ) -> DenoiseState:
-    """Merges each image's rows into one state; over a mesh padded as `spread` does it."""
+    """Merges each image's rows into one state. Over a mesh, it is padded as in `spread`."""
     rows = join_rows([rows for rows, _ in finished])
     parts = settled([part for _, parts in finished for part in parts], sharding)
     height, width = parts[0].latents.shape[1:3]
@@ -120,7 +120,7 @@ def merge_rows(
     num_images: int,
     weights: Float[Array, "rows h2 w2 1"],
 ) -> Float[Array, "images h w c"]:
-    """Weighted sum of each image's rows; rows of segment `num_images` (padding) are left out."""
+    """Weighted sum of each image's rows. Rows with segment `num_images` (padding) are ignored."""
     return jax.ops.segment_sum(weights * latents, segment, num_images)
 
 
@@ -133,8 +133,8 @@ def mean_weights(rows: Rows) -> Float[np.ndarray, "rows 1 1 1"]:
 def crop_weights(rows: Rows, height: int, width: int) -> Float[np.ndarray, "rows h w 1"]:
     """Weights that paste each instance, cropped to its box, onto its image's global latent.
 
-    Instances are pasted in order: later ones lie on top. Boxes are rounded (half to even) on the latent grid; one that
-    is empty there is not pasted. (As in the paper; the official code has it switched off, with x and y exchanged.)
+    Instances are pasted in order: later ones are on top. Boxes are rounded (half to even) to the latent grid; an empty
+    box is not pasted. (As in the paper; in the official code it is switched off, with x and y swapped.)
     """
     x0, y0, x1, y1 = np.rint(rows.boxes * [width, height, width, height]).astype(int).T[:, :, None, None]
     row, column = np.arange(height)[None, :, None], np.arange(width)[None, None, :]
@@ -214,13 +214,13 @@ class _Run:
         """The piece's evaluations, cut where there are progress events."""
         if self.events is None:
             return [(piece.start, piece.stop)]
-        # Each call begins with fresh features: cuts at multiples of `reuse` change no result.
+        # Each call computes fresh features first, so cuts at multiples of `reuse` change no result.
         stride = max(EVENT_EVALUATIONS // self.plan.settings.reuse, 1) * self.plan.settings.reuse
         return itertools.pairwise([*range(piece.start, piece.stop, stride), piece.stop])
 
 
 def _select(conditions: dict[str, Any], use_fusers: bool) -> dict[str, Any]:
-    """The groups that are read with fusers, or without."""
+    """The groups that the UNet reads with or without fusers."""
     return {name: tree for name, tree in conditions.items() if use_fusers or name != FUSER_GROUP}
 
 

@@ -1,6 +1,6 @@
-"""What one sampling runs: the solver's evaluations in pieces, each on one set of rows by one compiled program.
+"""The plan of one sampling: pieces of the solver's evaluations. One program runs a piece on one set of rows.
 
-The plan is made once for a call. The sampler runs it, and counts of evaluations are taken from it.
+The plan is made once per call. The sampler runs it, and evaluations are counted from it.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from instdiff_jax.diffusion.solvers import SolverTable
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """Settings of the multi-instance sampler and of what saves evaluations.
+    """Settings of the multi-instance sampler, and those that save evaluations.
 
     Attributes:
         mis_steps: M, the steps in which every instance is also denoised on its own.
         guidance_scale: of classifier-free guidance; 1 leaves out the unconditional entries.
-        guidance_interval: fractions of the steps between which there is guidance (Kynkäänniemi et al. 2024, who give
-            noise levels). Products with the number of steps are truncated, as α's are. (0, 0) is no guidance.
-        mis_guidance: False leaves guidance out of instance rows. The global row keeps it: its solver history goes on
-            after the merge, and an image without instances must not depend on the others of its batch.
+        guidance_interval: fractions of the steps between which guidance is on (Kynkäänniemi et al. 2024, who give
+            noise levels). Products with the number of steps are truncated, as α's are. (0, 0) turns guidance off.
+        mis_guidance: False turns guidance off for instance rows. The global row keeps it: its solver history is used
+            after the merge, and an image without instances must not depend on the rest of its batch.
         merge: how an image's rows become one: their mean, or instances cropped to their boxes and pasted.
         reuse: deep features are computed in every `reuse`-th evaluation of rows that run together, see loop.py.
     """
@@ -47,7 +47,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SamplingPlan:
-    """The solver, the settings, and the pieces in the order in which they run."""
+    """The solver, the settings, and the pieces in running order."""
 
     table: SolverTable
     settings: SamplerSettings
@@ -69,7 +69,7 @@ class SamplingPlan:
 
 
 def make_plan(table: SolverTable, settings: SamplerSettings) -> SamplingPlan:
-    """Splits a solver's evaluations where rows merge, where α becomes 0, and where guidance begins and ends."""
+    """Splits a solver's evaluations where rows merge, α becomes 0, and guidance begins and ends."""
     merge = table.evaluation_of_step(settings.mis_steps)
     interval = (0.0, 0.0) if settings.guidance_scale == 1 else settings.guidance_interval
     first, last = (table.evaluation_of_step(int(fraction * table.steps)) for fraction in interval)
@@ -82,7 +82,7 @@ def make_plan(table: SolverTable, settings: SamplerSettings) -> SamplingPlan:
 
 
 def count_rows(rows: RowSet, images: Sequence[ImageRows]) -> int:
-    """How many rows of one set images have."""
+    """The number of rows that the images have in one set."""
     instances = sum(len(image.instances) for image in images)
     return {"all": len(images) + instances, "instances": instances}.get(rows, len(images))
 

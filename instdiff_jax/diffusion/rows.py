@@ -1,7 +1,7 @@
-"""Packing images into rows, and rows into batches of few sizes.
+"""Packs images into rows, and rows into batches of a few sizes.
 
 A row is one latent being denoised: an image's global one, or one of its instances'. Images have different numbers of
-instances, and every number of rows is a program of its own: batches are padded to a few sizes.
+instances, and each number of rows needs its own program. So batches are padded to a few sizes.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 EXACT_ROWS = 8  # per device; up to here a batch is never padded
-WASTE = 1.2  # larger batches are padded to at most this many times their rows
+WASTE = 1.2  # larger batches are padded to at most this factor
 
 # Rows that run together. Before the merge: all rows, or global and instance rows separately. After it: one per image.
 RowSet = Literal["all", "global", "instances", "image"]
@@ -23,7 +23,7 @@ class ImageRows(NamedTuple):
 
     Attributes:
         layout: of the global row.
-        negative: of every row's unconditional entry.
+        negative: of each row's unconditional entry.
         instances: one per instance row.
         boxes: x0, y0, x1, y1 in [0, 1] per instance row; only the crop merge reads them.
     """
@@ -36,17 +36,17 @@ class ImageRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a batch, image by image with the global row first, padded to whole chunks.
+    """The rows of a batch, padded to whole chunks. Each image's global row comes first.
 
     Attributes:
-        image: the image whose noise and known region a row has (padding: image 0).
-        segment: the image that a row is merged into; padding: `num_images`, which the merge leaves out.
+        image: the image whose noise and known region a row uses (padding: image 0).
+        segment: the image that a row is merged into; padding has `num_images`, which the merge ignores.
         slot: 0 for a global row, i for an image's i-th instance, −1 for padding.
         boxes: the instance's box in [0, 1].
         conditions: indices of unique conditions: the conditional one and the negative one.
         num_images: images of the batch.
         count: rows without padding; they come first.
-        chunk: rows of one call of the compiled program.
+        chunk: rows per call of the compiled program.
     """
 
     image: Int[np.ndarray, "rows"]
@@ -81,7 +81,7 @@ def pack_rows(
     """Packs images into rows.
 
     Args:
-        images: each with any number of instances; at least one row in all.
+        images: each with any number of instances; at least one row in total.
         which: the rows to pack; "global" and "image" are both an image's first row.
         devices: chunks are a multiple of this.
         max_rows: the most rows in a chunk (at least one per device); None for no limit.

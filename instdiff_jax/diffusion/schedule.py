@@ -1,7 +1,6 @@
 """Noise schedule, timestep grids and the fuser's schedule.
 
-Everything here is computed on the host in float64, as the released model's own schedule was, and is
-rounded to float32 once.
+All values are computed on the host in float64, as in the released model, and rounded to float32 once.
 """
 
 import math
@@ -23,7 +22,7 @@ def betas(config: ScheduleConfig) -> Float[np.ndarray, "timesteps"]:
 
 
 def alphas_cumprod(config: ScheduleConfig) -> Float[np.ndarray, "timesteps"]:
-    """ᾱ, float64: the share of the signal's variance that is left at each timestep."""
+    """ᾱ, float64: the remaining fraction of the signal's variance at each timestep."""
     return np.cumprod(1.0 - betas(config))
 
 
@@ -38,20 +37,20 @@ def signal_and_noise(
 def q_sample(
     x0: Float[Array, "b *shape"], noise: Float[Array, "b *shape"], t: Int[Array, "b"], schedule: ScheduleConfig
 ) -> Float[Array, "b *shape"]:
-    """Noises clean latents to timestep t, one timestep a sample: √ᾱ·x0 + √(1−ᾱ)·noise (DDPM, eq. 4), in float32."""
+    """Noises clean latents to timestep t, one timestep per sample: √ᾱ·x0 + √(1−ᾱ)·noise (DDPM, eq. 4), in float32."""
     signal, sigma = (jnp.asarray(root)[t].reshape(-1, *(1,) * (x0.ndim - 1)) for root in signal_and_noise(schedule))
     return signal * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
 def velocity_weights(config: ScheduleConfig, limit: float = 0.0) -> Float[Array, "timesteps"]:
-    """1/ᾱ at each timestep: what turns the squared error of ε into that of v = √ᾱ·ε − √(1−ᾱ)·x0.
+    """1/ᾱ at each timestep: converts the squared error of ε to that of v = √ᾱ·ε − √(1−ᾱ)·x0.
 
-    Salimans and Ho 2022, section 4 and appendix D. The error of ε alone hardly sees high noise, where a picture's
-    layout is decided: there a network that copies its input is nearly right.
+    Salimans and Ho 2022, section 4 and appendix D. The loss on ε has little weight at high noise, where an
+    image's layout is decided: there a network that copies its input is nearly right.
 
     Args:
-        limit: the largest weight; 0 for none. As in Hang et al. 2023 (min-SNR), no timestep drowns the others: at the
-            last ones 1/ᾱ is over 200, and the error of a network with normalised features is mostly its rounding.
+        limit: the largest weight; 0 for none. As in Hang et al. 2023 (min-SNR), it keeps any timestep from dominating:
+            at the last ones 1/ᾱ is over 200, and the error of a network with normalised features is mostly rounding.
     """
     weights = 1.0 / alphas_cumprod(config)
     return jnp.asarray(np.minimum(weights, limit) if limit else weights, jnp.float32)
@@ -60,10 +59,10 @@ def velocity_weights(config: ScheduleConfig, limit: float = 0.0) -> Float[Array,
 def uniform_timesteps(steps: int, timesteps: int) -> Int[np.ndarray, "n"]:
     """The released grid, descending: range(0, timesteps, timesteps // steps) + 1.
 
-    A number of steps that does not divide `timesteps` gives more of them than asked for: 30 runs 31.
-    Where the grid's top would be `timesteps` itself, one past the last trained timestep (37 or 101
+    A number of steps that does not divide `timesteps` gives more steps than requested: 30 gives 31.
+    If the grid's top would be `timesteps` itself, one past the last trained timestep (37 or 101
     steps of 1000; the released code fails there), the top becomes the last trained timestep, and is
-    dropped if the grid holds that one already (more than half of `timesteps`).
+    dropped if the grid already contains it (more than half of `timesteps`).
 
     Raises:
         InputError: for steps outside 1…timesteps.
@@ -94,12 +93,12 @@ def karras_timesteps(steps: int, schedule: ScheduleConfig) -> Int[np.ndarray, "n
 
 
 def alpha_schedule(length: int, fractions: Sequence[float]) -> Float[np.ndarray, "length"]:
-    """The fuser's scale at each step: ones, then a linear decay (n−1)/n … 0, then zeros.
+    """The fuser's scale α at each step: ones, then a linear decay (n−1)/n … 0, then zeros.
 
     Args:
         length: number of steps.
-        fractions: share of the steps of each part; the first two lengths are truncated in float64, as
-            released (int(0.58 · 50) is 28), the third takes what is left.
+        fractions: fraction of the steps in each part; the first two lengths are truncated in float64, as
+            released (int(0.58 · 50) is 28), the third takes the rest.
 
     Raises:
         InputError: for fractions that are negative or do not sum to 1.

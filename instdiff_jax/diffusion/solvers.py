@@ -1,14 +1,14 @@
 """PLMS, DDIM and DPM-Solver++(2M) as tables of coefficients over one loop.
 
-A table has one row per UNet evaluation. With x the latents, `anchor` the latents at which the step
-began and h1, h2, h3 the latest predictions kept, an evaluation does
+A table has one row per UNet evaluation. x are the latents, `anchor` the latents at the start of the step,
+and h1, h2, h3 the latest stored predictions. An evaluation computes
 
-    d        = p·x + q·ε                                    what the solver extrapolates: ε or x0
+    d        = p·x + q·ε                                    the solver extrapolates this: ε or x0
     x'       = ax·x + aa·anchor + c0·d + c1·h1 + c2·h2 + c3·h3
     anchor'  = x         if store else anchor
     history' = d, h1, h2 if push  else history
 
-so one compiled loop serves every solver, number of steps and α. All of it is float32; the
+One compiled loop serves every solver, number of steps and α. The loop runs in float32; the
 coefficients are computed on the host in float64.
 """
 
@@ -24,7 +24,7 @@ from instdiff_jax.config import ScheduleConfig
 from instdiff_jax.diffusion import schedule as schedules
 from instdiff_jax.errors import InputError
 
-CAPACITY = 1024  # rows of a padded table: every number of steps up to 1000 runs in one compiled program
+CAPACITY = 1024  # rows of a padded table: one compiled program runs any number of steps up to 1000
 HISTORY = 3
 
 # Weights of the newest prediction and of those before it, Adams–Bashforth of order 1 to 4.
@@ -39,13 +39,13 @@ FEW_STEPS = 15
 
 
 class Coefficients(NamedTuple):
-    """One entry per UNet evaluation, padded to a fixed length; see the top of the file for the letters."""
+    """One entry per UNet evaluation, padded to a fixed length. The top of the file defines the letters."""
 
     timestep: Int[np.ndarray, "n"]  # int32
     alpha: Float[np.ndarray, "n"]  # fuser scale
-    signal: Float[np.ndarray, "n"]  # √ᾱ and √(1−ᾱ) at the timestep: what noises a known image to it
+    signal: Float[np.ndarray, "n"]  # √ᾱ and √(1−ᾱ) at the timestep: they noise a known image to it
     sigma: Float[np.ndarray, "n"]
-    blend: Bool[np.ndarray, "n"]  # whether a known image is put in before this evaluation: it begins a step
+    blend: Bool[np.ndarray, "n"]  # whether to insert a known image before this evaluation: it begins a step
     p: Float[np.ndarray, "n"]
     q: Float[np.ndarray, "n"]
     ax: Float[np.ndarray, "n"]
@@ -57,14 +57,14 @@ class Coefficients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SolverTable:
-    """A solver's coefficients, and on the host how its evaluations make up steps.
+    """A solver's coefficients, and how its evaluations form steps (on the host).
 
     Attributes:
         coefficients: the padded table, numpy float32: an argument of the compiled loop, never a constant.
-        steps: steps that run; α and the multi-instance sampler count on these.
+        steps: steps that run; α and the multi-instance sampler count these.
         evaluations: UNet evaluations of all steps.
         fused_evaluations: the first evaluation at which α is 0 (`evaluations` if there is none).
-        first_timestep: where sampling starts; an image to start from is noised to it.
+        first_timestep: where sampling starts; a start image is noised to it.
     """
 
     coefficients: Coefficients
@@ -74,7 +74,7 @@ class SolverTable:
     first_timestep: int
 
     def evaluation_of_step(self, step: int) -> int:
-        """UNet evaluations in the first `step` steps: the first step of PLMS takes the one that is extra."""
+        """UNet evaluations in the first `step` steps. The first step of PLMS has an extra one."""
         return step + (self.evaluations - self.steps) if step > 0 else 0
 
 
@@ -94,14 +94,14 @@ def solver_table(
 
     Args:
         sampler: plms, ddim or dpm++.
-        steps: number of steps asked for; the grids may give another, see `schedule.uniform_timesteps`.
+        steps: requested number of steps; the grid may give another, see `schedule.uniform_timesteps`.
         schedule: the model's noise schedule.
-        alpha_fractions: shares of the steps that run with α one, falling and zero.
-        strength: share of the steps that run, the last ones, in (0, 1]: below 1 sampling starts from an image
+        alpha_fractions: fractions of the steps with α one, falling and zero.
+        strength: fraction of the steps to run, from the end, in (0, 1]: below 1 sampling starts from an image
             noised to `first_timestep`. At least one step runs.
 
     Raises:
-        InputError: for a sampler that does not exist or a number out of its range.
+        InputError: for an unknown sampler or a number out of range.
     """
     if not 0 < strength <= 1:
         raise InputError(f"strength: expected a number above 0, at most 1, got {strength!r}")
@@ -119,7 +119,7 @@ def solver_table(
 
     step = np.maximum(np.arange(len(rows)) - (len(rows) - len(grid)), 0)
     alpha = schedules.alpha_schedule(len(grid), alpha_fractions)[step]
-    # The extra evaluation of PLMS's first step is at the timestep where the step ends.
+    # PLMS's first step has an extra evaluation, at the timestep where the step ends.
     at = grid if len(rows) == len(grid) else np.insert(grid, 1, grid[min(1, len(grid) - 1)])
     signal, sigma = schedules.signal_and_noise(schedule)
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
@@ -141,7 +141,7 @@ def update(
     history: Float[Array, "rows 3 h w c"],
     eps: Float[Array, "rows h w c"],
 ) -> tuple[Float[Array, "rows h w c"], Float[Array, "rows h w c"], Float[Array, "rows 3 h w c"]]:
-    """One evaluation's update in float32; `c` holds one entry of the table, as scalars.
+    """Applies one evaluation's update in float32. `c` is one entry of the table, as scalars.
 
     Returns:
         The next latents, anchor and history.
@@ -172,7 +172,7 @@ def _ddim(levels: Float[np.ndarray, "levels"]) -> list[dict]:
 
 
 def _plms(levels: Float[np.ndarray, "levels"]) -> list[dict]:
-    """Liu et al. 2022, with the release's start: improved Euler, whose second prediction is not kept."""
+    """Liu et al. 2022, with the released first step: improved Euler, whose second prediction is not kept."""
     a, b = _transfer(levels[0], levels[1])
     rows = [
         _row(ax=a, c=(b, 0.0, 0.0, 0.0), store=True),

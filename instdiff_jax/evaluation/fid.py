@@ -1,7 +1,7 @@
-"""The Fréchet distance between two sets of images, in any features.
+"""The Fréchet distance between two sets of images, with any features.
 
-FID (Heusel et al. 2017) uses the features of an Inception network. Distances in other features can only be compared
-with each other.
+FID (Heusel et al. 2017) uses the features of an Inception network. Distances with other features can only be
+compared with each other.
 """
 
 import io
@@ -36,8 +36,8 @@ def fit_gaussian(features: Float[np.ndarray, "n d"], where: str = "features") ->
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m₁ − m₂|² + tr(S₁ + S₂ − 2 (S₁ S₂)^½), at least 0.
 
-    (S₁ S₂)^½ has the same trace as (S₁^½ S₂ S₁^½)^½, the root of a symmetric matrix: it needs eigenvalues only and
-    has no imaginary part to drop. Covariances need not have full rank.
+    (S₁ S₂)^½ has the same trace as (S₁^½ S₂ S₁^½)^½, the root of a symmetric matrix: it needs only eigenvalues and
+    has no imaginary part. Covariances need not have full rank.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"features: expected the same number in both sets, got {len(a.mean)} and {len(b.mean)}")
@@ -50,7 +50,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def distance_to(drawn: Float[np.ndarray, "n d"], real: Gaussian, fewest: int) -> tuple[float, list[str]]:
-    """The distance of generated images to real ones, and a remark if they are too few for it (`fewest`)."""
+    """The distance of generated to real images, and a remark if `fewest`, the number of images, is too small."""
     distance = frechet_distance(fit_gaussian(drawn), real)
     if fewest > drawn.shape[1]:
         return distance, []

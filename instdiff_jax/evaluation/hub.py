@@ -27,7 +27,7 @@ class HubDetector:
     def __init__(self, model: Any, processor: Any, has_masks: bool, threshold: float = 0.01):
         """
         Args:
-            threshold: detections with a lower score are left out; low, since average precision uses them all.
+            threshold: detections with a lower score are dropped; low, because average precision uses them all.
         """
         self._model, self._processor, self.has_masks, self._threshold = model.eval(), processor, has_masks, threshold
 
@@ -52,7 +52,7 @@ class HubDetector:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides its detections: weights, labels and preprocessing."""
+        """Hash of everything that determines its detections: weights, labels and preprocessing."""
         import torch
 
         digest = hashlib.sha256(f"{self._model.config.id2label} {self._processor.to_json_string()}".encode())
@@ -98,7 +98,7 @@ class HubDetector:
 
 
 class Clip:
-    """A CLIP model: embeds images and texts as unit vectors; their product is the CLIP score."""
+    """A CLIP model: embeds images and texts as unit vectors. Their product is the CLIP score."""
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any):
         self._model, self._processor, self._tokenizer = model.eval(), processor, tokenizer
@@ -129,7 +129,7 @@ class Clip:
 
         with torch.no_grad():
             vectors = embed(**inputs)
-        # Newer releases of the library return an object around the vectors.
+        # Newer releases of the library wrap the vectors in an object.
         vectors = np.asarray(getattr(vectors, "pooler_output", vectors), np.float64)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -153,7 +153,7 @@ class _Loading:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # Exception: safetensors raises a class of its own for a broken file.
+        # Exception: safetensors raises its own class for a broken file.
         if isinstance(error, Exception) and not isinstance(error, MemoryError):
             reason = str(error).split("\n")[0][:200]
             raise InputError(f"{self._flag}: {self._name}: cannot be loaded from this machine: {reason}") from error

@@ -1,4 +1,4 @@
-"""Measures a folder of images: runs detector, CLIP and features over them, and collects all metrics."""
+"""Measures a folder of images: runs the detector, CLIP and features, and collects all metrics."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -33,13 +33,13 @@ _GROUPS = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (7, 10), (11, 20), (2
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measures:
-    """What to measure, and with what.
+    """What to measure, and with which models.
 
     Attributes:
-        detector: finds instances; without one only CLIP scores and the Fréchet distance are measured.
+        detector: finds instances; without it only CLIP scores and the Fréchet distance are measured.
         clip: scores images and crops against captions, and names the attributes that the detector does not.
-        features: for the Fréchet distance to real images; None: it is not measured.
-        reference: Gaussian of the features of real images; None: those of the split.
+        features: for the Fréchet distance to real images; None: not measured.
+        reference: Gaussian of real images' features; None uses the split's images.
         min_score: detections with a lower score count for average precision only.
         batch: images in memory at a time.
     """
@@ -54,7 +54,7 @@ class Measures:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The result of an evaluation. A number is None if there is nothing to measure it with.
+    """The result of an evaluation. A number is None if it cannot be measured.
 
     Attributes:
         metrics: of all images.
@@ -71,7 +71,7 @@ class Outcome:
 
 
 class Inspected(NamedTuple):
-    """Evaluated images before their metrics are summed up.
+    """Evaluated images, before their metrics are summarized.
 
     Attributes:
         kinds: the kinds of attributes that can be measured.
@@ -88,9 +88,9 @@ class Inspected(NamedTuple):
 def inspect(
     split: Split, folder: Path, measures: Measures, report: Callable[[int], None] = lambda count: None
 ) -> Inspected:
-    """Looks at the images of all scenes of a split, FOLDER/images/<image_id>.png.
+    """Evaluates the images of all scenes of a split, FOLDER/images/<image_id>.png.
 
-    `report` is called with the number of images that are done.
+    Calls `report` with the number of finished images.
 
     Raises:
         InputError: for missing or broken images, or real images if `features` need them.
@@ -202,7 +202,7 @@ def _inspect_batch(
 def _settle_attributes(
     images: list[EvaluatedImage], clip: TextImageModel | None, folder: Path
 ) -> tuple[list[EvaluatedImage], list[str], list[str]]:
-    """CLIP names the kinds of attributes that the detector does not; without CLIP they are left out, with a note."""
+    """CLIP names the kinds of attributes that the detector does not. Without CLIP they are skipped, with a note."""
     kinds = sorted({kind for image in images for target in image.scene.asked for kind in target.attributes})
     unknown = unnamed_kinds(images, kinds) if any(image.found for image in images) else []
     if unknown and clip is not None:
@@ -232,7 +232,7 @@ def _clip_scores(clip: TextImageModel, scene: Scene, image: np.ndarray) -> tuple
 
 
 def describe(features: Features, images: UInt8[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b d"]:
-    """The features of some images in float64; InputError for another shape."""
+    """The features of images in float64; InputError if their shape is wrong."""
     vectors = np.asarray(features(images), np.float64)
     if vectors.ndim != 2 or len(vectors) != len(images):
         raise InputError(f"--features: expected an array of shape [{len(images)}, d], got {list(vectors.shape)}")

@@ -23,7 +23,7 @@ MATCH_IOU = 0.5
 
 
 class Found(NamedTuple):
-    """A detection with its mask as compressed RLE, a thousand times smaller.
+    """A detection whose mask is compressed RLE, a thousand times smaller.
 
     Attributes:
         category, score, box, attributes: as in `Detection`.
@@ -51,7 +51,7 @@ class TargetMeasure(NamedTuple):
         mask_iou: the same for masks; None if the annotation or the detector has none.
         point_in: whether the point lies in a detected mask.
         scribble_in: fraction of the scribble's points in a detected mask.
-        match: the detection with the best IoU if that is at least 0.5; None: not found.
+        match: the detection with the best IoU if that is at least 0.5; None if not found.
     """
 
     box_iou: float
@@ -64,7 +64,7 @@ class TargetMeasure(NamedTuple):
 def measure_targets(
     targets: Sequence[Target], detections: Sequence[Found], min_score: float, has_masks: bool = True
 ) -> list[TargetMeasure]:
-    """Measures each target by itself: one detection may match several targets.
+    """Measures each target separately: one detection may match several targets.
 
     Args:
         targets: of one image.

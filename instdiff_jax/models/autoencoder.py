@@ -1,4 +1,4 @@
-"""The KL autoencoder: images to the latents in which diffusion runs, and back.
+"""The KL autoencoder: maps images to the latents in which diffusion runs, and back.
 
 Rombach et al. 2022, section 3.1 and appendix G, with the layers of Stable Diffusion 1.5. With four levels in `ch_mult`
 a latent pixel stands for 8×8 pixels.
@@ -16,15 +16,15 @@ from instdiff_jax.config import AutoencoderConfig
 from instdiff_jax.models.attention import attention
 from instdiff_jax.models.layers import Conv, GroupNorm, upsample_nearest
 
-# Of every GroupNorm here; the UNet's res blocks have 1e-5.
+# For every GroupNorm here; the UNet's res blocks use 1e-5.
 EPS = 1e-6
 
 
 class Autoencoder(nn.Module):
     """Images to the posterior of their latents, and latents to images.
 
-    Initialise with `method="reconstruct"`, which uses every parameter. Images do not depend on one another, so a caller
-    short of memory may pass a batch in slices.
+    Initialise with `method="reconstruct"`, which uses every parameter. Images are independent, so a batch may be passed
+    in slices to save memory.
     """
 
     config: AutoencoderConfig
@@ -86,7 +86,7 @@ class _Encoder(nn.Module):
             for i in range(config.num_res_blocks):
                 x = _ResBlock(config.ch * mult, name=f"down_{level}_block_{i}", dtype=self.dtype)(x)
             if level < len(config.ch_mult) - 1:
-                # The official code pads right and bottom only; "SAME" does so for even sides only.
+                # The official code pads only right and bottom; "SAME" does so only for even sides.
                 padding = ((0, 1), (0, 1))
                 x = conv(x.shape[-1], strides=2, padding=padding, name=f"down_{level}_downsample")(x)
         x = _ResBlock(x.shape[-1], name="mid_block_1", dtype=self.dtype)(x)

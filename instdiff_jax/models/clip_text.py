@@ -1,4 +1,4 @@
-"""The CLIP text encoder: its states are the UNet's context and the phrases' embeddings.
+"""The CLIP text encoder: gives the UNet's context and the phrase embeddings.
 
 Radford et al. 2021, section 2.4, as in CLIP ViT-L/14: pre-norm transformer, causal attention, quick-GELU.
 
@@ -15,7 +15,7 @@ from instdiff_jax.models.layers import LayerNorm
 
 
 class CLIPTextEncoder(nn.Module):
-    """Token ids to the states of the last layer and one pooled state per row."""
+    """Maps token ids to the last layer's states and one pooled state per row."""
 
     config: TextEncoderConfig
     dtype: jnp.dtype = jnp.float32

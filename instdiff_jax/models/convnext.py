@@ -15,7 +15,7 @@ EPS = 1e-6
 
 
 class ConvNeXt(nn.Module):
-    """Images to features: the stem divides each side by 4, every further stage by 2.
+    """Maps images to features. The stem divides each side by 4, each further stage by 2.
 
     Attributes:
         depths: number of blocks of each stage.

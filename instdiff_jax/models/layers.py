@@ -15,7 +15,7 @@ from instdiff_jax.config import GROUPS
 
 # On CPUs, small 3x3 convolutions are faster as matrix products. Two cores of a Zen 3: 11.5 ms instead of 23.9 for
 # 16 x 16² x 64 channels forward and backward; 74 ms instead of 140 for 2 x 8² x 1280 forward.
-# Up to this many pixels of the batch: one product over all nine gathered neighbours.
+# Up to this many pixels in the batch: one product over all nine gathered neighbours.
 _GATHERED = 512
 # Up to this many pixels and this many channels: nine products, one per neighbour.
 _SHIFTED, _NARROW = 8192, 128
@@ -24,7 +24,7 @@ _SHIFTED, _NARROW = 8192, 128
 def platform() -> str:
     """The platform that the traced program will run on: that of the current mesh, else this process's default.
 
-    They differ where a program is compiled ahead of time for another machine.
+    They differ if a program is compiled ahead of time for another machine.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -63,7 +63,7 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        # Reduced over space first, then over a group's few channels: channels stay the minor axis of every large array.
+        # Reduce over space first, then over a group's channels: channels stay the minor axis of all large arrays.
         flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
         centred = flat - _group_mean(flat.mean(axis=1))[:, None]
         variance = _group_mean(jnp.square(centred).mean(axis=1))
@@ -72,7 +72,7 @@ class GroupNorm(nn.Module):
 
 
 def _group_mean(x: Float[Array, "b c"]) -> Float[Array, "b c"]:
-    """Each channel's value becomes its group's mean."""
+    """Replaces each channel's value by its group's mean."""
     groups = x.reshape(x.shape[0], GROUPS, -1)
     return jnp.broadcast_to(groups.mean(axis=2, keepdims=True), groups.shape).reshape(x.shape)
 
@@ -108,8 +108,8 @@ class GEGLU(nn.Module):
 def timestep_embedding(timesteps: Int[Array, " b"] | Float[Array, " b"], dim: int) -> Float[Array, "b {dim}"]:
     """[cos ‖ sin] of t·exp(−ln(10000)·i/(dim/2)), float32 (DDPM, as in the official code)."""
     half = dim // 2
-    # Exponents in float32, as in PyTorch. Their exponentials are rounded on the host, so that they are equal on every
-    # platform: an error of one unit in the last place here is a thousand units in an angle.
+    # Exponents in float32, as in PyTorch. Exponentials are rounded on the host, so that they are equal on every
+    # platform: an error of one unit in the last place becomes a thousand units in an angle.
     exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None]

@@ -13,12 +13,12 @@ from instdiff_jax.errors import InputError
 
 _logger = logging.getLogger(__name__)
 
-# A byte-level vocabulary has every byte twice: inside a word and at its end.
+# A byte-level vocabulary has each byte twice: inside a word and at its end.
 _SMALLEST_VOCABULARY = 512
 
 
 class Tokenizer:
-    """transformers' CLIP tokenizer, from a local folder or the hub's local cache; it needs no network.
+    """transformers' CLIP tokenizer, from a local folder or the hub's local cache. Needs no network.
 
     Attributes:
         max_length: ids in a row, start and end token included.
@@ -34,11 +34,11 @@ class Tokenizer:
             max_length: ids in a row.
 
         Raises:
-            InputError: naming the tokenizer, if it is not there or does not fit.
+            InputError: if the tokenizer is missing or does not fit; names it.
         """
         # Imported here: it takes a second, and only this class needs it.
         with mock.patch.dict(os.environ, TRANSFORMERS_NO_ADVISORY_WARNINGS="1"):
-            # Otherwise it warns that PyTorch is missing, which tokenizers do not need.
+            # Otherwise it warns that PyTorch is missing, but tokenizers do not need it.
             from transformers import CLIPTokenizer
 
         self.max_length = max_length
@@ -60,13 +60,13 @@ class Tokenizer:
             raise InputError(f"tokenizer {name}: expected the end token's id to be {highest}, got {self.eos_id}")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Int32[np.ndarray, "n length"]:
-        """Ids of prompts, padded with the end token. A prompt that is too long is cut, with a warning."""
+        """Ids of prompts, padded with the end token. Truncates long prompts, with a warning."""
         return self._encode(prompts, "prompt")
 
     def encode_phrases(self, phrases: Sequence[str]) -> Int32[np.ndarray, "n length"]:
-        """Ids of instances' captions, padded with the end token. One that is too long is cut, with a warning.
+        """Ids of instances' captions, padded with the end token. Truncates long ones, with a warning.
 
-        The official code crashes there.
+        The official code crashes on those.
         """
         return self._encode(phrases, "phrase")
 
