@@ -67,8 +67,8 @@ class NoisePredictor:
 
 
 def encode_text(
-    encoder: CLIPTextEncoder, params: Any, ids: Int[np.ndarray, "t 77"], sharding: NamedSharding | None
-) -> tuple[Float[Array, "padded 77 e"], Float[Array, "padded e"]]:
+    encoder: CLIPTextEncoder, params: Any, ids: Int[np.ndarray, "t length"], sharding: NamedSharding | None
+) -> tuple[Float[Array, "padded length e"], Float[Array, "padded e"]]:
     """Last hidden states and pooled states of texts, padded to whole chunks."""
     parts = [
         encode_text_chunk(encoder, sharding, params, spread(ids[chunk], sharding))
@@ -81,7 +81,7 @@ def make_conditions(
     networks: SamplingNetworks,
     params: dict[str, Any],
     inputs: Sequence[ConditionInput],
-    hidden: Float[Array, "t 77 e"],
+    hidden: Float[Array, "t length e"],
     pooled: Float[Array, "p e"],
     sharding: NamedSharding | None,
 ) -> Conditions:
@@ -159,7 +159,7 @@ def _join(parts: list[Any], sharding: NamedSharding | None) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def encode_text_chunk(
-    encoder: CLIPTextEncoder, sharding: NamedSharding | None, params: Any, ids: Int[Array, "t 77"]
+    encoder: CLIPTextEncoder, sharding: NamedSharding | None, params: Any, ids: Int[Array, "t length"]
 ) -> tuple[Array, Array]:
     """The program of `encode_text` for one chunk."""
 
@@ -179,7 +179,7 @@ def make_conditions_chunk(
     grounding: dict[str, Array],
     phrases: Int[Array, "u 30"],
     embeddings: Float[Array, "u 30 e"],
-    context: Float[Array, "u 77 e"],
+    context: Float[Array, "u length e"],
 ) -> Conditions:
     """The program of `make_conditions` for one chunk. A phrase of −1 is an empty slot."""
 

@@ -16,7 +16,14 @@ from beartype import beartype
 from jaxtyping import AbstractArray
 
 # These check what they are given and raise InputError, which tests ask for.
-CHECK_THEMSELVES = ("Instance.__init__", "CompactMask.__set__", "Pipeline.__call__", "Pipeline.stream", "fit_gaussian")
+CHECK_THEMSELVES = (
+    "Instance.__init__",
+    "CompactMask.__set__",
+    "Pipeline.__call__",
+    "Pipeline.stream",
+    "SamplingOptions.__init__",
+    "fit_gaussian",
+)
 
 
 def is_array(hint) -> bool:
