@@ -17,6 +17,8 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla
 FAST_FOLDER = ROOT / "tests" / "unit"
 # Tests outside it that take a second or two each.
 FAST_FILES = {"test_compilation.py", "test_schedule.py", "test_solvers.py"}
+# These trace full-size models, and read millions of pickle instructions.
+NOT_FAST = {"test_rename.py", "test_torch_file_limits.py"}
 
 
 def pytest_addoption(parser):
@@ -25,7 +27,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if (FAST_FOLDER in item.path.parents or item.path.name in FAST_FILES) and "slow" not in item.keywords:
+        quick = FAST_FOLDER in item.path.parents or item.path.name in FAST_FILES
+        if quick and item.path.name not in NOT_FAST and "slow" not in item.keywords:
             item.add_marker("fast")
     if not config.getoption("--slow"):
         slow = [item for item in items if "slow" in item.keywords]
