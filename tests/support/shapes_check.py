@@ -1,6 +1,8 @@
-"""Checks shapes and types of arrays in every signature of instdiff_jax, in each test run.
+"""Checks shapes and types of arrays in every signature of instdiff_jax, in a test run with this flag:
 
-jaxtyping's import hook puts `check` on every function (see addopts in pyproject.toml). Other annotations are left to
+    --jaxtyping-packages=instdiff_jax,shapes_check.check
+
+jaxtyping's import hook puts `check` on every function. Other annotations are left to
 mypy: beartype cannot check some of them (`Self`, protocols), and Linen modules take several forms of a dtype. Processes
 that a test starts are not checked.
 """
