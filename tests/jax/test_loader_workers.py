@@ -39,7 +39,7 @@ def data_dir(tmp_path_factory):
 
 
 KILLED = """
-import multiprocessing, os, signal, sys
+import multiprocessing, os, re, signal, sys
 import test_loader_workers as t
 from pathlib import Path
 
@@ -49,7 +49,10 @@ if __name__ == "__main__":
     sources = t.Sources(dataset, t.tokenize, t.phrase_table(data_dir, "test"))
     loader = t.make_loader(sources, t.LoaderSettings(t.DataConfig(image_size=64, map_size=64), 4, workers=2))
     [next(loader) for _ in range(4)]
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    pids = [child.pid for child in multiprocessing.active_children()]
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in (os.getpid(), *pids))
+    print(*pids)
+    print(*set(re.findall(r"/dev/shm/(psm_\\w+)", maps)), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -57,17 +60,18 @@ if __name__ == "__main__":
 def test_workers_and_their_shared_memory_end_with_a_killed_parent(data_dir, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    before = set(os.listdir("/dev/shm"))
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), PYTHONPATH])}
     output = subprocess.run(
         [sys.executable, str(script), str(data_dir)], env=env, stdout=subprocess.PIPE, text=True, timeout=300
     ).stdout
-    workers = [int(pid) for pid in output.split()]
-    assert len(workers) == 2
+    pids, segments = output.splitlines()
+    # Its own segments alone: other tests run beside this one.
+    workers, segments = [int(pid) for pid in pids.split()], set(segments.split())
+    assert len(workers) == 2 and segments
     end = time.monotonic() + 30
-    while time.monotonic() < end and (any(map(is_running, workers)) or set(os.listdir("/dev/shm")) - before):
+    while time.monotonic() < end and (any(map(is_running, workers)) or segments & set(os.listdir("/dev/shm"))):
         time.sleep(0.1)
-    assert not any(map(is_running, workers)) and not set(os.listdir("/dev/shm")) - before
+    assert not any(map(is_running, workers)) and not segments & set(os.listdir("/dev/shm"))
 
 
 def is_running(pid):
