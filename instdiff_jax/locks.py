@@ -23,7 +23,7 @@ def lock_folder(folder: Path, key: str = "") -> Iterator[None]:
     """Keeps other runs out of a folder. The system releases the lock of a process that dies.
 
     Args:
-        folder: an existing folder. A file system that has no locks is used without one.
+        folder: made if it is not there. A file system that has no locks is used without one.
         key: runs of one key may share the folder; without a key none may.
 
     Raises:
@@ -47,6 +47,9 @@ def _take(path: Path, key: str) -> int | None:
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except FileNotFoundError:  # another run that wrote nothing has just removed the folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from error
         try:

@@ -95,9 +95,7 @@ class OutputFolder:
         """
         there = os.path.exists(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # An anonymous file: shards on several machines look at once.
-            tempfile.TemporaryFile(dir=self.path).close()
+            self._try_writing()
         except OSError as error:
             raise InputError(f"--output: {self.path}: expected a folder to write to ({error.strerror})") from error
         try:
@@ -113,6 +111,17 @@ class OutputFolder:
             if not there:
                 with contextlib.suppress(OSError):  # there are images
                     self.path.rmdir()
+
+    def _try_writing(self, attempts: int = 100) -> None:
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                # An anonymous file: shards on several machines look at once.
+                return tempfile.TemporaryFile(dir=self.path).close()
+            except FileNotFoundError:  # a shard that had nothing to write has just removed the folder
+                attempts -= 1
+                if not attempts:
+                    raise
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes what an earlier run wrote for layouts, latents included."""

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
 from instdiff_jax.errors import InputError
 from instdiff_jax.locks import NAME, lock_folder
-from instdiff_jax.sampling.outputs import COMMON, RunRecord
+from instdiff_jax.sampling.outputs import COMMON, OutputFolder, RunRecord
 from instdiff_jax.sampling.shards import Shard
 
 HOLD = """
@@ -56,6 +57,24 @@ def test_runs_of_one_key_share_a_folder(tmp_path):
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_folder_that_another_run_removes_is_made_again(tmp_path, monkeypatch):
+    """A shard with nothing to write removes the folder it made, at any moment before this one has its lock."""
+    folder, real, removed = tmp_path / "out", tempfile.TemporaryFile, []
+
+    def after_removal(dir):
+        if not removed:
+            removed.append(os.rmdir(dir))
+        return real(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", after_removal)
+    with OutputFolder(folder, [0]).opened([]):
+        assert removed and folder.is_dir()
+        folder.rmdir()
+        with lock_folder(folder, "a"):
+            assert (folder / NAME).exists()
+    assert not folder.exists()
 
 
 def test_sampler_of_other_settings_is_kept_out(tmp_path):
