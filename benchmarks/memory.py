@@ -100,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     model, dtype = cli.choose(args)
     import jax
-    from jax.sharding import Mesh
 
     from instdiff_jax.aot.programs import topology_devices
+    from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
 
     devices = topology_devices(args.topology) if args.topology else jax.devices()
-    mesh = Mesh([[devices[0]]], ("data", "fsdp"))
+    mesh = make_mesh(ParallelSettings(), devices[:1])
     loops = [analyse(model, dtype, rows, mesh) for rows in args.rows]
     others, entry = resident(model, dtype)
     decoder = analyse_decoder(model, args.decoded, mesh)

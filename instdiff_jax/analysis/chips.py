@@ -22,6 +22,7 @@ class Chip:
         memory_bandwidth: bytes/s.
         interconnect: bytes/s to and from all neighbours, both directions added.
         ports: neighbours; 4 in a two-dimensional torus, 6 in a three-dimensional one.
+        dcn: bytes/s that a chip sends over the data-centre network, its share of the pod's or the host's.
         clock: Hz, from peak FLOP/s = matrix units · side² · 2 · clock (v5e 4 of 128², v5p 8 of 128², v6e 4 of 256²).
     """
 
@@ -31,6 +32,7 @@ class Chip:
     interconnect: float
     ports: int
     clock: float
+    dcn: float
 
     @property
     def ring_bandwidth(self) -> float:
@@ -39,9 +41,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16, 819e9, 400e9, 4, 1.5e9),
-    "v5p": Chip(459e12, 95, 2765e9, 1200e9, 6, 1.75e9),
-    "v6e": Chip(918e12, 32, 1640e9, 800e9, 4, 1.75e9),
+    "v5e": Chip(197e12, 16, 819e9, 400e9, 4, 1.5e9, 3.125e9),
+    "v5p": Chip(459e12, 95, 2765e9, 1200e9, 6, 1.75e9, 6.25e9),
+    "v6e": Chip(918e12, 32, 1640e9, 800e9, 4, 1.75e9, 12.5e9),
 }
 
 
@@ -53,23 +55,25 @@ class Prediction:
         compute: the arithmetic at the peak rate.
         memory: the traffic at full bandwidth.
         kernels: the compiler's estimates of its kernels, one after the other.
-        interconnect: all collectives as rings, one after the other.
-        best: the largest of compute, memory and interconnect: perfect overlap.
-        step: the largest of compute, memory and kernels, plus interconnect: no overlap.
+        interconnect: all collectives in a slice as rings, one after the other.
+        dcn: all collectives between slices, in the same way.
+        best: the largest of compute, memory, interconnect and dcn: perfect overlap.
+        step: the largest of compute, memory and kernels, plus interconnect and dcn: no overlap.
     """
 
     compute: float
     memory: float
     kernels: float
     interconnect: float
+    dcn: float = 0.0
 
     @property
     def best(self) -> float:
-        return max(self.compute, self.memory, self.interconnect)
+        return max(self.compute, self.memory, self.interconnect, self.dcn)
 
     @property
     def step(self) -> float:
-        return max(self.compute, self.memory, self.kernels) + self.interconnect
+        return max(self.compute, self.memory, self.kernels) + self.interconnect + self.dcn
 
     def to_dict(self) -> dict[str, float]:
         return dataclasses.asdict(self) | dict(best=self.best, step=self.step)
@@ -81,14 +85,15 @@ def predict(chip: Chip, flops: float, costs: ProgramCosts) -> Prediction:
         compute=flops / chip.flops,
         memory=costs.memory_bytes / chip.memory_bandwidth,
         kernels=(costs.cycles + costs.pallas_cycles) / chip.clock,
-        interconnect=sum(collective.sent for collective in costs.collectives) / chip.ring_bandwidth,
+        interconnect=sum(one.sent for one in costs.collectives if not one.dcn) / chip.ring_bandwidth,
+        dcn=sum(one.sent for one in costs.collectives if one.dcn) / chip.dcn,
     )
 
 
 def scaling(
     chip: Chip, prediction: Prediction, collectives: tuple[Collective, ...], mesh: Mapping[str, int], batch: int
 ) -> list[dict[str, Any]]:
-    """Efficiency from 1 chip to the whole mesh in steps of four, at a constant number of images per chip.
+    """Efficiency from 1 chip to a slice, and to all slices, in steps of four, at a constant number of images per chip.
 
     Arithmetic and memory traffic per chip stay the same; the collectives depend on the sizes of the axes. The axis
     `fsdp` fills first. A sum over `data` is of arrays that `fsdp` has split, so it grows as `fsdp` shrinks. Efficiency
@@ -96,18 +101,20 @@ def scaling(
 
     Args:
         collectives: of the program compiled for `mesh`.
-        mesh: sizes of the axes `data` and `fsdp`, the latter the inner one.
+        mesh: sizes of the axes `slice`, `data` and `fsdp`, from the outermost.
         batch: images per step on the whole mesh.
     """
-    total = mesh["data"] * mesh["fsdp"]
-    counts = [4**k for k in range(total.bit_length()) if 4**k < total] + [total]
-    local = prediction.step - prediction.interconnect
+    total, slices = mesh["data"] * mesh["fsdp"], mesh.get("slice", 1)
+    counts = [4**k for k in range(total.bit_length()) if 4**k < total] + sorted({total, total * slices})
+    local = prediction.step - prediction.interconnect - prediction.dcn
     rows = []
     for chips in counts:
         fsdp = min(mesh["fsdp"], chips)
-        sizes = {"fsdp": fsdp, "data": max(chips // fsdp, 1), "both": chips}
-        seconds = 0.0
+        sizes = {"fsdp": fsdp, "data": max(min(chips, total) // fsdp, 1), "both": min(chips, total)}
+        seconds = prediction.dcn if chips > total else 0.0
         for collective in collectives:
+            if collective.dcn:
+                continue
             axis = _axis(collective, mesh)
             payload = collective.payload * (mesh["fsdp"] / fsdp if axis == "data" else 1)
             seconds += ring_bytes(collective.kind, payload, sizes[axis]) / chip.ring_bandwidth
@@ -117,7 +124,7 @@ def scaling(
                 chips=chips,
                 interconnect=seconds,
                 step=step,
-                images_per_second=batch * chips / total / step,
+                images_per_second=batch * chips / (total * slices) / step,
                 efficiency=local / step,
                 efficiency_hidden=local / max(local, seconds),
             )

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from instdiff_jax.analysis.hlo_text import Instruction, collective_group, parse_program
+from instdiff_jax.analysis.hlo_text import Instruction, collective_group, parse_program, slice_transfer
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What the compiler writes where it has no estimate.
@@ -30,6 +30,7 @@ class Found(NamedTuple):
     stride: int
     payload: float
     chain: str | None
+    dcn: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Collective:
         count: runs per step; `looped` of them in loops.
         payload: bytes of the whole array: gathered, reduced, or sent.
         sent: bytes that each device sends, by the ring algorithm.
+        dcn: whether it runs between slices, over the data-centre network; `group` is then the number of slices.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Collective:
     looped: int
     payload: float
     sent: float
+    dcn: bool = False
 
 
 class ProgramCosts(NamedTuple):
@@ -79,7 +82,7 @@ def analyze(text: str, kernel_cycles: Mapping[str, float] | None = None) -> Prog
     program = _Program(text)
     bodies = program.kernel_cycles(kernel_cycles or {})
     pallas_cycles, unscheduled = 0.0, 0
-    collectives: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
+    collectives: dict[tuple[str, int, int, bool], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
     memory, cycles = 0.0, 0
     chains = set()
     for computation, times, looped in program.runs:
@@ -94,12 +97,12 @@ def analyze(text: str, kernel_cycles: Mapping[str, float] | None = None) -> Prog
                 if one.chain is not None and one.chain in chains:
                     continue
                 chains.add(one.chain)
-                total = collectives[one.kind, one.group, one.stride]
+                total = collectives[one.kind, one.group, one.stride, one.dcn]
                 for i, value in enumerate((1, looped, one.payload, ring_bytes(one.kind, one.payload, one.group))):
                     total[i] += times * value
     found = []
-    for (kind, group, stride), (count, looped, payload, sent) in sorted(collectives.items()):
-        found.append(Collective(kind, group, stride, int(count), int(looped), payload, sent))
+    for (kind, group, stride, dcn), (count, looped, payload, sent) in sorted(collectives.items()):
+        found.append(Collective(kind, group, stride, int(count), int(looped), payload, sent, dcn))
     return ProgramCosts(tuple(found), memory, cycles, program.open_loops, pallas_cycles, unscheduled)
 
 
@@ -176,6 +179,13 @@ class _Program:
             chain = re.search(r'chain_id="(\d+)"', instruction.text)
             payload *= group if kind == "all-gather" else 1
             yield Found(kind, group, stride, payload, chain and chain[1])
+        elif instruction.opcode == "send" and (between := slice_transfer(instruction.text)):
+            kind, group = between
+            payload = sum(
+                array.size for name in instruction.operands for array in self.computations[computation][name].types
+            )
+            payload *= group if kind == "all-gather" else 1
+            yield Found(kind, group, 1, payload, None, dcn=True)
         if instruction.opcode in ("fusion", "async-start"):
             for name in instruction.called.get("calls", ()):
                 for inner in self.computations[name].values():

@@ -95,6 +95,16 @@ def _array(dtype: str, dims: str, layout: str) -> ArrayType:
     return ArrayType(math.prod(shape) * width, math.prod(physical) * width, "S(" not in layout)
 
 
+def slice_transfer(text: str) -> tuple[str, int] | None:
+    """Kind and number of slices of a collective over the data-centre network: on a chip a `send` to its host."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', text)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', text)
+    if kind is None or target is None:
+        return None
+    spans = [part.split(":") for part in target[1].split(",")]
+    return kind[1].lower().replace("_", "-"), sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
+
+
 def collective_group(text: str) -> tuple[int, int]:
     """The number of devices in a collective's group, and the distance between the first two."""
     if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):

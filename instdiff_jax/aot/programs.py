@@ -48,8 +48,8 @@ class Program(NamedTuple):
     flops: float
 
 
-def topology_devices(name: str) -> list[jax.Device]:
-    """The chips of a TPU topology such as v5e:4x4; this machine needs no TPU.
+def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
+    """The chips of `slices` slices of a TPU topology such as v5e:4x4; this machine needs no TPU.
 
     Raises:
         InputError: if libtpu is not installed, or does not know the topology.
@@ -65,8 +65,9 @@ def topology_devices(name: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     from jax.experimental import topologies
 
+    options = {"num_slices": slices} if slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise InputError(f"--topology {name}: {str(error).splitlines()[0]}; expected for example v5e:4x4") from error
 

@@ -86,8 +86,9 @@ def format_report(values: dict[str, Any]) -> str:
         kernels += f"; NOT counted: {values['unscheduled_kernels']} runs of kernels without a schedule"
     lines.append(kernels)
     for one in values["collectives"]:
+        where = f"{one['group']} slices (DCN)" if one["dcn"] else f"{one['group']} (stride {one['stride']})"
         lines.append(
-            f"  {one['kind']} over {one['group']} (stride {one['stride']}): {one['count']}, {one['looped']} in loops; "
+            f"  {one['kind']} over {where}: {one['count']}, {one['looped']} in loops; "
             f"{one['payload'] / 1e6:.1f} MB, sent {one['sent'] / 1e6:.1f} MB"
         )
     times = ", ".join(f"{key} {seconds * 1e3:.1f}" for key, seconds in values["prediction"].items())

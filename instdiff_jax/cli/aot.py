@@ -32,6 +32,7 @@ POD = ("--config.train.remat=blocks", "--config.parallel.fsdp=16")
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("aot", __doc__)
     parser.add_argument("--topology", required=True, help="a TPU generation and shape: v5e:16x16, v5p:2x2x4, v6e:4x4")
+    parser.add_argument("--slices", type=int, default=1, help="slices of that shape, joined by the network (default 1)")
     parser.add_argument(
         "--config", help="a config file; default: the paper's recipe. --config.KEY=VALUE changes a setting"
     )
@@ -66,7 +67,9 @@ def compile_programs(run: "RunSettings", args: argparse.Namespace, dump: Path) -
     from instdiff_jax.aot.report import format_report, make_report
     from instdiff_jax.parallel.mesh import make_mesh
 
-    devices = programs.topology_devices(args.topology)
+    if args.slices < 1:
+        raise InputError(f"--slices: expected a whole number of at least 1, got {args.slices}")
+    devices = programs.topology_devices(args.topology, args.slices)
     model, parallel = run.model, run.parallel
     if args.image_size <= 0 or args.image_size % model.canvas_stride:
         raise InputError(f"--image_size: expected a multiple of {model.canvas_stride}, got {args.image_size}")

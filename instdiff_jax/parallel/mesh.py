@@ -1,7 +1,8 @@
 """Devices: starting on several hosts, the mesh, and how arrays are sharded over it.
 
-The mesh has two axes. Batches are sharded over both. Parameters are sharded over `fsdp` according to the rules, and
-replicated over `data`.
+The mesh has three axes. Batches are sharded over all. Parameters are sharded over `fsdp` according to the rules, and
+replicated over `data` and `slice`. Slices are groups of chips that only the data-centre network (DCN) connects; of all
+that a training step sends, only the sum of gradients crosses it.
 """
 
 import dataclasses
@@ -16,14 +17,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from instdiff_jax.config import Settings
 from instdiff_jax.errors import InputError
 from instdiff_jax.tree import flatten, unflatten
 
-DATA, FSDP = "data", "fsdp"
-BATCH = PartitionSpec((DATA, FSDP))
+SLICE, DATA, FSDP = AXES = "slice", "data", "fsdp"
+BATCH = PartitionSpec(AXES)
 REPLICATED = PartitionSpec()
 
 
@@ -32,7 +34,8 @@ class ParallelSettings(Settings):
     """Sizes of the mesh, and the rules that shard parameters.
 
     Attributes:
-        data, fsdp: devices along each axis; -1 uses all that are left.
+        data, fsdp: devices of a slice along each axis; -1 uses all that are left.
+        slices: TPU slices, or other groups of devices with slow links between them; -1 is as many as the TPU has.
         rules: ordered (regex over "/"-joined parameter paths, "fsdp" or "replicate"). The first full match decides; a
             parameter without a match is an error. "fsdp" splits the longest axis divisible by the mesh's fsdp size.
         frozen: "replicated" keeps a whole copy of the frozen parameters on every device; "sharded" follows `rules`.
@@ -40,6 +43,7 @@ class ParallelSettings(Settings):
 
     data: int = -1
     fsdp: int = 1
+    slices: int = -1
     rules: tuple[tuple[str, ...], ...] = ((r".*/(kernel|embedding)", "fsdp"), (r".*", "replicate"))
     frozen: str = "replicated"
 
@@ -104,22 +108,42 @@ def make_mesh(settings: ParallelSettings, devices: Sequence[jax.Device] | None =
         InputError: if the product of the sizes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    found = len({_slice_of(device) for device in devices if device.platform == "tpu"})
+    slices = max(found, 1) if settings.slices == -1 else settings.slices
+    if slices < 1 or len(devices) % slices or (found > 1 and slices != found):
+        expected = f"-1 or {found}, the TPU's slices" if found > 1 else f"a divisor of the {len(devices)} devices"
+        raise InputError(f"config.parallel.slices: expected {expected}, got {settings.slices}")
+    each = len(devices) // slices
     sizes = [settings.data, settings.fsdp]
     known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    if sizes.count(-1) == 1 and known > 0 and each % known == 0:
+        sizes[sizes.index(-1)] = each // known
+    if min(sizes) < 1 or math.prod(sizes) != each:
         raise InputError(
             f"config.parallel: a mesh of data {settings.data} and fsdp {settings.fsdp} does not match "
-            f"the {len(devices)} devices; change --config.parallel.data and --config.parallel.fsdp so that their "
-            f"product is {len(devices)}; one of them may be -1"
+            f"the {each} devices{' of a slice' * (slices > 1)}; change --config.parallel.data and "
+            f"--config.parallel.fsdp so that their product is {each}; one of them may be -1"
         )
-    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    return Mesh(arrange([slices, *sizes], devices), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of `sizes` (slices first), neighbours beside each other where the links allow it."""
+    slices = len({_slice_of(device) for device in devices})
     try:
-        return jax.make_mesh(sizes, (DATA, FSDP), devices=devices, axis_types=axis_types)
+        if slices == sizes[0] > 1:
+            return mesh_utils.create_hybrid_device_mesh(
+                (1, *sizes[1:]), (sizes[0], 1, 1), devices, allow_split_physical_axes=True
+            )
+        if sizes[0] == 1:
+            return jax.make_mesh(sizes, AXES, devices=devices).devices
     except (NotImplementedError, ValueError):
-        # The sizes do not match the links between the chips. Any order works, but more slowly.
-        return Mesh(np.array(devices).reshape(sizes), (DATA, FSDP), axis_types=axis_types)
+        pass  # The sizes do not match the links between the chips. Any order works, but more slowly.
+    return np.array(sorted(devices, key=_slice_of) if slices == sizes[0] else devices).reshape(sizes)
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
@@ -209,7 +233,7 @@ _gather_whole.defvjp(_gather_forward, _gather_backward)
 
 def sum_gradients(tree: Any, specs: Any) -> Any:
     """Inside `shard_map`: sums gradients over the axes that `gather` has not summed."""
-    return jax.tree.map(lambda leaf, spec: jax.lax.psum(leaf, DATA if FSDP in spec else (DATA, FSDP)), tree, specs)
+    return jax.tree.map(lambda leaf, spec: jax.lax.psum(leaf, (SLICE, DATA) if FSDP in spec else AXES), tree, specs)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

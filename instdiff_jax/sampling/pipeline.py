@@ -80,7 +80,7 @@ class Pipeline:
             tokenizer: the text encoder's.
         """
         self.config, self.sampling, self.dtype, self._tokenizer = config, sampling, choose_dtype(dtype), tokenizer
-        self.sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        self.sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         # Bound to its device in any case: see `parallel.rows.beside`.
         device = device_of(params) or jax.local_devices()[0]
         self.params = jax.device_put(params, device if mesh is None else NamedSharding(mesh, PartitionSpec()))

@@ -19,7 +19,7 @@ from instdiff_jax.config import ModelConfig
 from instdiff_jax.diffusion.schedule import q_sample, velocity_weights
 from instdiff_jax.models.autoencoder import sample_posterior
 from instdiff_jax.models.regions import Regions
-from instdiff_jax.parallel.mesh import BATCH, DATA, FSDP, REPLICATED, gather, sum_gradients
+from instdiff_jax.parallel.mesh import AXES, BATCH, REPLICATED, gather, sum_gradients
 from instdiff_jax.training.optimizer import apply_gradients, global_norm, learning_rate
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.state import Networks, Params, ShardingPlan, TrainState, make_networks, merge_params
@@ -206,7 +206,7 @@ def make_train_step(
 
             zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable)
             (total, grads), _ = jax.lax.scan(part, zeros, _parts((batch, keys), parts))
-        return jax.lax.psum(total, (DATA, FSDP)), sum_gradients(grads, plan.trainable_specs)
+        return jax.lax.psum(total, AXES), sum_gradients(grads, plan.trainable_specs)
 
     gradients = _over_devices(local_gradients, plan, (REPLICATED, plan.trainable_specs))
 
@@ -245,7 +245,7 @@ def make_validation_step(
             # In the same parts as the training step, so that it needs no more memory.
             rows = _parts((batch, keys), settings.accumulate)
             loss = jnp.mean(jax.lax.map(lambda part: loss_of(params, *part), rows))
-        return jax.lax.pmean(loss, (DATA, FSDP))
+        return jax.lax.pmean(loss, AXES)
 
     over_devices = _over_devices(local_loss, plan, REPLICATED)
 

@@ -232,7 +232,7 @@ def test_topology_that_cannot_be_had_is_one_line_and_exit_code_2(monkeypatch, ca
 
 def run(monkeypatch, tmp_path, *argv):
     """The command on this process's device, with the really small model; its reports."""
-    monkeypatch.setattr(programs, "topology_devices", lambda name: jax.devices()[:1])
+    monkeypatch.setattr(programs, "topology_devices", lambda name, slices: jax.devices()[:1])
     output = tmp_path / "aot.json"
     size = ("--image_size", "16", "--images_per_chip", "2", "--rows", "2")
     aot.main(
@@ -254,7 +254,7 @@ def test_sampler_through_the_command(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_training_step_through_the_command(monkeypatch, tmp_path):
     (report,) = run(monkeypatch, tmp_path, "--what", "train")
-    assert report["batch"] == 2 and report["mesh"] == {"data": 1, "fsdp": 1}
+    assert report["batch"] == 2 and report["mesh"] == {"slice": 1, "data": 1, "fsdp": 1}
     # The state is donated: what comes out lies where it went in.
     assert report["memory"]["aliased"] > 0.9 * report["memory"]["outputs"]
     assert report["prediction"]["interconnect"] == 0
@@ -276,6 +276,8 @@ def test_training_step_with_masked_attention(masked):
         (("--what", "sample", "--image_size", "15"), "--image_size: expected a multiple of"),
         (("--output", "nowhere/aot.json"), "nowhere: expected an existing folder"),
         (("--config.parallel.fsdp=3",), "does not match the 1 devices"),
+        (("--slices", "0"), "--slices: expected a whole number of at least 1, got 0"),
+        (("--config.parallel.slices=2",), "config.parallel.slices: expected a divisor of the 1 devices, got 2"),
     ],
 )
 def test_bad_flags(monkeypatch, tmp_path, argv, message):

@@ -1,6 +1,7 @@
 """Meshes, sharding rules, and one training step over several devices and several processes."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -32,7 +33,7 @@ def results(process: subprocess.Popen) -> dict:
 
 @pytest.mark.slow
 def test_meshes_of_eight_devices_compute_what_one_does():
-    names = ("1x1", "8x1", "1x8", "2x4", "2x4:sharded")
+    names = ("1x1", "8x1", "1x8", "2x4", "2x2x2", "2x1x4:sharded", "2x4:sharded")
     cases = results(start_cases(*names, devices=8))
     one = cases["1x1"]
     columns = ("flops", "trainable_bytes", "optimizer_bytes", "frozen_bytes")
@@ -42,9 +43,9 @@ def test_meshes_of_eight_devices_compute_what_one_does():
         print(f"{name:<12} {error:>11.1e}" + "".join(f"{case[column]:>17,.0f}" for column in columns))
         assert error < 1e-5
         assert abs(case["grad_norm"] - one["grad_norm"]) < 1e-4 * one["grad_norm"]
-        data, fsdp = map(int, name.split(":")[0].split("x"))
+        *data, fsdp = map(int, name.split(":")[0].split("x"))
         # No device computes another's rows: what does not shrink is the optimizer's work on copied parameters.
-        assert case["flops"] < 1.25 * one["flops"] / (data * fsdp)
+        assert case["flops"] < 1.25 * one["flops"] / (math.prod(data) * fsdp)
         # Biases and norms are copied to every device: 2% of the tiny model's bytes, a thousandth of the real one's.
         copied = 0.02
         for column in ("trainable_bytes", "optimizer_bytes"):
@@ -94,7 +95,7 @@ def test_a_mesh_that_does_not_match_the_devices_is_an_error(data, fsdp):
 
 
 def test_minus_one_fills_the_mesh():
-    assert dict(make_mesh(ParallelSettings(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1}
+    assert dict(make_mesh(ParallelSettings(), jax.devices()[:1]).shape) == {"slice": 1, "data": 1, "fsdp": 1}
 
 
 def test_batches_that_devices_cannot_share_are_an_error():

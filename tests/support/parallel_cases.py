@@ -1,6 +1,6 @@
 """Runs the train step of the tiny model on meshes, in a process of its own; prints one JSON object.
 
-    python parallel_cases.py DATAxFSDP[:sharded|:interleaved] …
+    python parallel_cases.py [SLICESx]DATAxFSDP[:sharded|:interleaved] …
 
 "interleaved" takes a device of each process in turn. Devices come from XLA_FLAGS, other processes from
 JAX_COORDINATOR_ADDRESS; both are read before jax starts. A mesh of one device is on this process alone.
@@ -30,14 +30,14 @@ def run_case(name: str) -> dict:
     """Losses of some steps, and what the first device computes and holds."""
     sizes, _, how = name.partition(":")
     frozen_how = how if how == "sharded" else ""
-    data, fsdp = map(int, sizes.split("x"))
+    slices, data, fsdp = map(int, ("1x" * (sizes.count("x") < 2) + sizes).split("x"))
     model, settings = tiny_model(), tiny_settings(batch_size=ROWS)
     settings = dataclasses.replace(settings, steps=STEPS)
-    devices = jax.devices()[: data * fsdp]
+    devices = jax.devices()[: slices * data * fsdp]
     if how == "interleaved":
         each = jax.local_device_count()
         devices = [device for i in range(each) for device in devices[i::each]]
-    run = make_run(model, settings, devices, data=data, fsdp=fsdp, frozen=frozen_how or "replicated")
+    run = make_run(model, settings, devices, slices=slices, data=data, fsdp=fsdp, frozen=frozen_how or "replicated")
     mesh = run.plan.mesh
     state, frozen = run.start()
     step = compile_step(make_train_step(model, settings, run.plan), run.plan)
