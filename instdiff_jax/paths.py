@@ -55,3 +55,8 @@ def output_path(folder: str | os.PathLike, *names: str) -> Path:
         if os.path.islink(path):
             raise InputError(f"{path}: is a link, which could lead out of the output folder; remove it")
     return path
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: compiled programs and kernels. It may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "instdiff_jax"

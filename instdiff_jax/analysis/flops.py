@@ -38,6 +38,9 @@ def _count(jaxpr: core.Jaxpr) -> int:
             # cuDNN's: two products forward; backward five, of which the first again.
             (b, n, h, d), m = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
             total += (10 if "bwd" in name else 4) * b * n * h * d * m
+        elif name == "ffi_call" and params["target_name"] == "instdiff_flash_attention":
+            (b, n, h, d), m = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+            total += 4 * b * n * h * d * m
         elif name == "pallas_call" and params["name"] in ("flash_forward", "flash_backward"):
             # `flash_tpu`'s: the same products. Region bits come before the arrays, which are [b, h, d, tokens].
             arrays = [variable.aval.shape for variable in equation.invars if len(variable.aval.shape) == 4]

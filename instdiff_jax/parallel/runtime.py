@@ -5,11 +5,12 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib
+
+from instdiff_jax.paths import cache_folder
 
 _EMITTERS_FLAG = "xla_cpu_use_fusion_emitters"
 # An unknown flag makes XLA end the process. jaxlib 0.10.2 knows this one, 0.11.2 does not.
@@ -33,8 +34,7 @@ def enable_compilation_cache() -> None:
     """Caches compiled programs in the user's cache folder, unless jax already has a cache folder."""
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "instdiff_jax" / "xla"
+    folder = cache_folder() / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
