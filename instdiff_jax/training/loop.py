@@ -19,6 +19,7 @@ from instdiff_jax.locks import lock_folder
 from instdiff_jax.parallel.mesh import ParallelSettings, check_batch, initialize_distributed, make_mesh
 from instdiff_jax.parallel.runtime import enable_compilation_cache
 from instdiff_jax.training.checkpoints import Checkpoints, StopSignal
+from instdiff_jax.training.goodput import Goodput, line_at
 from instdiff_jax.training.inputs import open_inputs, open_tokenizer
 from instdiff_jax.training.metrics import Clock, MetricsWriter, ProfilerWindow, Reporter
 from instdiff_jax.training.settings import RunSettings
@@ -26,6 +27,7 @@ from instdiff_jax.training.start import run_facts, start_params
 from instdiff_jax.training.state import Params, ShardingPlan, TrainState, init_state, make_sharding_plan
 from instdiff_jax.training.step import compile_step, make_train_step
 from instdiff_jax.training.validation import SampleGrid, Validation, check_validation, validates
+from instdiff_jax.training.wandb_run import WandbRun, check_wandb
 
 
 def train(run: RunSettings, workdir: Path) -> str:
@@ -44,11 +46,13 @@ def train(run: RunSettings, workdir: Path) -> str:
 
 def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
     """`train` on a mesh, in a folder that no other run uses."""
+    goodput = Goodput()
     plan = make_sharding_plan(run.model, run.train, run.parallel, mesh)
 
     # ---- inputs on disk: what is missing is reported before any long work
     dataset = InstanceDataset(run.data.dir, run.data.train_split)
     check_validation(run)
+    check_wandb(run.train.wandb)
     tokenizer = open_tokenizer(run)
 
     # ---- state: restored, or initialised in its shards
@@ -57,8 +61,7 @@ def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
     state, frozen = restore_or_start(run, plan, checkpoints)
     done, steps, window = int(state.step), run.train.steps, (run.train.profile_start, run.train.profile_steps)
     if jax.process_index() == 0:
-        write_json(workdir / "config.json", config_of(run))
-        print(f"{workdir}: from step {done} to {steps} on {mesh.size} devices", file=sys.stderr)
+        begin(run, workdir, done, mesh, goodput)
 
     # ---- input pipeline
     inputs = open_inputs(run, plan, dataset, tokenizer, frozen)
@@ -70,13 +73,15 @@ def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(contextlib.closing(StopSignal()))
         batches = stack.enter_context(contextlib.closing(inputs.batches(done)))
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, done, steps, jax.process_index() == 0)))
-        stack.callback(checkpoints.close)
+        writer = stack.enter_context(contextlib.closing(make_writer(run, workdir, done)))
+        stack.callback(finish, checkpoints, goodput)
         profiler = stack.enter_context(contextlib.closing(ProfilerWindow(workdir, *window)))
-        reporter, stopped = Reporter(run.train, writer, batches), False
+        reporter, stopped = Reporter(run.train, writer, batches, goodput), False
         stack.enter_context(jax.transfer_guard("disallow"))
         while done < steps and reporter.sound and not stopped:
+            goodput.switch("data_wait")
             batch = next(batches)
+            goodput.switch("steps" if reporter.started else "compile")
             if not reporter.started:
                 reporter.start(done, make_clock(run, batch, mesh))
             profiler.before(done)
@@ -86,15 +91,40 @@ def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
             reporter.add(done, metrics)
             with jax.transfer_guard("allow"):
                 if validation and due(done, run.train.validate_every):
-                    writer.write(done, {"validation_loss": validation.loss(state, frozen)})
+                    with goodput.of("validation"):
+                        writer.write(done, {"validation_loss": validation.loss(state, frozen)})
                 if grid and due(done, run.train.sample_every):
-                    writer.image(done, "samples", grid.draw(done, state, frozen))
+                    with goodput.of("samples"):
+                        writer.image(done, "samples", grid.draw(done, state, frozen))
                 stopped = stop.reached(done)
                 if due(done, run.train.save_every) or stopped or not reporter.sound or done == steps:
                     # Saving waits for the step anyway; what is saved has its numbers written.
                     reporter.flush()
-                    checkpoints.save(done, state)
+                    with goodput.of("checkpoint"):
+                        checkpoints.save(done, state)
     return outcome(run, workdir, done, reporter.sound, stopped)
+
+
+def begin(run: RunSettings, workdir: Path, done: int, mesh: Mesh, goodput: Goodput) -> None:
+    """What a job's first process does before the first step: it leaves the settings, and finds what time was spent."""
+    goodput.resume(line_at(workdir / "metrics.jsonl", done))
+    write_json(workdir / "config.json", config_of(run))
+    print(f"{workdir}: from step {done} to {run.train.steps} on {mesh.size} devices", file=sys.stderr)
+
+
+def make_writer(run: RunSettings, workdir: Path, done: int) -> MetricsWriter:
+    """What writes the metrics; on the job's first process only."""
+    active = jax.process_index() == 0
+    wandb = WandbRun(run.train.wandb, workdir, run.to_dict()) if active and run.train.wandb else None
+    return MetricsWriter(workdir, done, run.train.steps, active, wandb)
+
+
+def finish(checkpoints: Checkpoints, goodput: Goodput) -> None:
+    """Waits until everything is saved, and says where the time went."""
+    with goodput.of("checkpoint"):
+        checkpoints.close()
+    if jax.process_index() == 0:
+        print(goodput, file=sys.stderr)
 
 
 def start_devices(run: RunSettings) -> Mesh:

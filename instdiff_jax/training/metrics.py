@@ -15,7 +15,9 @@ from jaxtyping import UInt8
 from instdiff_jax.data.loader import DevicePrefetch
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import write_text
+from instdiff_jax.training.goodput import Goodput
 from instdiff_jax.training.settings import TrainSettings
+from instdiff_jax.training.wandb_run import WandbRun
 
 # Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets. Keys are prefixes of jax's device_kind; the
 # longest match counts. On TPU v2 and v3 a device is half a chip.
@@ -52,6 +54,7 @@ _SHOWN = {
     "images_per_second": "images/s",
     "mfu": "mfu",
     "data_wait": "waits for data",
+    "goodput": "goodput",
     "skipped": "skipped",
 }
 
@@ -70,11 +73,14 @@ class MetricsWriter:
         start_step: lines of later steps, written by a killed run, are dropped.
         total_steps: the run's number of steps, for the progress line.
         active: whether this process writes; only one per job does. On the others the methods do nothing.
+        wandb: writes there too, if given.
     """
 
-    def __init__(self, workdir: Path, start_step: int, total_steps: int, active: bool = True):
+    def __init__(
+        self, workdir: Path, start_step: int, total_steps: int, active: bool = True, wandb: WandbRun | None = None
+    ):
         self._active, self._total, self._started = active, total_steps, time.perf_counter()
-        self._start_step = start_step
+        self._start_step, self._wandb = start_step, wandb
         if not active:
             return
         # A slow import, needed only on this process.
@@ -90,16 +96,22 @@ class MetricsWriter:
         if not self._active:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        line = {"step": step} | {name: value if np.isfinite(value) else None for name, value in numbers.items()}
+        line = {"step": step, "time": round(time.time(), 3)} | {
+            name: value if np.isfinite(value) else None for name, value in numbers.items()
+        }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, numbers)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"] | None) -> None:
         """Adds an image to TensorBoard."""
         if self._active and image is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
+            if self._wandb is not None:
+                self._wandb.image(step, name, image)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the progress: on a terminal one line that is rewritten, elsewhere a new line each time."""
@@ -119,6 +131,8 @@ class MetricsWriter:
         if self._active:
             self._file.close()
             self._board.close()
+            if self._wandb is not None:
+                self._wandb.close()
 
 
 def _drop_later_lines(path: Path, step: int) -> None:
@@ -182,8 +196,8 @@ class Reporter:
         sound: False once `max_skips` updates in a row were skipped.
     """
 
-    def __init__(self, settings: TrainSettings, writer: MetricsWriter, batches: DevicePrefetch):
-        self.sound = True
+    def __init__(self, settings: TrainSettings, writer: MetricsWriter, batches: DevicePrefetch, goodput: Goodput):
+        self.sound, self._goodput = True, goodput
         self._settings, self._writer, self._batches = settings, writer, batches
         self._clock: Clock | None = None
         self._first, self._pending = 0, None
@@ -214,7 +228,7 @@ class Reporter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         last = step == self._settings.steps
         if step % self._settings.log_every == 0 or last or values["skipped_in_row"]:
-            values |= self._clock.report(step, self._batches.wait_seconds)
+            values |= self._clock.report(step, self._batches.wait_seconds) | self._goodput.values()
             self._writer.write(step, values)
             self._writer.progress(step, values)
         self.sound = self.sound and values["skipped_in_row"] < self._settings.max_skips

@@ -70,6 +70,7 @@ class TrainSettings(Settings):
         validation_batches: batches of fixed noise and timesteps in one validation.
         sample_layouts: folder of layouts for the sample grids; the averaged parameters generate the images.
         sample_count: layouts in a sample grid.
+        wandb: project on Weights & Biases that gets the metrics too; empty for none. Needs the extra `wandb`.
         profile_start: first step of a profiler trace of `profile_steps` steps; -1 for none.
     """
 
@@ -97,6 +98,7 @@ class TrainSettings(Settings):
     sample_every: int = 0
     sample_layouts: str = "examples"
     sample_count: int = 4
+    wandb: str = ""
     profile_start: int = -1
     profile_steps: int = 5
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -109,7 +109,13 @@ def test_a_killed_run_goes_on_bit_for_bit(inputs, tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert saved_steps(tmp_path / "killed") == [5]
-    assert "from step 5" in run_train(inputs, tmp_path / "killed")
+    said = run_train(inputs, tmp_path / "killed")
+    assert "from step 5" in said and "goodput: steps took" in said
+    # Since the run's first start, with what the kill cost.
+    first, last = (json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()[::9])
+    wall, before = (sum(line[name] for name in line if name.startswith("seconds/")) for line in (last, first))
+    assert wall - before == pytest.approx(last["time"] - first["time"], abs=0.1)
+    assert last["seconds/restart"] > 0 and first["seconds/restart"] == 0
     assert_same_trees(final_state(tmp_path / "killed", 10), final_state(tmp_path / "straight", 10))
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
     assert [line[0] for line in numbers(tmp_path / "killed")] == list(range(1, 11))

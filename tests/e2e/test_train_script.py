@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import types
 
 import jax
@@ -172,13 +173,20 @@ def test_updates_skipped_in_a_row_end_the_run_with_its_state_saved(inputs, tmp_p
     # The first update with a rate above 0 throws every parameter far away.
     argv = flags(inputs, f"--workdir={tmp_path / 'run'}", "--config.train.optimizer.learning_rate=1e30")
     capsys.readouterr()
+    began = time.time()
     with pytest.raises(SystemExit) as end:
         train.main(argv)
     assert end.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
+    *_, goodput, last = capsys.readouterr().err.strip().splitlines()
+    assert goodput.startswith("goodput: steps took ") and "compile" in goodput
     assert last.startswith(f"error: {tmp_path / 'run'}: stopped after step") and "3 times in a row" in last
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["skipped_in_row"] >= 3 and lines[-1]["loss"] is None
+    # Every moment of the run counts once.
+    taken = {name: value for name, value in lines[-1].items() if name.startswith("seconds/")}
+    assert sum(taken.values()) <= lines[-1]["time"] - began
+    assert lines[-1]["goodput"] == pytest.approx(taken["seconds/steps"] / sum(taken.values()))
+    assert taken["seconds/compile"] > 0 and taken["seconds/start"] > 0 and taken["seconds/restart"] == 0
     assert str(lines[-1]["step"]) in os.listdir(tmp_path / "run" / "checkpoints")
 
 
