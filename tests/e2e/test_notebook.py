@@ -2,8 +2,12 @@
 
 import json
 import os
+import sys
 
 from common import ROOT
+from instdiff_jax.cli import build_coco, sample
+from instdiff_jax.cli.config_flags import read_settings
+from instdiff_jax.training.settings import RunSettings
 
 NOTEBOOK = ROOT / "notebooks" / "tpu_quickstart.ipynb"
 
@@ -32,33 +36,35 @@ def test_the_cells_of_the_quickstart_run_in_order(tmp_path, monkeypatch, capsys)
     ).read_bytes()
 
 
-def test_the_settings_of_the_full_run_exist():
-    """What the small run does not reach: the flags of the other branch, on a TPU of 8 chips."""
-    from instdiff_jax.cli import convert, sample
-    from instdiff_jax.cli.config_flags import read_settings
-    from instdiff_jax.training.settings import RunSettings
-
+def test_the_flags_of_the_full_run_exist(tmp_path, monkeypatch):
+    """The branch that the small run does not take, on a TPU of 8 chips, up to its commands."""
     book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
     calls: list[list[str]] = []
     names: dict = {}
-    for cell in book["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] != "code" or source.startswith(("from PIL", "Image.open")):
-            continue
-        if "def run(" in source:
+    (tmp_path / "instdiff_jax").mkdir()  # as if it had been cloned
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("INSTDIFF_SMALL", raising=False)
+    for number, source in enumerate(sources):
+        if "Image.open" not in source:
             exec(source, names)
-            names.update(SMALL=False, WORK="work", run=lambda *words: calls.append(list(map(str, words))) or "8")
-            # Cells call python(), which calls run().
-        else:
-            exec(source.replace("os.makedirs(", "str("), names)
-    ours = [words[1:] for words in calls if words[0] == names["sys"].executable]
+        if number == 0:
+            names.update(run=lambda *words: calls.append([str(word) for word in words]) or "8")
+    monkeypatch.chdir(ROOT)
+    assert [words[0] for words in calls if words[0] != sys.executable] == [
+        "git",
+        "hf",
+        "wget",
+        "unzip",
+        "wget",
+        "unzip",
+    ]
+    ours = [words[1:] for words in calls if words[0] == sys.executable]
     (trained,) = [words[1:] for words in ours if words[0] == "train.py"]
     run, rest = read_settings(trained, RunSettings)
     assert rest == ["--workdir=work/run"] and run.train.batch_size == 32 and run.parallel.fsdp == 8
-    for words in ours:
-        if words[0] == "sample.py":
-            assert sample.parse_args(words[1:]).steps == 50
-    (converted,) = [words for words in ours if words[:3] == ["-m", "instdiff_jax", "convert"]]
-    assert read_settings  # the converter reads its own flags
-    assert converted[3:] == ["--input", "instancediffusion_sd15.pth", "--output", "work/sd15"] and convert.main
-    assert any(words[0] == "wget" for words in calls)
+    assert [sample.parse_args(words[1:]).steps for words in ours if words[0] == "sample.py"] == [50, 50]
+    (built,) = [words[3:] for words in ours if words[:3] == ["-m", "instdiff_jax", "build-coco"]]
+    assert build_coco.parse_args(built).splits == run.data.train_split
+    (converted,) = [words[3:] for words in ours if words[:3] == ["-m", "instdiff_jax", "convert"]]
+    assert converted == ["--input", "instancediffusion_sd15.pth", "--output", "work/sd15"]
