@@ -13,12 +13,15 @@ from typing import Any, ClassVar, Literal, Self
 
 from ml_collections import ConfigDict
 
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import InputError, short
 
 # Groups of every group normalisation.
 GROUPS = 32
 # UniFusion's tokens for a layout's instance maps.
 NUM_MAP_TOKENS = 64
+# Bounds on a model's sizes: no network of use is as large, and tracing one that is would take hours.
+_MOST_BLOCKS = {"num_res_blocks": 16, "num_layers": 100, "trunk_depths": 100}
+_MOST, _MOST_LEVELS = 1 << 20, 8
 # The released code's.
 NEGATIVE_PROMPT = (
     "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, "
@@ -74,11 +77,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and issubclass(hint, Settings):
         if not isinstance(value, (Mapping, ConfigDict)):
-            raise InputError(f"{where}: expected a group of settings, got {value!r}")
+            raise InputError(f"{where}: expected a group of settings, got {short(value)}")
         return hint.from_dict(value, where)
     if origin is Literal:
         if value not in args:
-            raise InputError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}")
+            raise InputError(f"{where}: expected one of {', '.join(map(str, args))}, got {short(value)}")
         return value
     if origin is types.UnionType:
         if value is None and type(None) in args:
@@ -86,7 +89,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert(value, next(arg for arg in args if arg is not type(None)), where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}: expected a list of {args[0].__name__}, got {value!r}")
+            raise InputError(f"{where}: expected a list of {args[0].__name__}, got {short(value)}")
         return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
@@ -94,7 +97,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except OverflowError as error:
             raise InputError(f"{where}: expected a number, got one of {len(str(abs(value)))} digits") from error
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise InputError(f"{where}: expected {hint.__name__}, got {short(value)}")
     return value
 
 
@@ -201,9 +204,13 @@ class ModelConfig(Sizes):
                 if isinstance(value, tuple) and not value and name != "attention_resolutions":
                     raise InputError(f"{where}.{group}.{name}: expected at least one number")
                 # Numbers of blocks may be 0.
-                least = 0 if name in ("num_res_blocks", "num_layers", "trunk_depths") else 1
+                least = 0 if name in _MOST_BLOCKS else 1
                 if any(type(size) is int and size < least for size in sizes):
-                    raise InputError(f"{where}.{group}.{name}: expected at least {least}, got {value}")
+                    raise InputError(f"{where}.{group}.{name}: expected at least {least}, got {short(value)}")
+                most = _MOST_BLOCKS.get(name, _MOST)
+                if len(sizes) > _MOST_LEVELS or any(type(size) is int and size > most for size in sizes):
+                    limit = f"at most {_MOST_LEVELS} numbers" if len(sizes) > _MOST_LEVELS else f"at most {most}"
+                    raise InputError(f"{where}.{group}.{name}: expected {limit}, got {short(value)}")
         unet, text = self.unet, self.text_encoder
         levels = [mult for i, mult in enumerate(unet.channel_mult) if 2**i in unet.attention_resolutions]
         widths = {unet.model_channels * mult for mult in (*levels, unet.channel_mult[-1])}

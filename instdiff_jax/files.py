@@ -14,11 +14,12 @@ import re
 import shutil
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import InputError, short
 from instdiff_jax.paths import read_file
 
 _OURS = re.compile(
@@ -81,10 +82,11 @@ def read_json(path: str | os.PathLike) -> Any:
     """Reads a JSON file in UTF-8.
 
     Raises:
-        InputError: if it is missing or is not valid JSON, in one line that names the file.
+        InputError: if it is missing, is not valid JSON, or has a key twice in one object, of which one would be lost;
+            in one line that names the file.
     """
     try:
-        return json.loads(read_file(path).decode("utf-8-sig"))
+        return json.loads(read_file(path).decode("utf-8-sig"), object_pairs_hook=_object)
     except InputError:
         raise
     except UnicodeDecodeError as error:
@@ -94,6 +96,14 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path}: not valid JSON: too deeply nested") from error
     except ValueError as error:  # integers of thousands of digits are ValueErrors too
         raise InputError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {short(twice)} occurs twice in one object")
+    return found
 
 
 def json_files(folder: str | os.PathLike, inner: bool = False) -> list[Path]:

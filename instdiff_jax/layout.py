@@ -86,6 +86,7 @@ class _Names(NamedTuple):
     mask: str = "mask"
 
 
+_LAYOUT_KEYS = ("caption", "width", "height", "annos")
 _PYTHON, _OFFICIAL, _COCO = _Names(), _Names("annos", "bbox"), _Names("annotations", "bbox", "segmentation")
 
 
@@ -154,7 +155,8 @@ class Layout:
         """
         if not isinstance(values, Mapping):
             raise InputError(f"{where}: expected an object, a layout, got {describe(values)}")
-        for key in ("caption", "width", "height", "annos"):
+        _check_spelling(values, _LAYOUT_KEYS, where)
+        for key in _LAYOUT_KEYS:
             if key not in values:
                 raise InputError(f"{where}: {key}: missing")
         caption, annos = values["caption"], values["annos"]
@@ -237,6 +239,14 @@ class Layout:
         return text
 
 
+def _check_spelling(values: Mapping, known: Sequence[str], where: str) -> None:
+    """InputError for a key that is a known one but for case and spaces: it would be ignored, and with it a location."""
+    for key in values:
+        plain = key.strip().lower() if isinstance(key, str) else key
+        if plain in known and plain not in values:
+            raise InputError(f"{where}.{plain}: expected this key, got {short(key)}")
+
+
 def _check_canvas(caption: Any, width: Any, height: Any, where: str) -> tuple[int, int]:
     read_text(caption, f"{where}: caption", empty=True)
     width = read_integer(width, f"{where}: width", 1, MAX_SIDE, "whole pixels")
@@ -247,6 +257,7 @@ def _read_instance(values: Any, width: int, height: int, where: str, names: _Nam
     """One instance of a file, checked; None for one whose only location is a box without size off the canvas."""
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: expected an object, got {describe(values)}")
+    _check_spelling(values, (names.box, "point", "scribble", names.mask, "caption", "category_name"), where)
     given = {}
     for key in (names.box, "point", "scribble", names.mask):
         value = values.get(key)

@@ -22,7 +22,7 @@ from instdiff_jax.checkpoint.rename import check_keys
 from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_group, parameter_shapes
 from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.config import ModelConfig, SamplingConfig
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import InputError, short
 from instdiff_jax.models.networks import init_params, make_networks
 from instdiff_jax.tree import flatten, unflatten
 
@@ -51,6 +51,12 @@ def read_run(workdir: Path) -> RunConfig:
         raise InputError(f"{path}: expected the config of a training run ({type(error).__name__})") from error
     if not (workdir / CHECKPOINTS).is_dir():
         raise InputError(f"{workdir / CHECKPOINTS}: expected the checkpoints of a training run")
+    for name, kind, default in (("start", str, ""), ("seed", int, None), ("grounding", bool, True)):
+        if type(train.get(name, default)) is not kind:
+            raise InputError(f"{path}: train.{name}: expected {kind.__name__}, got {short(train.get(name))}")
+    for name, group in (("model", model), ("sampling", sampling)):
+        if not isinstance(group, dict):
+            raise InputError(f"{path}: {name}: expected a group of settings, got {short(group)}")
     model = ModelConfig.from_dict(model, f"{path}: model")
     return RunConfig(model, SamplingConfig.from_dict(sampling, f"{path}: sampling"), train)
 

@@ -31,6 +31,8 @@ def find_tokenizer(name: str, vocab_size: int | None = None) -> Path:
         largest = max(map(operator.index, vocabulary.values()))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids by token ({error})") from error
+    if len(set(vocabulary.values())) < len(vocabulary) or min(vocabulary.values()) < 0:
+        raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids from 0 on, each for one token")
     # Without merges, every word would silently become its letters.
     merges = [line for line in (folder / "merges.txt").read_bytes().splitlines() if not line.startswith(b"#version")]
     if not any(merges) and len(vocabulary) > 2 * 256 + 2:

@@ -54,6 +54,7 @@ _SAFETENSORS = {
 _MAX_HEADER = 1 << 24
 _MAX_PICKLE = 1 << 26
 _MAX_DIRECTORY = 1 << 24
+_MAX_EXPANDED = 1 << 16  # a tensor may repeat its storage up to here; steps of 0 make terabytes of one number
 _CRC = "crc32"  # in the metadata of our .safetensors: eight hexadecimal digits for each tensor, in the header's order
 
 
@@ -184,7 +185,7 @@ def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: A
     for n in size:
         count *= n
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else offset - 1
-    if (last + 1) * itemsize > storage.data.size or count >= 2**48:
+    if (last + 1) * itemsize > storage.data.size or count * itemsize > max(storage.data.size, _MAX_EXPANDED):
         raise InputError(f"{storage.name}: a tensor of shape {list(size)} claims more than its storage holds")
     if not count:
         return np.zeros(size, storage.dtype)

@@ -3,10 +3,13 @@
 import errno
 import os
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
+# What numpy raises for a damaged .npy file; parsing the text of its header may raise the last three.
+DAMAGED = (OSError, ValueError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError, TokenError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -169,6 +169,8 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: format: expected {FORMAT}, got {found!r}; build the dataset again")
+    if type(meta.get("phrases")) is not int:
+        raise InputError(f"{path}: phrases: expected their number; build the dataset again")
     splits = meta.get("splits")
     if not isinstance(splits, dict) or not all(
         isinstance(facts, dict) and type(facts.get("images")) is int and isinstance(facts.get("fingerprint"), str)

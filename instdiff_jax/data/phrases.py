@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from instdiff_jax.checkpoint.verify import file_crc
-from instdiff_jax.data.arrays import new_array
+from instdiff_jax.data.arrays import DAMAGED, new_array
 from instdiff_jax.data.dataset import read_meta
 from instdiff_jax.errors import InputError
 
@@ -54,8 +54,11 @@ class PhraseTable:
         if self._rows is None:
             try:
                 self._rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except DAMAGED as error:
                 raise InputError(f"{self.path}: expected a table of phrase embeddings: {error}") from error
+            if self._rows.ndim != 2 or self._rows.dtype != np.float32:
+                found = f"{self._rows.dtype} {list(self._rows.shape)}"
+                raise InputError(f"{self.path}: expected float32 of shape [phrases, width], got {found}")
         return self._rows
 
     def __len__(self) -> int:
@@ -77,7 +80,7 @@ def read_phrases(data_dir: str | Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected the phrases of a dataset: {error}") from error
     count = read_meta(data_dir)["phrases"]
-    if not isinstance(phrases, list) or len(phrases) != count:
+    if not isinstance(phrases, list) or len(phrases) != count or not all(isinstance(text, str) for text in phrases):
         raise InputError(f"{path}: expected a list of {count} phrases as dataset.json says")
     return phrases
 
@@ -116,7 +119,7 @@ def phrase_table(
         return table
     if embed is None:
         raise InputError(f"{path}: missing; the phrases of this dataset are not embedded for this text encoder yet")
-    known = _read_imported(Path(data_dir)) if use_imported else {}
+    known = _read_imported(Path(data_dir), len(phrases)) if use_imported else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written batch by batch; the file is renamed when it is complete.
@@ -203,11 +206,16 @@ class ImportedEmbeddings:
         np.save(folder / "numbers.npy", np.array([i for i, _ in held], np.int64))
 
 
-def _read_imported(data_dir: Path) -> dict[int, Float[np.ndarray, " width"]]:
+def _read_imported(data_dir: Path, count: int) -> dict[int, Float[np.ndarray, " width"]]:
     folder = data_dir / "phrases" / "imported"
     try:
         numbers = np.load(folder / "numbers.npy", allow_pickle=False)
         rows = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except DAMAGED as error:
         raise InputError(f"{folder}: expected embeddings that came with the data: {error}") from error
+    good = rows.ndim == 2 and rows.dtype == np.float32 and numbers.shape == rows.shape[:1] and numbers.dtype == np.int64
+    if not good or len(set(numbers.tolist())) < len(numbers) or not np.isfinite(rows).all():
+        raise InputError(f"{folder}: expected finite float32 [n, width], and n different int64 numbers of phrases")
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < count:
+        raise InputError(f"{folder}: expected numbers of phrases from 0 to {count - 1}")
     return {int(number): row for number, row in zip(numbers, rows, strict=True)}

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from instdiff_jax.errors import InputError
 from instdiff_jax.paths import read_file
 
+_LARGEST = 1e50  # of a feature
+
 
 class Gaussian(NamedTuple):
     """Mean and covariance of features, in float64."""
@@ -26,8 +28,10 @@ class Gaussian(NamedTuple):
 def fit_gaussian(features: Float[np.ndarray, "n d"], where: str = "features") -> Gaussian:
     """Fits a Gaussian (covariance over n - 1); InputError for fewer than two rows or non-finite numbers."""
     features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
-        raise InputError(f"{where}: expected finite numbers of shape [2 or more images, d], got {features.shape}")
+    if features.ndim != 2 or len(features) < 2 or not features.shape[1]:
+        raise InputError(f"{where}: expected numbers of shape [2 or more images, d], got {list(features.shape)}")
+    if not np.abs(features).max() <= _LARGEST:  # NaN fails too
+        raise InputError(f"{where}: expected finite numbers of at most {_LARGEST:g}, for their squares and products")
     mean = features.mean(axis=0)
     centred = features - mean
     return Gaussian(mean, centred.T @ centred / (len(features) - 1))
@@ -51,7 +55,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 def distance_to(drawn: Float[np.ndarray, "n d"], real: Gaussian, fewest: int) -> tuple[float, list[str]]:
     """The distance of generated to real images, and a remark if `fewest`, the number of images, is too small."""
-    distance = frechet_distance(fit_gaussian(drawn), real)
+    distance = frechet_distance(fit_gaussian(drawn, "features of the generated images"), real)
     if fewest > drawn.shape[1]:
         return distance, []
     return distance, [f"FID: {fewest} images for {drawn.shape[1]} features; it is biased upwards with so few."]
@@ -61,7 +65,11 @@ def fid_of_file(path: str | Path) -> tuple[float, list[str]]:
     """The Fréchet distance of precomputed features: an .npz with arrays `generated` and `real`, each [n, d]."""
     try:
         with np.load(io.BytesIO(read_file(path)), allow_pickle=False) as arrays:
-            drawn, real = (np.asarray(arrays[name], np.float64) for name in ("generated", "real"))
+            found = {name: arrays[name] for name in ("generated", "real")}
+            for name, array in found.items():
+                if array.dtype.kind not in "fiu":  # casting drops imaginary parts, and reads text as numbers
+                    raise ValueError(f"{name} has the type {array.dtype}")
+            drawn, real = (array.astype(np.float64) for array in found.values())
             if drawn.ndim != 2:
                 raise ValueError(f"generated has shape {drawn.shape}, not [n, d]")
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:

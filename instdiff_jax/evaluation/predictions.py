@@ -11,7 +11,7 @@ from instdiff_jax.evaluation.detect import Detection, xywh_of_mask
 from instdiff_jax.evaluation.split import Split
 from instdiff_jax.files import read_json
 from instdiff_jax.geometry.checks import plain_integer
-from instdiff_jax.geometry.masks import decode_mask
+from instdiff_jax.geometry.masks import RLE
 
 
 class Predictions:
@@ -30,17 +30,20 @@ class Predictions:
             split: its image and category ids are the valid ones.
 
         Raises:
-            InputError: if the file is not of this format, or an id is unknown.
+            InputError: if the file is not of this format, an id is unknown, or a mask is broken.
         """
         rows = read_json(path)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise InputError(f"{path}: expected a list of objects, as in COCO's results format")
-        self._of_image: dict[int, list[tuple[str, dict]]] = {}
+        self._of_image: dict[int, list[tuple[dict, RLE | None]]] = {}
         self._names, self._size = split.categories, split.size
         for i, row in enumerate(rows):
             where = f"{path}: [{i}]"
             self._check(row, split, where)
-            self._of_image.setdefault(plain_integer(row["image_id"]), []).append((where, row))
+            mask = row.get("segmentation")
+            # Read now: a broken one should be found before hours of generating images.
+            rle = RLE.from_coco(mask, split.size, split.size, f"{where}.segmentation") if mask else None
+            self._of_image.setdefault(plain_integer(row["image_id"]), []).append((row, rle))
         self.has_masks = all(row.get("segmentation") for row in rows)
 
     def _check(self, row: Mapping[str, Any], split: Split, where: str) -> None:
@@ -57,13 +60,11 @@ class Predictions:
             raise InputError(f"{where}.bbox: expected [x, y, width, height] in pixels, got {short(box)}")
 
     def of_image(self, image_id: int) -> list[Detection]:
-        """The detections in an image; InputError for a broken mask."""
-        return [self._detection(row, where) for where, row in self._of_image.get(image_id, [])]
+        """The detections in an image."""
+        return [self._detection(row, rle) for row, rle in self._of_image.get(image_id, [])]
 
-    def _detection(self, row: Mapping[str, Any], where: str) -> Detection:
-        mask, size = np.zeros((self._size, self._size), bool), self._size
-        if row.get("segmentation"):
-            mask = decode_mask(row["segmentation"], size, size, f"{where}.segmentation")
+    def _detection(self, row: Mapping[str, Any], rle: RLE | None) -> Detection:
+        mask = np.zeros((self._size, self._size), bool) if rle is None else rle.decode()
         box = row.get("bbox") or xywh_of_mask(mask)
         return Detection(
             self._names[plain_integer(row["category_id"])], float(row["score"]), tuple(map(float, box)), mask

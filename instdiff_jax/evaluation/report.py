@@ -80,7 +80,9 @@ def read_report(path: str | Path, annotations: str) -> dict[str, Any]:
     """
     report = read_json(path)
     metrics = report.get("metrics") if isinstance(report, dict) else None
-    if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
+    if not isinstance(metrics, dict) or not all(
+        type(value) in (int, float) and abs(value) <= 1e9 for value in metrics.values()
+    ):
         raise InputError(f"{path}: expected a report.json of an evaluation")
     if not isinstance(report.get("settings"), dict) or report["settings"].get("annotations") != annotations:
         raise InputError(f"{path}: settings.annotations: expected a report of the same annotations")
@@ -91,7 +93,7 @@ def check_same_images(path: str | Path, upper: Mapping[str, Any], image_ids: Seq
     """Raises InputError if an upper bound was measured on other images."""
     rows = upper.get("pictures")
     rows = rows if isinstance(rows, list) else []
-    theirs = {row.get("image_id") for row in rows if isinstance(row, dict)}
+    theirs = {row["image_id"] for row in rows if isinstance(row, dict) and type(row.get("image_id")) is int}
     if theirs != set(image_ids):
         raise InputError(f"{path}: expected a report of the same {len(image_ids)} images, got one of {len(theirs)}")
 

@@ -166,10 +166,8 @@ class OutputFolder:
 
         A run without --save_latents leaves an earlier run's file in place, and did not make it.
         """
-        records = [read_json(path) for path in find_records(self.path)]
-        entries = [entry for record in records if isinstance(record, dict) for entry in record.get("layouts", [])]
-        entries = [entry for entry in entries if isinstance(entry, dict) and entry.get("latents")]
-        return {entry["layout"]: entry["seeds"] for entry in entries}
+        entries = [entry for path in find_records(self.path) for entry in read_record(path)["layouts"]]
+        return {entry["layout"]: entry["seeds"] for entry in entries if entry.get("latents") is True}
 
 
 class RunRecord:
@@ -188,13 +186,12 @@ class RunRecord:
         """
         values = json.loads(json.dumps(self.values))
         for path in find_records(self.path.parent):
-            old = read_json(path)
+            old = read_record(path)
             for name in COMMON:
-                if not isinstance(old, dict) or old.get(name) != values[name]:
-                    found = short(old.get(name) if isinstance(old, dict) else old)
+                if old.get(name) != values[name]:
                     raise InputError(
-                        f"{path}: {name}: the images there were made with {found}, got {short(values[name])}; "
-                        "use another --output, or go without --resume"
+                        f"{path}: {name}: the images there were made with {short(old.get(name))}, "
+                        f"got {short(values[name])}; use another --output, or go without --resume"
                     )
             if path == self.path:
                 made_again = set(again)
@@ -216,6 +213,18 @@ class RunRecord:
 def find_records(folder: Path) -> list[Path]:
     """The run.json of a run and the run-i-of-n.json of shards in a folder."""
     return [path for path in sorted(folder.glob("run*.json")) if re.fullmatch(r"run(-\d+-of-\d+)?\.json", path.name)]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A run's record; InputError for a file that is none."""
+    record = read_json(path)
+    entries = record.get("layouts") if isinstance(record, dict) else None
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("layout"), str) and isinstance(entry.get("seeds"), list)
+        for entry in entries
+    ):
+        raise InputError(f"{path}: layouts: expected those of a run's record; use another --output, or remove the file")
+    return record
 
 
 def is_record(path: Path) -> bool:

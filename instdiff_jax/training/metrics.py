@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from instdiff_jax.data.loader import DevicePrefetch
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import write_text
+from instdiff_jax.paths import read_file
 from instdiff_jax.training.goodput import Goodput
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.wandb_run import WandbRun
@@ -139,13 +140,12 @@ def _drop_later_lines(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_file(path).decode("utf-8", "replace").splitlines():
         try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # an incomplete line of a killed run
-        if entry["step"] <= step:
-            kept.append(line + "\n")
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # an incomplete line of a killed run, or none of ours
     write_text(path, "".join(kept))
 
 

@@ -110,6 +110,11 @@ def test_a_key_that_nothing_reads():
         ("text_encoder", "num_heads", 5, "num_heads: expected a divisor of its 768 channels"),
         ("unifusion", "trunk_depths", (3, 3), "trunk_depths: expected as many numbers as in trunk_dims"),
         ("schedule", "timesteps", 1, "timesteps: expected at least 2"),
+        ("unet", "num_res_blocks", 10**6, "num_res_blocks: expected at most 16"),
+        ("unet", "channel_mult", (1,) * 30, "channel_mult: expected at most 8 numbers"),
+        ("text_encoder", "num_layers", 10**6, "num_layers: expected at most 100"),
+        ("unifusion", "map_size", 2**31, "map_size: expected at most 1048576"),
+        ("schedule", "timesteps", 2**31, "timesteps: expected at most 1048576"),
         ("autoencoder", "scale_factor", 0.0, "scale_factor: expected a number above 0"),
     ],
 )

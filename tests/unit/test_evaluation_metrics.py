@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.attributes import unnamed_kinds
-from instdiff_jax.evaluation.fid import Gaussian, fit_gaussian, frechet_distance
+from instdiff_jax.evaluation.fid import Gaussian, fid_of_file, fit_gaussian, frechet_distance
 from instdiff_jax.evaluation.image import EvaluatedImage
 from instdiff_jax.evaluation.metrics import (
     Found,
@@ -22,6 +22,7 @@ from instdiff_jax.evaluation.metrics import (
     measure_targets,
     points_in_mask,
 )
+from instdiff_jax.evaluation.report import check_same_images, read_report
 from instdiff_jax.evaluation.split import Scene, Target
 from instdiff_jax.geometry.masks import encode_mask
 
@@ -287,10 +288,34 @@ def test_fitted_gaussian():
     assert np.allclose(gaussian.mean, features.mean(0)) and np.allclose(gaussian.covariance, np.cov(features.T))
 
 
-@pytest.mark.parametrize("features", [np.zeros((1, 4)), np.full((5, 4), np.nan), np.zeros(5)])
-def test_features_that_are_none(features):
-    with pytest.raises(InputError, match="expected finite numbers of shape"):
+BAD_FEATURES = [
+    (np.zeros((1, 4)), "of shape"),
+    (np.zeros(5), "of shape"),
+    (np.zeros((5, 0)), "of shape"),
+    (np.full((5, 4), np.nan), "expected finite numbers"),
+    (np.eye(4) * 1e200, "expected finite numbers of at most 1e"),
+]
+
+
+@pytest.mark.parametrize(("features", "words"), BAD_FEATURES)
+def test_features_that_are_none(features, words):
+    with pytest.raises(InputError, match=words):
         fit_gaussian(features)
+
+
+@pytest.mark.parametrize("odd", [np.ones((6, 4), complex), np.full((6, 4), "1"), np.ones((6, 4), bool)])
+def test_files_of_features_are_not_cast(tmp_path, odd):
+    np.savez(tmp_path / "x.npz", generated=odd, real=np.ones((6, 4)))
+    with pytest.raises(InputError, match="generated has the type"):
+        fid_of_file(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("change", [{"metrics": {"box_AP": float("nan")}}, {"pictures": [{"image_id": [1]}]}])
+def test_an_upper_bound_of_no_numbers(tmp_path, change):
+    report = {"metrics": {"box_AP": 0.5}, "settings": {"annotations": "a"}, "pictures": [{"image_id": 1}]} | change
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="expected a report"):
+        check_same_images("report.json", read_report(tmp_path / "report.json", "a"), [1])
 
 
 def test_features_of_other_widths():

@@ -133,6 +133,12 @@ def test_json_with_a_byte_order_mark(tmp_path):
     assert read_json(tmp_path / "a.json") == [1]
 
 
+def test_a_key_that_occurs_twice_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"annos": [{"bbox": [1, 2, 3, 4], "caption": "a", "bbox": [5, 6, 7, 8]}]}')
+    with pytest.raises(InputError, match="a.json: not valid JSON: the key 'bbox' occurs twice in one object"):
+        read_json(tmp_path / "a.json")
+
+
 # ---------------------------------------------------------------- folders
 
 

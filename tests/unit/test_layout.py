@@ -208,6 +208,13 @@ def test_missing_keys_are_named():
             Layout.from_dict(values, "file.json")
 
 
+def test_a_key_in_another_spelling_is_not_ignored():
+    for key, right in (("BBox", "bbox"), ("mask ", "mask"), ("Scribble", "scribble")):
+        values = simple(point=[1, 2]) | {"annos": [{"caption": "a", "point": [1, 2], key: [[1, 2], [3, 4]]}]}
+        with pytest.raises(InputError, match=rf"^file.json: annos\[0\].{right}: expected this key, got '{key}'"):
+            Layout.from_dict(values, "file.json")
+
+
 DEEP, LONG = b"[" * 100_000, b'{"width": ' + b"9" * 5000 + b"}"
 
 

@@ -11,6 +11,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from common import PARITY
+from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.tokenizer import Tokenizer
 
@@ -94,6 +95,15 @@ def test_a_tokenizer_that_does_not_fit(tmp_path):
     (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(vocab | {"extra</w>": 1024}))
     with pytest.raises(InputError, match="expected the end token's id to be 1024, got 1023"):
         Tokenizer(tmp_path / "tokenizer", 2000)
+
+
+def test_two_tokens_of_one_id_are_no_vocabulary(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "tokenizer")
+    vocab = json.loads((FOLDER / "vocab.json").read_text())
+    for wrong in (7, -1):
+        (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(vocab | {"a</w>": wrong}))
+        with pytest.raises(InputError, match="vocab.json: expected ids from 0 on, each for one token"):
+            find_tokenizer(str(tmp_path / "tokenizer"), 1024)
 
 
 def test_save_gives_the_same_ids(tokenizer, tmp_path):

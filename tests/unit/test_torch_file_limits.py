@@ -59,6 +59,12 @@ def test_headers_that_ask_for_too_much_are_refused(tmp_path):
     assert len(str(error.value)) < 1000
 
 
+def test_one_number_is_no_tensor_of_terabytes(tmp_path):
+    torch.save({"w": torch.ones(()).expand(2**40)}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="claims more than its storage holds"):
+        torch_file.read_file(tmp_path / "x.pth")
+
+
 def test_a_name_that_occurs_twice_is_named(tmp_path):
     with pytest.raises(InputError, match="the key 'w' occurs twice"):
         torch_file.read_file(save_bytes(tmp_path / "x.pth", b"\x80\x02}(U\x01wK\x01U\x01wK\x02u."))
