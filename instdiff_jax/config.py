@@ -173,11 +173,14 @@ class TextEncoderConfig(Sizes):
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig(Sizes):
-    """Noise schedule: betas = linspace(√linear_start, √linear_end, timesteps)²."""
+    """Noise schedule: betas = linspace(√linear_start, √linear_end, timesteps)²; and what the UNet predicts."""
+
+    NEWER: ClassVar[tuple[str, ...]] = ("prediction",)
 
     linear_start: float = 0.00085
     linear_end: float = 0.012
     timesteps: int = 1000
+    prediction: Literal["epsilon", "v"] = "epsilon"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,12 +257,17 @@ class ModelConfig(Sizes):
         return self.latent_stride * 2 ** (len(self.unet.channel_mult) - 1)
 
 
+Sampler = Literal["plms", "ddim", "dpm++", "dpm++sde", "unipc", "euler", "euler_a", "heun", "lcm", "tcd"]
+Sigmas = Literal["auto", "leading", "trailing", "uniform", "karras", "exponential"]
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Settings):
     """How images are sampled. The defaults are the released code's, with an empty negative prompt.
 
     `alpha` is the fraction of steps on which the fusers are on, or three fractions (on, linear decay, off) that sum to
-    1. `mis` is the fraction of steps that the multi-instance sampler takes.
+    1. `mis` is the fraction of steps that the multi-instance sampler takes. `sigmas` are the noise levels of the steps;
+    `auto` keeps the solver's own.
 
     Three options save work: `guidance_interval` gives the fractions of the steps between which guidance is on;
     `mis_guidance=False` switches it off for the multi-instance sampler's instance rows; `reuse=n` computes the UNet's
@@ -267,7 +275,8 @@ class SamplingConfig(Settings):
     """
 
     steps: int = 50
-    sampler: Literal["plms", "ddim", "dpm++"] = "plms"
+    sampler: Sampler = "plms"
+    sigmas: Sigmas = "auto"
     guidance_scale: float = 7.5
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
     alpha: tuple[float, ...] = (0.75, 0.0, 0.25)
@@ -323,10 +332,11 @@ class CheckpointSettings(Settings):
 
 
 # Overrides of a checkpoint's sampling settings. With instances, "fast" needs about a quarter of the released settings'
-# evaluations; see docs/sampling.md.
+# evaluations; "turbo" is for a base with an LCM or Hyper-SD LoRA. See docs/sampling.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {},
     "fast": dict(sampler="dpm++", steps=20, guidance_interval=(0.0, 0.8), mis_guidance=False),
+    "turbo": dict(sampler="lcm", steps=8, guidance_scale=1.5),
 }
 
 

@@ -10,6 +10,7 @@ from instdiff_jax.config import PRESETS, SamplingConfig, with_preset
 HELP = {
     "steps": "solver steps",
     "sampler": "the solver",
+    "sigmas": "the steps' noise levels; auto: the solver's own",
     "guidance_scale": "of classifier-free guidance; 1 turns it off",
     "guidance_interval": "fractions of the steps between which there is guidance: 0.1,0.8",
     "alpha": "fraction of the steps that the fusers are on, or three fractions: ones, linear decay, zeros",

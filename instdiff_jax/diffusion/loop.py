@@ -16,13 +16,16 @@ To reuse deep features between evaluations (DeepCache; Ma et al. 2024), `eps_fn`
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry2x32_p
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from instdiff_jax.diffusion.solvers import HISTORY, Coefficients, update
 from instdiff_jax.parallel.rows import on_each_device
@@ -33,11 +36,12 @@ EpsFn = Callable[[Any, Array, Array, Any, Array | None], Array]
 
 
 class DenoiseState(NamedTuple):
-    """What a solver carries, float32, rows (or images) first; see solvers.py."""
+    """What a solver carries, float32, rows (or images) first; see solvers.py. `keys` are those of each row's noise."""
 
     latents: Float[Array, "rows h w c"]
     anchor: Float[Array, "rows h w c"]
     history: Float[Array, "rows 3 h w c"]
+    keys: UInt32[Array, "rows 2"]
 
 
 class Inpaint(NamedTuple):
@@ -70,11 +74,38 @@ class Evaluations(NamedTuple):
     reuse: Int[Array, ""] | int | None = None
 
 
-def start_state(latents: Float[Array, "rows h w c"]) -> DenoiseState:
-    """The state before a solver's first evaluation."""
+def start_state(latents: Float[Array, "rows h w c"], keys: UInt32[Array, "rows 2"] | None = None) -> DenoiseState:
+    """The state before a solver's first evaluation.
+
+    Args:
+        latents: noise, or a noised image.
+        keys: of the noise that stochastic solvers add (`noise_key`); without them all rows get the same.
+    """
     latents = jnp.asarray(latents, jnp.float32)
+    keys = jnp.zeros((len(latents), 2), jnp.uint32) if keys is None else jnp.asarray(keys)
     history = jnp.zeros((latents.shape[0], HISTORY, *latents.shape[1:]), jnp.float32)
-    return DenoiseState(latents, jnp.zeros_like(latents), history)
+    return DenoiseState(latents, jnp.zeros_like(latents), history, keys)
+
+
+def noise_key(seed: int) -> UInt32[np.ndarray, "2"]:
+    """The key of the noise that an image with this seed gets on the way; with a step's number it gives that noise."""
+    return np.random.SeedSequence(seed).generate_state(2)
+
+
+def step_noise(
+    keys: UInt32[Array, "rows 2"], i: Int[Array, ""] | int, shape: tuple[int, ...]
+) -> Float[Array, "rows *shape"]:
+    """Unit normal noise of evaluation i for each row: the same random bits in any batch, mesh and platform.
+
+    Threefry of the row's key and the counter (number of the element, i). (`jax.random.normal` with a key for each row
+    takes the compiler four times as long.)
+    """
+    keys, count = jnp.asarray(keys), math.prod(shape)
+    element = jnp.broadcast_to(jnp.arange(count, dtype=jnp.uint32), (len(keys), count))
+    first, second = (jnp.broadcast_to(keys[:, n, None], element.shape) for n in (0, 1))
+    bits, _ = threefry2x32_p.bind(first, second, element, jnp.full_like(element, i))
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1  # inside (−1, 1)
+    return (math.sqrt(2) * jax.lax.erf_inv(uniform)).reshape(-1, *shape)
 
 
 @functools.partial(jax.jit, static_argnames=("eps_fn", "use_fusers", "sharding"), donate_argnames="state")
@@ -138,7 +169,8 @@ def _denoise_part(
             deep = jax.lax.cond(fresh, lambda: eps_fn.deep(params, *inputs(c, x)), lambda: deep)
             eps = eps_fn.finish(params, *inputs(c, x), deep)
         eps = _guide(eps.astype(jnp.float32).reshape(-1, groups, *x.shape[1:]), scale)
-        return DenoiseState(*update(c, x, state.anchor, state.history, eps)), deep
+        x, anchor, history = update(c, x, state.anchor, state.history, eps)
+        return DenoiseState(_add_noise(c, x, state.keys, i), anchor, history, state.keys), deep
 
     deep = None
     if reuse is not None:  # zeros of the right shape: the first evaluation replaces them
@@ -156,6 +188,13 @@ def _keep_known(c: Coefficients, x: Float[Array, "rows h w c"], inpaint: Inpaint
     known = c.signal * inpaint.latents + c.sigma * inpaint.noise
     keep = jnp.where(c.blend, inpaint.keep, 0.0)
     return keep * known + (1.0 - keep) * x
+
+
+def _add_noise(
+    c: Coefficients, x: Float[Array, "rows h w c"], keys: UInt32[Array, "rows 2"], i: Array
+) -> Float[Array, "rows h w c"]:
+    """Adds a stochastic solver's noise. It is drawn in a branch: the others take no time for it."""
+    return jax.lax.cond(c.noise != 0, lambda: x + c.noise * step_noise(keys, i, x.shape[1:]), lambda: x)
 
 
 def _guide(eps: Float[Array, "rows groups h w c"], scale: Float[Array, ""]) -> Float[Array, "rows h w c"]:

@@ -1,7 +1,8 @@
 """The multi-instance sampler (InstanceDiffusion, "Multi-instance Sampler"): less attribute leakage between instances.
 
     1. For the first M steps, denoise each instance separately, with its own caption and location, and also the image's
-       global latent, with the whole layout. All start from the image's noise.
+       global latent, with the whole layout. All start from the image's noise, and what a stochastic solver adds on the
+       way is the image's too (noise of each row's own would lose variance in the mean).
     2. Merge each image's latents into one: their mean, or each instance cropped to its box and pasted.
     3. Denoise the merged latent with the whole layout for the other steps, with the global row's solver history.
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from instdiff_jax.diffusion.loop import FUSER_GROUP, DenoiseState, EpsFn, Evaluations, Inpaint, denoise, start_state
 from instdiff_jax.diffusion.plan import Piece, SamplingPlan
@@ -38,12 +39,14 @@ class SamplerInputs(NamedTuple):
         conditions: groups of trees of [unique, …]; over a mesh, sharded or not.
         images: the rows of each image.
         inpaint: regions to keep, one per image.
+        keys: of each image's noise on the way (`loop.noise_key`); only stochastic solvers draw it.
     """
 
     latents: Float[Array, "images h w c"]
     conditions: Mapping[str, Any]
     images: Sequence[ImageRows]
     inpaint: Inpaint | None = None
+    keys: UInt32[np.ndarray, "images 2"] | None = None
 
 
 class Placement(NamedTuple):
@@ -84,7 +87,7 @@ def sample_rows(
     if not any(image.instances for image in inputs.images):
         plan = plan.without_instances()
     run = _Run.on_devices(eps_fn, params, inputs, plan, placement, events)
-    state = spread(beside(params, start_state(inputs.latents)), placement.sharding)
+    state = spread(beside(params, start_state(inputs.latents, inputs.keys)), placement.sharding)
 
     separate = [piece for piece in plan.pieces if piece.rows != "image"]
     merged = [piece for piece in plan.pieces if piece.rows == "image"]
@@ -240,7 +243,7 @@ def _merge(
 ) -> DenoiseState:
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     latents = merge_rows(rows.latents, segment, len(global_rows), weights)
-    state = DenoiseState(latents, rows.anchor[global_rows], rows.history[global_rows])
+    state = DenoiseState(latents, rows.anchor[global_rows], rows.history[global_rows], rows.keys[global_rows])
     return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
 
 

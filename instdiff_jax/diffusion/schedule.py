@@ -42,6 +42,13 @@ def q_sample(
     return signal * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
+def prediction_target(
+    x0: Float[Array, "b *shape"], noise: Float[Array, "b *shape"], t: Int[Array, "b"], schedule: ScheduleConfig
+) -> Float[Array, "b *shape"]:
+    """What the network predicts: the noise, or v = √ᾱ·noise − √(1−ᾱ)·x0 (Salimans and Ho 2022), in float32."""
+    return noise if schedule.prediction == "epsilon" else q_sample(noise, -x0, t, schedule)
+
+
 def velocity_weights(config: ScheduleConfig, limit: float = 0.0) -> Float[Array, "timesteps"]:
     """1/ᾱ at each timestep: converts the squared error of ε to that of v = √ᾱ·ε − √(1−ᾱ)·x0.
 
@@ -67,7 +74,7 @@ def uniform_timesteps(steps: int, timesteps: int) -> Int[np.ndarray, "n"]:
     Raises:
         InputError: for steps outside 1…timesteps.
     """
-    _check_steps(steps, timesteps)
+    check_steps(steps, timesteps)
     grid = np.arange(0, timesteps, timesteps // steps) + 1
     return np.unique(np.minimum(grid, timesteps - 1))[::-1]
 
@@ -81,7 +88,7 @@ def karras_timesteps(steps: int, schedule: ScheduleConfig) -> Int[np.ndarray, "n
     Raises:
         InputError: for steps outside 1…timesteps.
     """
-    _check_steps(steps, schedule.timesteps)
+    check_steps(steps, schedule.timesteps)
     last = schedule.timesteps - 1
     index = np.arange(min(steps, last) + 1)
     cumprod = alphas_cumprod(schedule)
@@ -111,6 +118,7 @@ def alpha_schedule(length: int, fractions: Sequence[float]) -> Float[np.ndarray,
     return np.concatenate([np.ones(ones), falling, np.zeros(length - ones - decay)])
 
 
-def _check_steps(steps: int, timesteps: int) -> None:
+def check_steps(steps: int, timesteps: int) -> None:
+    """Raises InputError for a number of steps outside 1…timesteps."""
     if not 1 <= steps <= timesteps:
         raise InputError(f"sampling.steps: expected a whole number from 1 to {timesteps}, got {steps!r}")

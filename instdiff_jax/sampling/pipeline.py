@@ -18,11 +18,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt8
 
-from instdiff_jax.config import ModelConfig, SamplingConfig, with_preset
-from instdiff_jax.diffusion.loop import Inpaint
+from instdiff_jax.config import ModelConfig, Sampler, SamplingConfig, Sigmas, with_preset
+from instdiff_jax.diffusion.loop import Inpaint, noise_key
 from instdiff_jax.diffusion.multi_instance import Placement, ProgressEvent, SamplerInputs, sample_rows
 from instdiff_jax.diffusion.rows import ImageRows
-from instdiff_jax.diffusion.schedule import q_sample
 from instdiff_jax.grounding import Format
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.regions import region_bits
@@ -126,7 +125,8 @@ class Pipeline:
         seeds: int | Iterable[int] = 0,
         *,
         steps: int | None = None,
-        sampler: Literal["plms", "ddim", "dpm++"] | None = None,
+        sampler: Sampler | None = None,
+        sigmas: Sigmas | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, ...] | None = None,
         alpha: float | tuple[float, ...] | None = None,
@@ -153,7 +153,7 @@ class Pipeline:
         Args:
             layouts: one or several.
             seeds: one or several. An image depends on its own seed only, not on the others of its batch.
-            steps, sampler, guidance_scale, guidance_interval, alpha, mis, mis_guidance, merge, negative_prompt,
+            steps, sampler, sigmas, guidance_scale, guidance_interval, alpha, mis, mis_guidance, merge, negative_prompt,
                 masked_attention, reuse: sampling settings, see `SamplingConfig`; None keeps the checkpoint's.
             preset: a named set of settings from `config.PRESETS`. Precedence: keyword > preset > checkpoint.
             format: which locations of an instance count, see `grounding.make_grounding`.
@@ -179,7 +179,8 @@ class Pipeline:
         seeds: int | Iterable[int] = 0,
         *,
         steps: int | None = None,
-        sampler: Literal["plms", "ddim", "dpm++"] | None = None,
+        sampler: Sampler | None = None,
+        sigmas: Sigmas | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, ...] | None = None,
         alpha: float | tuple[float, ...] | None = None,
@@ -257,13 +258,15 @@ class Pipeline:
         canvas = batch[0].canvas
         events: list[ProgressEvent] | None = [] if watched else None
         layouts = {image.number: image.layout for image in batch}
+        seeds = [request.seeds[image.seed_index] for image in batch]
+        keys = np.stack([noise_key(seed) for seed in seeds])
         with jax.default_matmul_precision(self.matmul_precision):
             conditions, rows = self.make_conditions(request, layouts, request.latent_shape(canvas)[:2])
             first, inpaint = self._start_latents(request, batch)
             latents = sample_rows(
                 self.predict_noise,
                 self.params["unet"],
-                SamplerInputs(first, conditions, [rows[image.number] for image in batch], inpaint),
+                SamplerInputs(first, conditions, [rows[image.number] for image in batch], inpaint, keys),
                 request.plan,
                 Placement(self.limits.row_limit(canvas, request.masked), self.sharding),
                 events,
@@ -271,7 +274,6 @@ class Pipeline:
             pixels = self.decode_parts(latents)
         for array in (latents, *pixels):
             array.copy_to_host_async()
-        seeds = [request.seeds[image.seed_index] for image in batch]
         return PendingBatch([image.layout for image in batch], seeds, request.start, latents, pixels, events)
 
     def make_conditions(
@@ -305,8 +307,8 @@ class Pipeline:
         known = jnp.broadcast_to(self.encode(request.start.image), noise.shape)
         first, inpaint = noise, None
         if not request.from_noise:
-            times = jnp.full(len(batch), request.plan.table.first_timestep)
-            first = q_sample(known, noise, times, self.config.schedule)
+            signal, sigma = request.plan.table.first_roots
+            first = signal * known + sigma * noise
         if request.start.repaint is not None:
             paint = any_in_cell(request.start.repaint, self.config.latent_stride).astype(np.float32)
             keep = jnp.broadcast_to(1.0 - paint[None, :, :, None], (*noise.shape[:3], 1))

@@ -142,7 +142,7 @@ def make_request(config: ModelConfig, settings: SamplingConfig, options: Samplin
     if strength is None:
         strength = 0.75 if start is not None and start.repaint is None else 1.0
     seeds = options.seeds if options.layout_seeds is None else options.layout_seeds
-    table = solver_table(settings.sampler, settings.steps, config.schedule, settings.alpha, strength)
+    table = solver_table(settings.sampler, settings.steps, config.schedule, settings.alpha, strength, settings.sigmas)
     return Request(
         config=config,
         settings=settings,

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import ModelConfig
-from instdiff_jax.diffusion.schedule import q_sample, velocity_weights
+from instdiff_jax.diffusion.schedule import prediction_target, q_sample, velocity_weights
 from instdiff_jax.models.autoencoder import sample_posterior
 from instdiff_jax.models.regions import Regions
 from instdiff_jax.parallel.mesh import AXES, BATCH, REPLICATED, gather, sum_gradients
@@ -88,6 +88,7 @@ def _latents(networks: Networks, params: Params, batch: Batch, keys: jax.Array, 
 def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:
     """Mean of (ε − prediction)² over rows and latents, in float32 (paper, "Training"; DDPM, eq. 14).
 
+    A model that predicts v has (v − prediction)².
     `loss_weight` "velocity" takes the error in v = √ᾱ·ε − √(1−ᾱ)·x0 instead (`velocity_weights`).
     """
 
@@ -111,8 +112,9 @@ def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettin
             conditions["regions"] = batch["regions"]
         noisy = q_sample(latents, noise, timesteps, model.schedule)
         prediction = networks.unet.apply(unet, noisy, timesteps, conditions, alpha)
-        error = jnp.square(prediction.astype(jnp.float32) - noise)
-        if settings.loss_weight == "velocity":
+        target = prediction_target(latents, noise, timesteps, model.schedule)
+        error = jnp.square(prediction.astype(jnp.float32) - target)
+        if settings.loss_weight == "velocity" and model.schedule.prediction == "epsilon":
             weights = velocity_weights(model.schedule, settings.loss_weight_limit)
             error = error * weights[timesteps][:, None, None, None]
         return jnp.mean(error)

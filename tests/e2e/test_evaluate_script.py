@@ -306,7 +306,7 @@ def test_bad_flags(place, tmp_path, capsys):
         (["--real", "--count", 0], "--count: expected a whole number of at least 1, got 0"),
         ([], "--checkpoint: expected a checkpoint folder, or --real"),
         (["--checkpoint", tmp_path / "none"], "none"),
-        (["--checkpoint", place / "checkpoint", "--sampler", "euler"], "sampling.sampler: expected one of"),
+        (["--checkpoint", place / "checkpoint", "--sampler", "eulr"], "sampling.sampler: expected one of"),
         (["--real", "--caption_only"], "--caption_only: cannot be used with --real"),
         (["--real", "--attributes", "colour"], "--attributes: cannot be used with --real"),
         (["--real", "--shard", "2/2"], "--shard: expected i/n"),

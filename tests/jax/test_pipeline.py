@@ -61,23 +61,27 @@ def test_a_batch_equals_each_layout_alone(tiny_checkpoint, recorded):
 
 
 def test_a_picture_depends_on_its_own_seed_alone(pipeline, monkeypatch):
-    """Its initial noise is the same bits in any batch, its latents are equal to rounding."""
-    starts, original = [], multi_instance.start_state
+    """Its noise is the same bits in any batch, its latents are equal to rounding: also with a stochastic solver."""
+    starts, keys, original = [], [], multi_instance.start_state
 
-    def record(noise):
+    def record(noise, key):
         starts.append(np.asarray(noise))
-        return original(noise)
+        keys.append(key)
+        return original(noise, key)
 
     monkeypatch.setattr(multi_instance, "start_state", record)
     one, two = make_layout(3, "one"), make_layout(3, "two", seed=1)
-    alone = pipeline([one], seeds=[5])[0]
-    batch = pipeline([two, one], seeds=[4, 5])
+    alone = pipeline([one], seeds=[5], sampler="euler_a")[0]
+    batch = pipeline([two, one], seeds=[4, 5], sampler="euler_a")
     assert [(result.layout.name, result.seed) for result in batch] == [("two", 4), ("two", 5), ("one", 4), ("one", 5)]
     assert relative_error(batch[3].latents, alone.latents) <= 1e-4
     assert relative_error(batch[2].latents, alone.latents) > 1e-2
     first, *rest = starts
     assert first.dtype == np.float32
     assert all(np.array_equal(noise, first[0]) for noise in np.concatenate(rest)[[1, 3]])
+    first, *rest = keys
+    assert all(np.array_equal(key, first[0]) for key in np.concatenate(rest)[[1, 3]])
+    assert not np.array_equal(np.concatenate(rest)[0], first[0])
 
 
 def test_given_noise_takes_the_place_of_the_seed(pipeline):
@@ -127,6 +131,8 @@ def test_nothing_compiles_again(pipeline, monkeypatch):
         dict(steps=9, alpha=(0.5, 0.25, 0.25), mis=0.4, negative_prompt="ugly", guidance_scale=3.0),
         dict(steps=12, alpha=0.6, mis=0.25, sampler="ddim"),
         dict(steps=7, alpha=0.5, mis=0.3, sampler="dpm++"),
+        dict(steps=5, alpha=0.6, mis=0.4, sampler="heun", sigmas="karras"),
+        dict(steps=6, alpha=0.5, mis=0.4, sampler="tcd"),
     ):
         with compilations() as compiled:
             pipeline([other], seeds=[7], **settings)

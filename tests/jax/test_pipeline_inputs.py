@@ -62,7 +62,7 @@ def test_strength_orders_how_far_a_picture_moves(pipeline):
         (dict(guidance_interval=(0.5, 1.5)), "sampling.guidance_interval: expected two fractions"),
         (dict(preset="slow"), "preset: expected one of quality, fast"),
         (dict(alpha=(0.5, 0.5)), "sampling.alpha: expected a fraction"),
-        (dict(sampler="euler"), "sampling.sampler: expected one of plms, ddim, dpm"),
+        (dict(sampler="eulr"), "sampling.sampler: expected one of plms, ddim, dpm.., .*, lcm, tcd, got .eulr."),
         (dict(masked_attention="yes"), "sampling.masked_attention: expected one of none"),
         (dict(guidance_scale=float("nan")), "sampling.guidance_scale: expected"),
         (dict(seeds=[-1]), "seed: expected a whole number"),

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from sampler_cases import SCHEDULE, C, H, W, fake_eps, looping_eps, make_images, make_inputs, sample
 
 from common import relative_error
-from instdiff_jax.diffusion.loop import Evaluations, denoise, start_state
+from instdiff_jax.diffusion.loop import Evaluations, denoise, noise_key, start_state
 from instdiff_jax.diffusion.solvers import solver_table
 
 
@@ -20,11 +20,12 @@ def main() -> None:
     assert jax.device_count() == 8
     sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp")), P(("data", "fsdp")))
     replicated = NamedSharding(sharding.mesh, P())
-    table = solver_table("plms", 10, SCHEDULE)
-    for counts, max_rows in (((1, 4, 0, 6), 8), ((2,), None)):
+    for sampler, counts, max_rows in (("euler_a", (1, 4, 0, 6), 8), ("plms", (1, 4, 0, 6), 8), ("plms", (2,), None)):
+        table = solver_table(sampler, 10, SCHEDULE)
+        keys = np.stack([noise_key(seed) for seed in range(len(counts))])
         params, noise, conditions = make_inputs(len(counts))
         images = make_images(counts)
-        plain = sample(fake_eps, params, noise, conditions, images, table, mis_steps=4)
+        plain = sample(fake_eps, params, noise, conditions, images, table, mis_steps=4, keys=keys)
         split = sample(
             fake_eps,
             jax.device_put(params, replicated),
@@ -33,6 +34,7 @@ def main() -> None:
             images,
             table,
             mis_steps=4,
+            keys=keys,
             sharding=sharding,
             max_rows=max_rows,
         )

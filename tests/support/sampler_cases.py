@@ -50,7 +50,7 @@ def make_images(counts, seed=1):
 
 def sample(eps_fn, params, noise, conditions, images, table, events=None, **options):
     """`sample_rows` with the fields of its settings objects as keywords."""
-    inputs = SamplerInputs(noise, conditions, images, options.pop("inpaint", None))
+    inputs = SamplerInputs(noise, conditions, images, options.pop("inpaint", None), options.pop("keys", None))
     placement = Placement(options.pop("max_rows", None), options.pop("sharding", None))
     return sample_rows(eps_fn, params, inputs, make_plan(table, SamplerSettings(**options)), placement, events)
 

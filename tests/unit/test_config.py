@@ -134,9 +134,9 @@ def test_alpha_as_one_number():
     [
         {"steps": 0}, {"steps": 1001}, {"steps": True}, {"steps": 5.0}, {"mis": 1.1}, {"mis": "x"}, {"alpha": 2},
         {"alpha": (0.5, 0.5)}, {"alpha": float("nan")}, {"guidance_scale": -1}, {"guidance_scale": float("nan")},
-        {"sampler": "euler"}, {"merge": "max"}, {"masked_attention": "yes"}, {"negative_prompt": None}, {"step": 3},
+        {"sampler": "eulr"}, {"merge": "max"}, {"masked_attention": "yes"}, {"negative_prompt": None}, {"step": 3},
         {"guidance_interval": 0.5}, {"guidance_interval": (0.5,)}, {"guidance_interval": (0.6, 0.5)},
-        {"mis_guidance": 1}, {"reuse": 0}, {"reuse": 2.0},
+        {"sigmas": "karas"}, {"mis_guidance": 1}, {"reuse": 0}, {"reuse": 2.0},
         {"guidance_interval": (-0.1, 0.5)}, {"guidance_interval": (0, 1.1)}, {"guidance_interval": (0, float("nan"))},
     ],
 )  # fmt: skip
