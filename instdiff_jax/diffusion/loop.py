@@ -32,6 +32,7 @@ from instdiff_jax.parallel.rows import on_each_device
 
 FUSER_GROUP = "grounding"
 
+Keys = UInt32[Array, "rows 2"] | UInt32[np.ndarray, "rows 2"]
 EpsFn = Callable[[Any, Array, Array, Any, Array | None], Array]
 
 
@@ -74,7 +75,7 @@ class Evaluations(NamedTuple):
     reuse: Int[Array, ""] | int | None = None
 
 
-def start_state(latents: Float[Array, "rows h w c"], keys: UInt32[Array, "rows 2"] | None = None) -> DenoiseState:
+def start_state(latents: Float[Array, "rows h w c"], keys: Keys | None = None) -> DenoiseState:
     """The state before a solver's first evaluation.
 
     Args:
@@ -92,9 +93,7 @@ def noise_key(seed: int) -> UInt32[np.ndarray, "2"]:
     return np.random.SeedSequence(seed).generate_state(2)
 
 
-def step_noise(
-    keys: UInt32[Array, "rows 2"], i: Int[Array, ""] | int, shape: tuple[int, ...]
-) -> Float[Array, "rows *shape"]:
+def step_noise(keys: Keys, i: Int[Array, ""] | int, shape: tuple[int, ...]) -> Float[Array, "rows *shape"]:
     """Unit normal noise of evaluation i for each row: the same random bits in any batch, mesh and platform.
 
     Threefry of the row's key and the counter (number of the element, i). (`jax.random.normal` with a key for each row
