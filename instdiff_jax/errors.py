@@ -2,9 +2,12 @@
 
 import argparse
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
@@ -47,9 +50,14 @@ def _one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Ends the process with one line on stderr and exit code 2 where an `InputError` arises inside."""
+    """Ends the process with one line on stderr and exit code 2 where an `InputError` arises inside, or a full disk."""
     try:
         yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        print(f"error: {_one_line(str(error.filename or 'output'))}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except InputError as error:
         print("error: " + _one_line(str(error)), file=sys.stderr)
         sys.exit(2)

@@ -13,19 +13,27 @@ import os
 import re
 import shutil
 import socket
+import tempfile
+import time
+import types
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from instdiff_jax.errors import InputError, short
+import numpy as np
+
+from instdiff_jax.errors import FULL_DISK, InputError, short
 from instdiff_jax.paths import read_file
+from instdiff_jax.processes import is_alive, started
 
 _OURS = re.compile(
     r"\.(?P<name>.+)\.instdiff-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{12}\.(?P<end>part|old)", re.DOTALL
 )
 _LONGEST_NAME = 255  # bytes, on nearly all file systems
+_FULL = tuple(os.strerror(code) for code in FULL_DISK)
+_FOREIGN_AGE = 24 * 3600  # seconds
 _in_use: set[str] = set()  # paths of this process; in a container every process may have the same number
 
 
@@ -41,7 +49,7 @@ def write_file(path: str | os.PathLike, write: Callable[[BinaryIO], object], syn
         InputError: if the file cannot be written.
     """
     path = Path(path)
-    with _write_errors(path):
+    with write_errors(path):
         if path.is_dir():
             raise IsADirectoryError(None, "is a folder")
         if path.exists() and not path.is_file():
@@ -50,6 +58,8 @@ def write_file(path: str | os.PathLike, write: Callable[[BinaryIO], object], syn
             return
         path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
+        if sync:  # of small files written without, there may be thousands; their command cleans up where it starts
+            remove_leftovers(path.parent, path.name)
         with _temporary(path) as beside:
             try:
                 with open(beside, "xb") as file:
@@ -76,6 +86,12 @@ def write_json(path: str | os.PathLike, value: Any, indent: int | None = 1, sync
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
         text = json.dumps(value, indent=indent) + "\n"
     write_text(path, text, sync)
+
+
+def write_array(path: str | os.PathLike, array: np.ndarray, sync: bool = True) -> None:
+    """Writes a .npy file, whole or not at all; see `write_file`."""
+    # numpy does not say why it cannot write to what it knows to be a file.
+    write_file(path, lambda file: np.save(types.SimpleNamespace(write=file.write), array, allow_pickle=False), sync)
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -137,11 +153,11 @@ def replace_folder(path: str | os.PathLike, sync: bool = True) -> Iterator[Path]
         InputError: if the folder cannot be written.
     """
     path = Path(os.path.realpath(path))
-    with _write_errors(path):
+    with write_errors(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(None, "is not a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path.parent, path.name)
+        remove_leftovers(path.parent, path.name)
         with _temporary(path) as beside:
             beside.mkdir()
             try:
@@ -149,31 +165,37 @@ def replace_folder(path: str | os.PathLike, sync: bool = True) -> Iterator[Path]
                 if sync:
                     _sync_folder(beside)
                 _move_folder(beside, path)
+            except BaseException:
+                remove_folder(beside)
+                raise
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
 
 
-def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Removes what killed processes of this host left in a folder, and restores a folder that one was replacing.
+def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
+    """Removes what killed processes left in a folder, and restores a folder that one was replacing.
 
     Only our temporary names are touched, and only if their process is gone. To be called where a command starts.
+
+    Args:
+        folder: where to look; may be missing.
+        name: of the file or folder that they were writing; any by default.
     """
-    _remove_leftovers(Path(folder), None)
-
-
-def _remove_leftovers(folder: Path, name: str | None) -> None:
+    folder = Path(folder)
     try:
         paths = [Path(entry.path) for entry in os.scandir(folder)]
     except OSError:  # a missing folder holds nothing
         return
     for path in paths:
         match = _OURS.fullmatch(path.name)
-        if match is None or match["host"] != _host() or name not in (None, match["name"]):
+        if match is None:
             continue
-        if _is_alive(int(match["pid"]), path):
+        if name is not None and match["name"] != _shortened(name, len(path.name) - match.end("name")):
             continue
-        place = folder / match["name"]
         with contextlib.suppress(OSError):  # another process may be cleaning up too
+            if not _is_left(path, match):
+                continue
+            place = folder / (name or match["name"])
             if match["end"] == "old" and not place.exists():
                 os.rename(path, place)
             elif path.is_dir() and not path.is_symlink():
@@ -182,18 +204,40 @@ def _remove_leftovers(folder: Path, name: str | None) -> None:
                 path.unlink()
 
 
-def _is_alive(pid: int, path: Path) -> bool:
-    if pid == os.getpid():
-        return str(path) in _in_use
-    if os.name != "posix":  # os.kill would send a signal there
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def remove_folder(path: Path, patience: float = 5.0) -> None:
+    """Removes a folder in which threads of a failed save may still make files, until it stays away."""
+    end, checks = time.monotonic() + patience, 0
+    while checks < 4 and time.monotonic() < end:
+        checks = 0 if path.exists() else checks + 1
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
+
+
+def recover_folder(path: str | os.PathLike) -> None:
+    """Brings back a folder that a killed process was replacing. Call before reading one."""
+    if not os.path.lexists(path):
+        remove_leftovers(Path(path).absolute().parent, Path(path).name)
+
+
+def _is_left(path: Path, match: re.Match) -> bool:
+    """Whether the process that made a temporary file or folder is gone.
+
+    Processes of other hosts cannot be seen: there what has not changed for a day is left (for an old folder that is
+    hidden a minute: one move later it is replaced). In a container that is started again, the same process id may
+    belong to another process, which is younger than what it would have made.
+    """
+    if str(path) in _in_use:
         return False
-    except (OSError, OverflowError):
-        pass
-    return True
+    pid, changed = int(match["pid"]), _last_change(path)
+    if match["host"] != _host():
+        return time.time() - changed > (_FOREIGN_AGE if match["end"] == "part" else 60)
+    if pid == os.getpid():
+        return True
+    return not is_alive(pid) or started(pid) > changed + 60
+
+
+def _last_change(path: Path) -> float:
+    return max([os.lstat(path).st_ctime, *(os.lstat(inner).st_mtime for inner in path.rglob("*"))])
 
 
 @functools.cache
@@ -203,9 +247,12 @@ def _host() -> str:
 
 def _name_beside(path: Path, end: str) -> Path:
     ours = f".instdiff-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.{end}"
-    room = _LONGEST_NAME - len(ours) - 1
-    name = path.name.encode(errors="surrogateescape")[:room].decode(errors="ignore")
-    return path.with_name(f".{name}{ours}")
+    return path.with_name(f".{_shortened(path.name, len(ours))}{ours}")
+
+
+def _shortened(name: str, others: int) -> str:
+    """A name that leaves room for other signs, and a point, in the longest name of a file."""
+    return name.encode(errors="surrogateescape")[: _LONGEST_NAME - others - 1].decode(errors="ignore")
 
 
 @contextlib.contextmanager
@@ -219,15 +266,38 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError into an InputError that names the file the user asked for, not its temporary name."""
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A folder for temporary files that is removed at the end of the block; what killed processes left goes too."""
+    path = Path(tempfile.gettempdir()) / f"instdiff-{name}"
+    remove_leftovers(path.parent, path.name)
+    with _temporary(path) as beside:
+        beside.mkdir(mode=0o700)
+        try:
+            yield beside
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def write_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns an OSError into an InputError that names the file the user asked for, not its temporary name.
+
+    So it does with the errors of libraries in C++ that hold the system's text for a full disk.
+    """
     try:
         yield
+    except InputError:
+        raise
     except OSError as error:
         what = error.strerror or str(error)
         if error.filename is not None and ".instdiff-" not in str(error.filename):
             what += "" if str(error.filename) == str(path) else f": {error.filename}"
         raise InputError(f"{path}: cannot be written: {what}") from error
+    except (ValueError, RuntimeError) as error:
+        full = [text for text in _FULL if text in str(error)]
+        if not full:
+            raise
+        raise InputError(f"{path}: cannot be written: {full[0]}") from error
 
 
 def _move_folder(beside: Path, path: Path) -> None:

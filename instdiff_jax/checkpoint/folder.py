@@ -22,7 +22,7 @@ from instdiff_jax.checkpoint.tokenizer_files import TOKENIZER_FILES
 from instdiff_jax.checkpoint.verify import compare_files, file_crcs
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import replace_folder
+from instdiff_jax.files import recover_folder, remove_leftovers, replace_folder, write_errors
 from instdiff_jax.models.networks import Networks
 from instdiff_jax.tree import flatten
 
@@ -32,6 +32,7 @@ FORMAT, VERSION = "instdiff_jax checkpoint", 1
 def check_output(directory: str | os.PathLike, overwrite: bool = False) -> None:
     """Raises InputError if `save_folder` must not write there: a file, or a folder that would be lost."""
     directory = Path(directory)
+    remove_leftovers(directory.absolute().parent, directory.name)
     if not directory.exists() and not directory.is_symlink():
         return
     if not directory.is_dir() or directory.is_symlink():
@@ -81,8 +82,11 @@ def save_folder(
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, beside / "tokenizer" / name)
         try:
-            notes = {part: save_part(beside / "params" / part, tree) for part, tree in params.items()}
-        except (ValueError, RuntimeError) as error:  # what tensorstore raises for a full disk
+            with write_errors(directory):
+                notes = {part: save_part(beside / "params" / part, tree) for part, tree in params.items()}
+        except InputError:
+            raise
+        except (ValueError, RuntimeError) as error:  # what tensorstore raises
             raise InputError(f"{directory}: cannot be written ({first_line(error)})") from error
         model = model_config.to_dict()
         model["text_encoder"]["tokenizer"] = "tokenizer"
@@ -106,6 +110,7 @@ def stored_digests(directory: str | os.PathLike) -> dict[str, str]:
 
 def _read_json(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
+    recover_folder(directory)
     if not path.is_file():
         raise InputError(f"{directory}: not a checkpoint folder: no config.json there")
     try:

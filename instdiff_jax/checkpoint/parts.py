@@ -4,10 +4,8 @@ Beside the files goes a note in the folder's config.json: their number and size,
 for a small part a digest of its values, and for a large part the checksum of a list of its files' checksums.
 """
 
-import contextlib
 import hashlib
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from instdiff_jax.checkpoint.quiet import say_errors_once
 from instdiff_jax.checkpoint.rename import check_keys
 from instdiff_jax.checkpoint.verify import start_compare_folder, write_checksums
 from instdiff_jax.errors import InputError
@@ -35,8 +34,9 @@ def save_part(folder: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError, RuntimeError: if the disk is full.
     """
+    say_errors_once()
     small = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) < SMALL_PART
-    with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=small)) as checkpointer:
+    with ocp.Checkpointer(_handler(use_ocdbt=small)) as checkpointer:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(tree)))
     # orbax's mark that a part is whole holds this machine's path; the note replaces it.
     (folder / "commit_success.txt").unlink(missing_ok=True)
@@ -89,7 +89,8 @@ def restore_part(
 def _restore(folder: Path, shapes: dict, digest: str | None, dtype: Any, sharding: Any, as_numpy: bool) -> dict:
     (part,) = {path[0] for path in shapes}
     places = flatten(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(shapes, sharding)
-    with _without_warnings(), ocp.Checkpointer(_handler()) as checkpointer:
+    say_errors_once()
+    with ocp.Checkpointer(_handler()) as checkpointer:
         stored = _stored_dtypes(checkpointer, folder, part, shapes)
         dtypes = {path: _leaf_dtype(stored[path], shape, dtype) for path, shape in shapes.items()}
         restore_args = {}
@@ -164,15 +165,3 @@ def _handler(use_ocdbt: bool = False) -> ocp.PyTreeCheckpointHandler:
         save_concurrent_gb=CONCURRENT_GB,
         restore_concurrent_gb=CONCURRENT_GB,
     )
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keeps orbax from warning at every save that there is no OCDBT to merge."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

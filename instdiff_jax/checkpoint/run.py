@@ -18,6 +18,7 @@ from jaxtyping import Array, UInt32
 
 from instdiff_jax.checkpoint.fingerprints import base_fingerprint
 from instdiff_jax.checkpoint.folder import read_config, restore_params
+from instdiff_jax.checkpoint.quiet import say_errors_once
 from instdiff_jax.checkpoint.rename import check_keys
 from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_group, parameter_shapes
 from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
@@ -129,6 +130,7 @@ def _fresh_leaves(
 def _restore_averaged(workdir: Path, step: int | None, verify: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """The step, its averaged parameters and its facts."""
     folder = workdir.absolute() / CHECKPOINTS
+    say_errors_once()
     options = ocp.CheckpointManagerOptions(create=False, read_only=True)
     # Without handlers orbax does not tell what a state that it has not saved itself consists of.
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "facts": ocp.JsonCheckpointHandler()}

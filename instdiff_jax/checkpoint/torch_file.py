@@ -296,10 +296,18 @@ def write_torch(path: str | os.PathLike, content: dict[str, dict[str, Any]]) -> 
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
+    def save(file: BinaryIO) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # raised while torch closes the file after a failed write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
     for group in content.values():
         for key in group:
             group[key] = tensor(group[key])
     try:
-        write_file(path, lambda file: torch.save(content, file))
+        write_file(path, save)
     except RuntimeError as error:  # torch raises this for a full disk
         raise InputError(f"{path}: cannot be written ({str(error).strip().splitlines()[0]})") from error

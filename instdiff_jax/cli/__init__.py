@@ -1,12 +1,13 @@
 """The commands: `instdiff NAME` and `python -m instdiff_jax NAME`, one module each."""
 
+import errno
 import importlib
 import io
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from instdiff_jax.errors import exit_on_input_error, short
+from instdiff_jax.errors import FULL_DISK, exit_on_input_error, short
 
 # Command -> (module with a `main(argv)`, one line of help). A module is imported when its command runs.
 COMMANDS = {
@@ -57,12 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class _Pipe(io.FileIO):
-    """A stream whose reader may go, as in `instdiff ... | head`: work goes on, and what is left is not shown."""
+    """A stream whose reader may go, as in `instdiff ... | head`, or whose disk may be full: work goes on unseen."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, *FULL_DISK):
+                raise
             return len(data)
 
 

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from instdiff_jax.analysis.kernel_schedule import DUMP_FLAGS, read_dump
 from instdiff_jax.cli.config_flags import names_config, read_settings
 from instdiff_jax.cli.parser import command_parser
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import write_json, write_text
+from instdiff_jax.files import scratch_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from instdiff_jax.aot.programs import Program
@@ -54,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (args.output and args.output.parent, args.hlo):
         if path is not None and not path.is_dir():
             raise InputError(f"{path}: expected an existing folder")
-    with tempfile.TemporaryDirectory(prefix="instdiff-aot-") as dump:
+    with scratch_folder("aot") as dump:
         # Read when libtpu is loaded: the compiler then writes the schedules of Pallas kernels.
         flags = DUMP_FLAGS.format(folder=dump)
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
-        compile_programs(run, args, Path(dump))
+        compile_programs(run, args, dump)
 
 
 def compile_programs(run: "RunSettings", args: argparse.Namespace, dump: Path) -> None:

@@ -9,6 +9,7 @@ same command on each; see docs/training.md. Without --config the settings are th
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         run, rest = read_settings(argv, RunSettings)
         args = parse_args(rest)
         check_data(run)
+        there = os.path.exists(args.workdir)
         workdir = make_workdir(args.workdir)
         try:
             print(train(run, workdir), file=sys.stderr)
         finally:
-            with contextlib.suppress(OSError):
-                workdir.rmdir()  # only if nothing was written to it
+            if not there:
+                with contextlib.suppress(OSError):
+                    workdir.rmdir()  # only if nothing was written to it

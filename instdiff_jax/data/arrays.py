@@ -1,6 +1,5 @@
 """Arrays on disk that are filled bit by bit."""
 
-import errno
 import os
 from pathlib import Path
 from tokenize import TokenError
@@ -8,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from instdiff_jax.errors import FULL_DISK
+
 # What numpy raises for a damaged .npy file; parsing the text of its header may raise the last three.
 DAMAGED = (OSError, ValueError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError, TokenError)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def new_array(file: str | Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -27,6 +27,6 @@ def new_array(file: str | Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarra
             try:
                 os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
             except OSError as error:
-                if error.errno in _FULL:  # anything else: a file system that cannot say
+                if error.errno in FULL_DISK:  # anything else: a file system that cannot say
                     raise
     return array

@@ -18,6 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from instdiff_jax.errors import InputError
+from instdiff_jax.files import recover_folder
 
 FORMAT = 1
 # The folder and the version of the records.
@@ -162,6 +163,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
         InputError: if there is no dataset, or it has another format.
     """
     path = Path(data_dir) / "dataset.json"
+    recover_folder(data_dir)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

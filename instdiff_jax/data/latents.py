@@ -24,7 +24,7 @@ from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset, Record
 from instdiff_jax.data.images import Crop
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import replace_folder, write_json
+from instdiff_jax.files import replace_folder, write_array, write_json
 from instdiff_jax.images import open_image
 
 EncodeFunction = Callable[
@@ -162,7 +162,7 @@ def _encode_all(
                     array[int(flip), index], crc[int(flip), index] = row, zlib.crc32(row.data)
         for array in arrays:
             array.flush()
-        np.save(partial / "crc32.npy", crcs)
+        write_array(partial / "crc32.npy", crcs, sync=False)
         facts = _facts(dataset, encoder_fingerprint, image_size, flips)
         write_json(partial / "latents.json", facts, sync=False)
 

@@ -27,6 +27,7 @@ from instdiff_jax.data.examples import DataConfig, choose_phrases, draw_formats,
 from instdiff_jax.data.images import Crop
 from instdiff_jax.data.latents import LatentCache
 from instdiff_jax.data.phrases import PhraseTable
+from instdiff_jax.data.segments import new_segment, remove_segments
 from instdiff_jax.errors import InputError
 from instdiff_jax.images import open_image
 from instdiff_jax.models.regions import Orientation, region_bits
@@ -94,13 +95,14 @@ class BatchReader:
 
     def __init__(self, sources: Sources, settings: LoaderSettings):
         settings.validate()
-        self.sources, self.settings = sources, settings
+        self.sources, self.settings, self._shared = sources, settings, False
         order = grain.MapDataset.range(len(sources.dataset))
         # Each epoch has its own shuffle.
         self.order = (order.shuffle(settings.seed) if settings.shuffle else order).repeat()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._shared = multiprocessing.parent_process() is not None
         if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
             # A signal to the whole job also reaches the workers, but the run needs their batches until it has saved.
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -116,7 +118,7 @@ class BatchReader:
         for row in range(settings.batch_size) if settings.rows is None else settings.rows:
             position = step * settings.batch_size + row
             examples.append(self.example(int(self.order[position]), self._generator(_SAMPLE, position), dropout))
-        return _stack(examples)
+        return _stack(examples, new_segment if self._shared else np.empty)
 
     def example(
         self, index: int, rng: np.random.Generator, dropout: tuple[bool, frozenset[str]] | None = None
@@ -164,11 +166,13 @@ class BatchReader:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent has ended. Python's resource tracker then removes the shared memory.
+    """Ends this worker when its parent has ended, and removes the shared memory of them all.
 
     Linux's PR_SET_PDEATHSIG does not work here: it follows the starting thread, which is not the main one.
     """
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    multiprocessing.connection.wait([parent.sentinel])
+    remove_segments(parent.pid)
     os._exit(1)
 
 
@@ -189,14 +193,17 @@ def _explain(error: BaseException) -> BaseException:
     )
 
 
-def _stack(examples: list[Batch]) -> Batch:
-    first = examples[0]
-    return {
-        key: _stack([example[key] for example in examples])
-        if isinstance(value, dict)
-        else np.stack([example[key] for example in examples])
-        for key, value in first.items()
-    }
+def _stack(examples: list[Batch], new: Callable[..., np.ndarray]) -> Batch:
+    """Stacks each array of the examples in an array that `new` makes."""
+    batch: Batch = {}
+    for key, value in examples[0].items():
+        values = [example[key] for example in examples]
+        if isinstance(value, dict):
+            batch[key] = _stack(values, new)
+        else:
+            batch[key] = new((len(values), *np.shape(value)), np.asarray(value).dtype)
+            np.stack(values, out=batch[key])
+    return batch
 
 
 def make_loader(sources: Sources, settings: LoaderSettings, start_step: int = 0) -> Iterator[Batch]:
@@ -217,6 +224,7 @@ def make_loader(sources: Sources, settings: LoaderSettings, start_step: int = 0)
     ahead = max(settings.prefetch, 1)
     batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead))
     if settings.workers:
+        remove_segments()
         # grain reads absl's flags when it starts workers, but only absl.app parses them.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()

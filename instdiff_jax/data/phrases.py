@@ -7,9 +7,7 @@ KEY is the text encoder's fingerprint, so a table is never used with another enc
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from instdiff_jax.checkpoint.verify import file_crc
 from instdiff_jax.data.arrays import DAMAGED, new_array
 from instdiff_jax.data.dataset import read_meta
 from instdiff_jax.errors import InputError
+from instdiff_jax.files import replace_folder, write_array
 
 EmbedFunction = Callable[[list[str]], Float[np.ndarray, "n width"]]
 
@@ -120,15 +119,9 @@ def phrase_table(
     if embed is None:
         raise InputError(f"{path}: missing; the phrases of this dataset are not embedded for this text encoder yet")
     known = _read_imported(Path(data_dir), len(phrases)) if use_imported else {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written batch by batch; the file is renamed when it is complete.
-        with tempfile.TemporaryDirectory(dir=path.parent, suffix=".partial") as folder:
-            _embed_all(Path(folder) / path.name, phrases, known, embed, batch_size)
-            _add_checksum(Path(folder) / path.name)
-            os.replace(Path(folder) / path.name, path)
-    except OSError as error:
-        raise InputError(f"{path.parent}: the phrases' embeddings cannot be written ({error.strerror})") from error
+    with replace_folder(path.parent) as folder:
+        _embed_all(folder / path.name, phrases, known, embed, batch_size)
+        _add_checksum(folder / path.name)
     return PhraseTable(path)
 
 
@@ -202,8 +195,8 @@ class ImportedEmbeddings:
         folder = data_dir / "phrases" / "imported"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        np.save(folder / "embeddings.npy", np.stack([row for _, row in held]).astype(np.float32))
-        np.save(folder / "numbers.npy", np.array([i for i, _ in held], np.int64))
+        write_array(folder / "embeddings.npy", np.stack([row for _, row in held]).astype(np.float32), sync=False)
+        write_array(folder / "numbers.npy", np.array([i for i, _ in held], np.int64), sync=False)
 
 
 def _read_imported(data_dir: Path, count: int) -> dict[int, Float[np.ndarray, " width"]]:

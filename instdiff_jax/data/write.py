@@ -20,7 +20,7 @@ from tqdm import tqdm
 from instdiff_jax.data.dataset import FORMAT, RECORDS, VERSION, Record, caption_phrase
 from instdiff_jax.data.report import Report
 from instdiff_jax.errors import InputError, short
-from instdiff_jax.files import read_json, replace_folder, write_json
+from instdiff_jax.files import read_json, remove_leftovers, replace_folder, write_json
 
 Splits = Mapping[str, tuple[int, Iterable[Record]]]
 
@@ -78,6 +78,7 @@ class InstancesBuilder(tfds.core.GeneratorBasedBuilder):
 
 def check_output(data_dir: Path, overwrite: bool) -> None:
     """Raises InputError unless a dataset may be written to `data_dir`. Call it before any long work."""
+    remove_leftovers(data_dir.absolute().parent, data_dir.name)
     if data_dir.is_symlink() or os.path.ismount(data_dir):
         raise InputError(f"{data_dir}: expected a folder that can be replaced, found a link or a mount point")
     if data_dir.exists() and not data_dir.is_dir():
@@ -186,7 +187,8 @@ def _write_records(folder: Path, splits: Splits, report: Report) -> tuple[list[s
     tfds.disable_progress_bar()
     builder = InstancesBuilder(splits=generators, data_dir=str(folder), file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that does not happen
-        builder.download_and_prepare()
+        # TFDS would make one in the folder for temporary files, and leave it there where it cannot write.
+        builder.download_and_prepare(download_dir=str(folder / "downloads"))
     shutil.rmtree(folder / "downloads", ignore_errors=True)
     return list(phrases), facts
 

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,6 +93,26 @@ def initialize_distributed(patience: int = 300) -> None:
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index, shutdown_timeout_seconds=patience)
     elif int(env.get("SLURM_NTASKS", 1)) > 1 or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 or _is_tpu_host():
         jax.distributed.initialize(shutdown_timeout_seconds=patience)
+
+
+def first_process_decides(act: Callable[[], Any]) -> None:
+    """Calls `act` on the first process of a job. If it raises InputError there, so does this on all processes."""
+    message = ""
+    if jax.process_index() == 0:
+        try:
+            act()
+        except InputError as error:
+            message = str(error)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        text = np.zeros(4096, np.uint8)
+        sent = message.encode()[: text.size]
+        text[: len(sent)] = list(sent)
+        text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+        message = text.tobytes().rstrip(b"\0").decode(errors="ignore")
+    if message:
+        raise InputError(message)
 
 
 def _is_tpu_host() -> bool:

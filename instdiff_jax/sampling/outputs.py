@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image, PngImagePlugin
 
 from instdiff_jax.errors import InputError, NotFiniteError, short
-from instdiff_jax.files import read_json, remove_leftovers, write_file, write_json
+from instdiff_jax.files import read_json, remove_leftovers, write_array, write_file, write_json
 from instdiff_jax.layout import Layout
 from instdiff_jax.locks import lock_folder
 from instdiff_jax.paths import output_path, read_file
@@ -148,7 +148,7 @@ class OutputFolder:
         write_image(self.file(name, "layout.png"), drawing, made_from)
         if self.save_latents:
             stacked = np.stack(latents).astype(np.float32)
-            write_file(self.file(name, "latents.npy"), lambda file: np.save(file, stacked), sync=False)
+            write_array(self.file(name, "latents.npy"), stacked, sync=False)
         return name
 
     def write_contact_sheet(self, layouts: Iterable[Layout]) -> None:

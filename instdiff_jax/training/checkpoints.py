@@ -4,10 +4,12 @@ A run's folder `checkpoints/` has one folder per step (orbax). Each has the trai
 run started from and a checksum of every array. It has no frozen parameters: they come from the base checkpoint.
 """
 
+import contextlib
+import re
 import signal
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from instdiff_jax.checkpoint.quiet import say_errors_once
 from instdiff_jax.checkpoint.run import CHECKPOINTS, checked_sums, checksums, damage, leaf_paths, signed_facts
 from instdiff_jax.errors import InputError
+from instdiff_jax.files import remove_folder, write_errors
 from instdiff_jax.training.state import TrainState
 
 DAMAGED = "damaged_checkpoints"
+_UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp(-\d+)?")  # orbax gives a folder its name when it is whole
 
 # The facts that a resumed run must share with the checkpoint, and their names in errors. The base is identified by
 # its contents, because its folder may have moved.
@@ -54,26 +59,37 @@ class Checkpoints:
     ):
         self.folder = workdir.absolute() / CHECKPOINTS
         self._facts = dict(facts)
+        say_errors_once()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep_newest,
             keep_period=keep_every or None,
             create=not read_only,
             read_only=read_only,
         )
-        try:
+        with write_errors(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "facts"))
-        except OSError as error:
-            raise InputError(f"{self.folder}: this folder cannot be written ({error})") from error
+        if not read_only:
+            self._remove_unfinished()  # of a run that was killed
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts saving. Returns once the arrays are copied, so that the next step may overwrite them."""
+        """Starts saving. Returns once the arrays are copied, so that the next step may overwrite them.
+
+        Raises:
+            InputError: here or in a later call of any method, if the disk is full. What was half written is removed.
+        """
         if step in self._manager.all_steps():
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             facts=ocp.args.JsonSave(signed_facts(self._facts | {"step": step, "checksums": checksums(state)})),
         )
-        self._manager.save(step, args=args, force=True)
+        with self._writing():
+            self._manager.save(step, args=args, force=True)
+
+    def check(self) -> None:
+        """Raises InputError if the last save has failed, where one process can tell without the others."""
+        if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def restore(self, shapes: TrainState) -> TrainState | None:
         """Restores the newest intact state, already sharded; None if the run has none.
@@ -118,12 +134,29 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until everything is written, and ends the background threads."""
-        self.wait()
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with write_errors(self.folder):
+                yield
+        except Exception:
+            self._remove_unfinished()
+            raise
+
+    def _remove_unfinished(self) -> None:
+        """Removes checkpoints that never became whole."""
+        if jax.process_index() == 0:
+            for path in self.folder.iterdir():
+                if _UNFINISHED.fullmatch(path.name):
+                    remove_folder(path)
 
     def _read(
         self, step: int, shapes: TrainState, compare: bool = True

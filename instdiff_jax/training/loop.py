@@ -16,7 +16,13 @@ from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import remove_leftovers, write_json
 from instdiff_jax.locks import lock_folder
-from instdiff_jax.parallel.mesh import ParallelSettings, check_batch, initialize_distributed, make_mesh
+from instdiff_jax.parallel.mesh import (
+    ParallelSettings,
+    check_batch,
+    first_process_decides,
+    initialize_distributed,
+    make_mesh,
+)
 from instdiff_jax.parallel.runtime import enable_compilation_cache
 from instdiff_jax.training.checkpoints import Checkpoints, StopSignal
 from instdiff_jax.training.goodput import Goodput, line_at
@@ -37,10 +43,11 @@ def train(run: RunSettings, workdir: Path) -> str:
         InputError: for settings or inputs that do not fit, or if too many updates in a row were not finite.
     """
     mesh = start_devices(run)
-    # One process of a job speaks for all.
-    lock = lock_folder(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with lock:
-        remove_leftovers(workdir)
+    with contextlib.ExitStack() as stack:
+        # One process of a job takes the lock for all; where it cannot, all end.
+        first_process_decides(lambda: stack.enter_context(lock_folder(workdir)))
+        for folder in (workdir, workdir / "samples"):
+            remove_leftovers(folder)
         return train_on(run, workdir, mesh)
 
 
@@ -97,6 +104,7 @@ def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
                     with goodput.of("samples"):
                         writer.image(done, "samples", grid.draw(done, state, frozen))
                 stopped = stop.reached(done)
+                checkpoints.check()
                 if due(done, run.train.save_every) or stopped or not reporter.sound or done == steps:
                     # Saving waits for the step anyway; what is saved has its numbers written.
                     reporter.flush()

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from instdiff_jax.data.loader import DevicePrefetch
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import write_text
+from instdiff_jax.files import write_errors, write_text
 from instdiff_jax.paths import read_file
 from instdiff_jax.training.goodput import Goodput
 from instdiff_jax.training.settings import TrainSettings
@@ -89,7 +89,8 @@ class MetricsWriter:
 
         path = workdir / "metrics.jsonl"
         _drop_later_lines(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        with write_errors(path):
+            self._file = path.open("ab", buffering=0)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -100,12 +101,22 @@ class MetricsWriter:
         line = {"step": step, "time": round(time.time(), 3)} | {
             name: value if np.isfinite(value) else None for name, value in numbers.items()
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with write_errors(Path(self._file.name)):
+            self._append((json.dumps(line) + "\n").encode())
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.write(step, numbers)
+
+    def _append(self, line: bytes) -> None:
+        """Adds a line, whole or not at all."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"] | None) -> None:
         """Adds an image to TensorBoard."""

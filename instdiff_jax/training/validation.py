@@ -10,7 +10,7 @@ from PIL import Image
 
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.errors import InputError, NotFiniteError
-from instdiff_jax.files import json_files
+from instdiff_jax.files import json_files, write_file
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.tokenizer import Tokenizer
 from instdiff_jax.parallel.mesh import REPLICATED
@@ -91,6 +91,7 @@ class SampleGrid:
             return None
         pairs = [(result.layout, enlarge(result.array)) for result in results]
         sheet = contact_sheet([image for pair in pairs for image in (draw_layout(*pair), pair[1])])
-        self._folder.mkdir(exist_ok=True)
-        Image.fromarray(sheet).save(self._folder / f"{step:08d}.png")
+        write_file(
+            self._folder / f"{step:08d}.png", lambda file: Image.fromarray(sheet).save(file, format="PNG"), sync=False
+        )
         return sheet

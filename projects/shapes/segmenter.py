@@ -25,7 +25,7 @@ from scipy.ndimage import maximum_filter
 from instdiff_jax.config import Settings
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detect import Detection
-from instdiff_jax.files import read_json, replace_folder, write_json
+from instdiff_jax.files import read_json, recover_folder, replace_folder, write_json
 from instdiff_jax.tree import flatten, unflatten
 from projects.shapes.drawing import COLOURS, SHAPES, TEXTURES
 
@@ -207,6 +207,7 @@ class Segmenter:
             InputError: if a file is missing or damaged, or its shapes do not fit the config.
         """
         folder = Path(folder)
+        recover_folder(folder)
         config = _read_config(folder / "config.json")
         leaves = _read_arrays(folder / "params.npz")
         expected = {key: leaf.shape for key, leaf in flatten(init_shapes(config)).items()}

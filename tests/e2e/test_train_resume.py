@@ -19,6 +19,7 @@ from trees import assert_same_trees
 
 from common import PYTHONPATH, ROOT, SUPPORT
 from instdiff_jax.checkpoint.run import CHECKPOINTS
+from instdiff_jax.locks import lock_folder
 from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
 from instdiff_jax.training.checkpoints import Checkpoints
 from instdiff_jax.training.export import read_run
@@ -246,3 +247,14 @@ def test_a_signal_to_every_process_stops_a_job_at_one_step(inputs, tmp_path):
         process.terminate()
     said = finish_job(workdir, job)
     assert f"stopped by a signal, saved after step {saved_steps(workdir)[-1]};" in said
+
+
+@pytest.mark.slow
+def test_a_job_whose_folder_is_in_use_ends_with_one_line_in_every_process(inputs, tmp_path):
+    workdir = tmp_path / "run"
+    with lock_folder(workdir):
+        job = start_job(inputs, workdir)
+        assert [process.wait(300) for process in job] == [2, 2]
+    for i in range(2):
+        said = [line for line in job_log(workdir, i).read_text().splitlines() if "rror" in line]
+        assert len(said) == 1 and f"in use by another run (process {os.getpid()} on" in said[0], said

@@ -18,6 +18,7 @@ from instdiff_jax.data.dataset import InstanceDataset  # noqa: F401  used by the
 from instdiff_jax.data.examples import DataConfig  # noqa: F401
 from instdiff_jax.data.loader import DevicePrefetch, LoaderSettings, Sources, make_loader  # noqa: F401
 from instdiff_jax.data.phrases import phrase_table
+from instdiff_jax.data.segments import remove_segments
 from instdiff_jax.errors import InputError
 
 
@@ -39,7 +40,7 @@ def data_dir(tmp_path_factory):
 
 
 KILLED = """
-import multiprocessing, os, re, signal, sys
+import multiprocessing.resource_tracker, os, signal, sys
 import test_loader_workers as t
 from pathlib import Path
 
@@ -50,23 +51,30 @@ if __name__ == "__main__":
     loader = t.make_loader(sources, t.LoaderSettings(t.DataConfig(image_size=64, map_size=64), 4, workers=2))
     [next(loader) for _ in range(4)]
     pids = [child.pid for child in multiprocessing.active_children()]
-    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in (os.getpid(), *pids))
     print(*pids)
-    print(*set(re.findall(r"/dev/shm/(psm_\\w+)", maps)), flush=True)
+    print(*[path.name for path in Path("/dev/shm").glob(f"instdiff-*-{os.getpid()}-*")], flush=True)
+    os.kill(multiprocessing.resource_tracker._resource_tracker._pid, signal.SIGKILL)
+    for pid in pids if sys.argv[2] == "all" else []:
+        os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_and_their_shared_memory_end_with_a_killed_parent(data_dir, tmp_path):
+@pytest.mark.parametrize("killed", ["main and tracker", "all"])
+def test_workers_and_their_shared_memory_end_with_a_killed_parent(data_dir, tmp_path, killed):
+    """Even without Python's tracker of shared memory. Where all are killed, the next loader removes what they left."""
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), PYTHONPATH])}
     output = subprocess.run(
-        [sys.executable, str(script), str(data_dir)], env=env, stdout=subprocess.PIPE, text=True, timeout=300
+        [sys.executable, str(script), str(data_dir), killed], env=env, stdout=subprocess.PIPE, text=True, timeout=300
     ).stdout
     pids, segments = output.splitlines()
     # Its own segments alone: other tests run beside this one.
     workers, segments = [int(pid) for pid in pids.split()], set(segments.split())
+    if killed == "all":
+        assert segments & set(os.listdir("/dev/shm"))
+        remove_segments()
     assert len(workers) == 2 and segments
     end = time.monotonic() + 30
     while time.monotonic() < end and (any(map(is_running, workers)) or segments & set(os.listdir("/dev/shm"))):

@@ -11,29 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from leftovers import fill, names, read
 
 from instdiff_jax import files
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json, remove_leftovers, replace_folder, write_file, write_json, write_text
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def full_disk(file):
     file.write(b"half")
     raise OSError(28, "No space left on device")
-
-
-def dead_pid() -> int:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    return child.pid
-
-
-def left_behind(name: str, pid: int, end: str = "part", host: str | None = None) -> str:
-    return f".{name}.instdiff-{host or files._host()}-{pid}-0123456789ab.{end}"
 
 
 # ---------------------------------------------------------------- files
@@ -148,17 +135,6 @@ def moves(request, monkeypatch):
         monkeypatch.setattr(files, "_exchange", lambda a, b: False)
 
 
-def fill(folder: Path, text: str) -> None:
-    for i in range(3):
-        (folder / f"{i}.txt").write_text(text)
-    (folder / "below").mkdir()
-    (folder / "below" / "a.txt").write_text(text)
-
-
-def read(folder: Path) -> set[str]:
-    return {path.read_text() for path in folder.rglob("*.txt")}
-
-
 def test_folder_is_made_and_replaced(tmp_path, moves):
     path = tmp_path / "a" / "data"
     for text in ("first", "second"):
@@ -213,51 +189,10 @@ def test_errors_of_other_files_name_them(tmp_path):
             open(tmp_path / "missing.txt")
 
 
-# ---------------------------------------------------------------- leftovers
-
-
-def test_only_our_leftovers_of_dead_processes_are_removed(tmp_path):
-    kept = [
-        "data.partial",
-        "data.old",
-        ".data.part",
-        ".data.0123.part",
-        left_behind("data", os.getppid()),
-        left_behind("data", dead_pid(), host="0" * 8),
-    ]
-    for name in [*kept, left_behind("data", dead_pid()), left_behind("data", os.getpid())]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mine.txt").write_text("")
-    (tmp_path / left_behind("a.png", dead_pid())).write_text("half")
-    remove_leftovers(tmp_path)
-    assert names(tmp_path) == sorted(kept)
-    remove_leftovers(tmp_path / "missing")
-
-
-def test_what_this_process_is_writing_stays(tmp_path):
-    with replace_folder(tmp_path / "data") as new:
-        fill(new, "new")
-        remove_leftovers(tmp_path)
-        with replace_folder(tmp_path / "data") as other:
-            fill(other, "other")
-    assert read(tmp_path / "data") == {"new"}
-
-
-def test_hidden_old_folder_is_restored(tmp_path):
-    old = tmp_path / left_behind("data", dead_pid(), "old")
-    old.mkdir()
-    fill(old, "old")
-    remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["data"] and read(tmp_path / "data") == {"old"}
-    old.mkdir()  # now its replacement is there
-    remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["data"] and read(tmp_path / "data") == {"old"}
-
-
 WRITER = """
     import sys
     from pathlib import Path
-    from instdiff_jax import files
+    from instdiff_jax import files, processes
     path, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
     if not exchange:
         files._exchange = lambda a, b: False
