@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_bit_for_bit(inputs, tmp_path):
     # Since the run's first start, with what the kill cost.
     first, last = (json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()[::9])
     wall, before = (sum(line[name] for name in line if name.startswith("seconds/")) for line in (last, first))
-    assert wall - before == pytest.approx(last["time"] - first["time"], abs=0.1)
+    assert wall - before == pytest.approx(last["time"] - first["time"], abs=1.0)
     assert last["seconds/restart"] > 0 and first["seconds/restart"] == 0
     assert_same_trees(final_state(tmp_path / "killed", 10), final_state(tmp_path / "straight", 10))
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
