@@ -24,6 +24,7 @@ from instdiff_jax.geometry.checks import (
     read_text,
     read_xywh,
 )
+from instdiff_jax.paths import inside
 
 _logger = logging.getLogger(__name__)
 
@@ -32,18 +33,29 @@ MAX_IMAGE_SIDE = 65_535
 
 
 class SplitFiles(NamedTuple):
-    """Where a split of a COCO folder is. The files need not exist."""
+    """Where a split of a COCO folder is. The files need not exist.
+
+    Attributes:
+        instances, captions: the annotation files.
+        images: the folder of the images.
+        outside: whether a `file_name` may lead out of that folder.
+    """
 
     instances: Path
     captions: Path
     images: Path
+    outside: bool = False
+
+    def image(self, file_name: str, where: str = "") -> Path:
+        """The path of an image; InputError, which names the field `where`, if it leads out and may not."""
+        return self.images / file_name if self.outside else inside(self.images, file_name, where)
 
 
-def split_files(coco_dir: Path, name: str) -> SplitFiles:
+def split_files(coco_dir: Path, name: str, outside: bool = False) -> SplitFiles:
     """The files of a split: annotations/instances_NAME.json, annotations/captions_NAME.json, NAME/ or images/NAME/."""
     notes, folders = coco_dir / "annotations", (coco_dir / name, coco_dir / "images" / name)
     images = next((folder for folder in folders if folder.is_dir()), folders[0])
-    return SplitFiles(notes / f"instances_{name}.json", notes / f"captions_{name}.json", images)
+    return SplitFiles(notes / f"instances_{name}.json", notes / f"captions_{name}.json", images, outside)
 
 
 def count_names(names: Iterable[str]) -> str:

@@ -95,14 +95,20 @@ def write_array(path: str | os.PathLike, array: np.ndarray, sync: bool = True) -
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file in UTF-8.
+    """Reads a JSON file in UTF-8; an integer of thousands of digits becomes infinity.
 
     Raises:
         InputError: if it is missing, is not valid JSON, or has a key twice in one object, of which one would be lost;
             in one line that names the file.
     """
     try:
-        return json.loads(read_file(path).decode("utf-8-sig"), object_pairs_hook=_object)
+        text = read_file(path).decode("utf-8-sig")
+        try:
+            return json.loads(text, object_pairs_hook=_object)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of more digits than Python converts; slower, so not at first
+            return json.loads(text, object_pairs_hook=_object, parse_int=_read_integer)
     except InputError:
         raise
     except UnicodeDecodeError as error:
@@ -110,7 +116,7 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path}: not valid JSON: expected UTF-8, got the byte {byte}") from error
     except RecursionError as error:
         raise InputError(f"{path}: not valid JSON: too deeply nested") from error
-    except ValueError as error:  # integers of thousands of digits are ValueErrors too
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from error
 
 
@@ -120,6 +126,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {short(twice)} occurs twice in one object")
     return found
+
+
+def _read_integer(text: str) -> int | float:
+    """One of thousands of digits is infinity, so that the field it is in is at fault, and not the file."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def json_files(folder: str | os.PathLike, inner: bool = False) -> list[Path]:

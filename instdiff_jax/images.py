@@ -2,6 +2,7 @@
 
 import io
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from instdiff_jax.errors import InputError
 from instdiff_jax.paths import read_file
 
 _ORIENTATION = 0x0112  # EXIF tag
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 # Differences of the channels up to this are JPEG's rounding, not colour.
 _GRAY = 24
 
@@ -106,14 +108,30 @@ def read_repaint_mask(path: Path, flag: str) -> Bool[np.ndarray, "H W"]:
 
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
+    data = source if isinstance(source, bytes) else read_file(source)
     try:
-        image = Image.open(io.BytesIO(source if isinstance(source, bytes) else read_file(source)))
+        image = Image.open(io.BytesIO(data))
         image.load()
+        if image.format == "PNG":
+            _check_png(data)
         return image
     except InputError:
         raise
     except Exception as error:  # Pillow raises errors of many kinds for a damaged file
         raise ValueError(f"cannot be read as an image: {error}") from error
+
+
+def _check_png(data: bytes) -> None:
+    """Raises ValueError if a chunk of a PNG does not match its checksum; Pillow does not compare that of the pixels."""
+    start = len(_PNG_START)
+    while start + 8 <= len(data):
+        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        end = start + 8 + length
+        if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError(f"damaged: the checksum of its chunk {kind!r} does not match")
+        if kind == b"IEND":
+            return
+        start = end + 4
 
 
 def _orientation(image: Image.Image) -> int:

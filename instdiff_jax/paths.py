@@ -33,6 +33,17 @@ def read_file(path: str | os.PathLike, folder: str | os.PathLike | None = None) 
         raise InputError(f"{path}: cannot be read: {reason or error}") from error
 
 
+def check_regular(path: str | os.PathLike) -> None:
+    """For what other libraries open: InputError for a device or pipe at a path, or anywhere in it if it is a folder.
+
+    What is missing is left for the reader to say.
+    """
+    path = Path(path)
+    for each in (path, *path.rglob("*")):
+        if each.exists() and not each.is_file() and not each.is_dir():
+            raise InputError(f"{each}: expected a regular file, found a device or pipe")
+
+
 def inside(folder: str | os.PathLike, name: str, where: str = "") -> Path:
     """The path of a file that another file names in the field `where`; InputError if it leads out of the folder."""
     path = Path(name)

@@ -143,7 +143,7 @@ def _axis(collective: Collective, mesh: Mapping[str, int]) -> str:
 def processor_name() -> str:
     """Name of this machine's processor on Linux; its architecture elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from instdiff_jax.checkpoint.folder import read_config, stored_digests
+import numpy as np
+
+from instdiff_jax.checkpoint.folder import part_checksums, read_config, stored_digests
 from instdiff_jax.config import ModelConfig
 
-# Of a large file, this many bytes at its start and at its end are hashed.
-_SAMPLE = 1 << 16
+_ENDS = 1 << 16  # bytes
 
 
 def model_sizes(config: ModelConfig) -> dict[str, Any]:
@@ -33,22 +34,29 @@ def base_fingerprint(start: str, seed: int, config: ModelConfig, part: str = "")
         return "fresh-" + hashlib.sha256(text.encode()).hexdigest()[:24]
     directory = Path(start)
     read_config(directory)
-    digest = hashlib.sha256()
-    root, digests = directory / "params" / part, stored_digests(directory)
+    digest, digests = hashlib.sha256(), stored_digests(directory)
     for name, value in sorted(digests.items()):
         if part in ("", name):
             digest.update(f"{name} {value}\n".encode())
+    for folder in sorted((directory / "params").glob(part or "*")):
+        for name, crc in sorted(part_checksums(directory, folder.name).items()) if folder.name not in digests else ():
+            # orbax's notes hold the time and place of writing, which differ between two conversions of one file.
+            if not Path(name).name.startswith("_") and Path(name).name != "commit_success.txt":
+                digest.update(f"{folder.name}/{name} {crc}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def older_fingerprint(start: str) -> str:
+    """What `base_fingerprint` was before version 0.2, with which runs begun then go on: large files by their ends."""
+    digest, digests = hashlib.sha256(), stored_digests(start)
+    for name, value in sorted(digests.items()):
+        digest.update(f"{name} {value}\n".encode())
+    root = Path(start) / "params"
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        if path.relative_to(directory / "params").parts[0] in digests:
+        inside = path.relative_to(root)
+        if inside.parts[0] in digests or path.name.startswith("_") or path.name == "commit_success.txt":
             continue
-        # orbax's notes hold the time and place of writing, which differ between two conversions of one file.
-        if path.name.startswith("_") or path.name == "commit_success.txt":
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(root)} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
-            if size > _SAMPLE:
-                file.seek(max(_SAMPLE, size - _SAMPLE))
-                digest.update(file.read())
+        content = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+        digest.update(f"{inside} {content.size}\n".encode())
+        digest.update(content[:_ENDS].tobytes() + content[max(_ENDS, content.size - _ENDS) :].tobytes())
     return digest.hexdigest()[:32]

@@ -19,11 +19,12 @@ from instdiff_jax.checkpoint.parts import first_line, restore_part, save_part
 from instdiff_jax.checkpoint.rename import check_keys
 from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_shapes
 from instdiff_jax.checkpoint.tokenizer_files import TOKENIZER_FILES
-from instdiff_jax.checkpoint.verify import compare_files, file_crcs
+from instdiff_jax.checkpoint.verify import check_intact, compare_files, file_crcs, read_checksums, signed
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import recover_folder, remove_leftovers, replace_folder, write_errors
+from instdiff_jax.files import read_json, recover_folder, remove_leftovers, replace_folder, write_errors
 from instdiff_jax.models.networks import Networks
+from instdiff_jax.paths import check_regular
 from instdiff_jax.tree import flatten
 
 FORMAT, VERSION = "instdiff_jax checkpoint", 1
@@ -99,13 +100,33 @@ def save_folder(
             "params": notes,
             "tokenizer": file_crcs(beside / "tokenizer", [path.name for path in (beside / "tokenizer").iterdir()]),
         }
-        (beside / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (beside / "config.json").write_text(json.dumps(signed(content), indent=2) + "\n", encoding="utf-8")
 
 
 def stored_digests(directory: str | os.PathLike) -> dict[str, str]:
     """The digest of each part's values when it was saved; large parts have none."""
-    counts = _read_json(Path(directory))["params"]
-    return {part: count["sha256"] for part, count in counts.items() if isinstance(count, dict) and "sha256" in count}
+    return _notes_with(directory, "sha256")
+
+
+def has_checksums(directory: str | os.PathLike) -> bool:
+    """Whether config.json tells by itself whether any value in the folder has changed since it was saved."""
+    content = _read_json(Path(directory))
+    known = _notes_with(directory, "sha256") | _notes_with(directory, "crc32")
+    return known.keys() == content["params"].keys() and isinstance(content.get("tokenizer"), dict)
+
+
+def part_checksums(directory: str | os.PathLike, part: str) -> dict[str, int]:
+    """The checksum of each file of a part: those noted when it was saved, else those of the files as they are."""
+    folder = Path(directory) / "params" / part
+    noted = _notes_with(directory, "crc32").get(part)
+    if noted is not None:
+        return read_checksums(folder, noted)
+    return file_crcs(folder, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()])
+
+
+def _notes_with(directory: str | os.PathLike, kind: str) -> dict[str, Any]:
+    notes = _read_json(Path(directory))["params"]
+    return {part: note[kind] for part, note in notes.items() if isinstance(note, dict) and kind in note}
 
 
 def _read_json(directory: Path) -> dict[str, Any]:
@@ -113,10 +134,7 @@ def _read_json(directory: Path) -> dict[str, Any]:
     recover_folder(directory)
     if not path.is_file():
         raise InputError(f"{directory}: not a checkpoint folder: no config.json there")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not the config.json of a checkpoint folder: format is not {FORMAT!r}")
     if content.get("version") != VERSION:
@@ -127,6 +145,7 @@ def _read_json(directory: Path) -> dict[str, Any]:
     for name in ("model", "sampling", "params"):
         if not isinstance(content.get(name), dict):
             raise InputError(f"{path}: {name}: expected a group of settings, got {content.get(name)!r}")
+    check_intact(path, content)
     return content
 
 
@@ -173,6 +192,7 @@ def restore_params(
     config, _, absent = read_config(directory)
     content = _read_json(directory)
     notes = content["params"]
+    check_regular(directory / "params")
     if verify and "text_encoder" in (parts or notes) and isinstance(content.get("tokenizer"), dict):
         compare_files(directory / "tokenizer", content["tokenizer"])
     known = [part for part in Networks._fields if parts is None or part in parts]

@@ -5,8 +5,7 @@ and a checksum of every array. Frozen parameters are not in it: they come from t
 from the run's seed.
 """
 
-import json
-import zlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +15,18 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
-from instdiff_jax.checkpoint.fingerprints import base_fingerprint
+from instdiff_jax.checkpoint.fingerprints import base_fingerprint, older_fingerprint
 from instdiff_jax.checkpoint.folder import read_config, restore_params
 from instdiff_jax.checkpoint.quiet import say_errors_once
 from instdiff_jax.checkpoint.rename import check_keys
 from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_group, parameter_shapes
 from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
+from instdiff_jax.checkpoint.verify import check_intact, is_intact
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError, short
+from instdiff_jax.files import read_json
 from instdiff_jax.models.networks import init_params, make_networks
+from instdiff_jax.paths import check_regular
 from instdiff_jax.tree import flatten, unflatten
 
 CHECKPOINTS = "checkpoints"  # folder of a run's steps
@@ -46,10 +48,12 @@ def read_run(workdir: Path) -> RunConfig:
     """
     path = workdir / "config.json"
     try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
+        groups = read_json(path)
         model, sampling, train = groups["model"], groups["sampling"], dict(groups["train"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: expected the config of a training run ({type(error).__name__})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).removeprefix(f"{path}: ") if isinstance(error, InputError) else type(error).__name__
+        raise InputError(f"{path}: expected the config of a training run ({reason})") from error
+    check_intact(path, groups)
     if not (workdir / CHECKPOINTS).is_dir():
         raise InputError(f"{workdir / CHECKPOINTS}: expected the checkpoints of a training run")
     for name, kind, default in (("start", str, ""), ("seed", int, None), ("grounding", bool, True)):
@@ -78,21 +82,23 @@ def absent_groups(params: Mapping[str, Any]) -> tuple[str, ...]:
 def load_run(
     workdir: Path, step: int | None = None, verify: bool = True
 ) -> tuple[ModelConfig, SamplingConfig, dict[str, Any], int]:
-    """A run's model with the averaged parameters of one step (None: the newest), in float32 on one device.
+    """A run's model with the averaged parameters of one step, in float32 on one device.
 
-    With `verify` they, and the base, are compared with their checksums.
+    With `verify` they, and the base, are compared with their checksums. Without a `step` it is the newest one that is
+    intact; a warning names those that are not.
 
     Returns:
         The model's sizes, the sampling defaults, the whole parameter tree and the step.
 
     Raises:
-        InputError: for a folder that is not a run's, a step that is not there or is damaged, or a base checkpoint that
-            has changed.
+        InputError: for a folder that is not a run's, a step that is not there, one that is damaged (without a `step`,
+            if all are), or a base checkpoint that has changed.
     """
     run = read_run(workdir)
     start, seed, grounding = run.train.get("start", ""), run.train["seed"], run.train.get("grounding", True)
     step, averaged, facts = _restore_averaged(workdir, step, verify)
-    if facts["base_fingerprint"] != base_fingerprint(start, seed, run.model):
+    known = facts["base_fingerprint"]
+    if known != base_fingerprint(start, seed, run.model) and not (start and known == older_fingerprint(start)):
         raise InputError(f"{start}: changed since the run in {workdir} started from it (fingerprint)")
     absent = () if grounding else ("fusers", "unifusion", "trunk")
     shapes = flatten(parameter_shapes(run.model, absent))
@@ -127,6 +133,11 @@ def _fresh_leaves(
     return flatten(jax.jit(initial)(jax.random.key(seed)))
 
 
+def intact_step(workdir: Path, verify: bool = True) -> int:
+    """The step that `load_run` takes without being given one: it reads that step's parameters to know."""
+    return _restore_averaged(workdir, None, verify)[0]
+
+
 def _restore_averaged(workdir: Path, step: int | None, verify: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """The step, its averaged parameters and its facts."""
     folder = workdir.absolute() / CHECKPOINTS
@@ -138,20 +149,27 @@ def _restore_averaged(workdir: Path, step: int | None, verify: bool) -> tuple[in
         steps = sorted(manager.all_steps())
         if not steps or (step is not None and step not in steps):
             raise InputError(f"{folder}: no checkpoint {'' if step is None else f'of step {step} '}there: {steps}")
-        step = steps[-1] if step is None else step
-        try:
-            facts = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-            sums = checked_sums(facts)
-            stored = manager.item_metadata(step)["state"]
-            args = ocp.args.Composite(state=_only_averaged(stored))
-            state = manager.restore(step, args=args)["state"]
-            found = checksums(state) if verify else {}
-            wrong = [path for path, value in found.items() if sums[path] != value]
-        except Exception as error:  # orbax, tensorstore and json each raise their own kinds for damaged files
-            raise InputError(f"{folder / str(step)}: damaged ({damage(error)})") from error
-    if wrong:
-        raise InputError(f"{folder / str(step)}: damaged (checksum of {wrong[0]})")
-    return step, state["optimizer"]["ema"], facts
+        for tried in reversed(steps) if step is None else [step]:
+            try:
+                return tried, *_read_averaged(manager, tried, verify)
+            except Exception as error:  # orbax, tensorstore and json each raise their own kinds for damaged files
+                problem = f"{folder / str(tried)}: damaged ({damage(error)})"
+                if tried in (step, steps[0]):
+                    raise InputError(problem) from error
+                warnings.warn(f"{problem}; taking the one before it", stacklevel=2)
+    raise AssertionError("unreachable: the last step tried returns or raises")
+
+
+def _read_averaged(manager: ocp.CheckpointManager, step: int, verify: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    check_regular(manager.directory / str(step))
+    facts = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+    sums = checked_sums(facts)
+    stored = manager.item_metadata(step)["state"]
+    state = manager.restore(step, args=ocp.args.Composite(state=_only_averaged(stored)))["state"]
+    for path, value in checksums(state).items() if verify else ():
+        if sums[path] != value:
+            raise ValueError(f"checksum of {path}")
+    return state["optimizer"]["ema"], facts
 
 
 def _only_averaged(stored: Any) -> ocp.args.PyTreeRestore:
@@ -171,25 +189,15 @@ def damage(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"
 
 
-def signed_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts with a checksum of themselves: a changed digit in them would pass for another run's."""
-    return {**facts, "crc32": _facts_crc(facts)}
-
-
 def checked_sums(facts: Any) -> dict[str, int]:
     """The checksums in a checkpoint's facts; older checkpoints have none of the facts themselves.
 
     Raises:
         ValueError, TypeError, KeyError: if the facts are damaged.
     """
-    if not isinstance(facts["checksums"], dict) or facts.get("crc32", _facts_crc(facts)) != _facts_crc(facts):
+    if not isinstance(facts["checksums"], dict) or not is_intact(facts):
         raise ValueError("facts are not those that were written")
     return facts["checksums"]
-
-
-def _facts_crc(facts: Mapping[str, Any]) -> int:
-    kept = {key: value for key, value in facts.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(kept, sort_keys=True).encode())
 
 
 def checksums(tree: Any) -> dict[str, int]:

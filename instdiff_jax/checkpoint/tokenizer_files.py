@@ -1,10 +1,11 @@
 """Finds the files of a CLIP tokenizer on this machine; the network is not used."""
 
-import json
 import operator
 from pathlib import Path
 
 from instdiff_jax.errors import InputError
+from instdiff_jax.files import read_json
+from instdiff_jax.paths import check_regular, read_file
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 
@@ -23,18 +24,19 @@ def find_tokenizer(name: str, vocab_size: int | None = None) -> Path:
     folder = Path(name)
     if not folder.is_dir():
         folder = _cached_tokenizer(name)
+    check_regular(folder)
     missing = [file for file in TOKENIZER_FILES[:2] if not (folder / file).is_file()]
     if missing:
         raise InputError(f"{where}: {folder}: no {' and no '.join(missing)} there")
     try:
-        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        vocabulary = read_json(folder / "vocab.json")
         largest = max(map(operator.index, vocabulary.values()))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids by token ({error})") from error
     if len(set(vocabulary.values())) < len(vocabulary) or min(vocabulary.values()) < 0:
         raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids from 0 on, each for one token")
     # Without merges, every word would silently become its letters.
-    merges = [line for line in (folder / "merges.txt").read_bytes().splitlines() if not line.startswith(b"#version")]
+    merges = [line for line in read_file(folder / "merges.txt").splitlines() if not line.startswith(b"#version")]
     if not any(merges) and len(vocabulary) > 2 * 256 + 2:
         raise InputError(f"{where}: {folder / 'merges.txt'}: no merges there for {len(vocabulary)} tokens")
     if vocab_size is not None and largest >= vocab_size:

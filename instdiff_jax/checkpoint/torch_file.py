@@ -22,6 +22,7 @@ from instdiff_jax.checkpoint.unpickle import Global, Inert, add_items, read_pick
 from instdiff_jax.checkpoint.verify import compare_arrays
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.files import write_file
+from instdiff_jax.paths import check_regular
 
 _STORAGES = {
     "DoubleStorage": np.float64,
@@ -73,6 +74,7 @@ def read_file(path: str | os.PathLike, verify: bool = True) -> dict[str, Any]:
         InputError: for a missing, damaged or unknown file.
     """
     path = Path(path)
+    check_regular(path)
     try:
         data = np.memmap(path, np.uint8, mode="r")
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Checksums (CRC-32) of a checkpoint's files, compared while the files are read."""
+"""Checksums (CRC-32) of a checkpoint's and a dataset's files, compared while the files are read."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from instdiff_jax.errors import InputError
+from instdiff_jax.paths import check_regular
 
 CHECKSUMS = "_CRC32"  # file in a part's folder; the underscore marks it as metadata, like orbax's own
 _CHUNK = 1 << 22
@@ -34,6 +35,28 @@ def file_crcs(folder: Path, names: Iterable[str]) -> dict[str, int]:
         return dict(zip(names, pool.map(lambda name: file_crc(folder / name), names), strict=True))
 
 
+def signed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for a JSON file, with a checksum of themselves: a changed digit in them would pass for another setting."""
+    return {**values, "crc32": _values_crc(values)}
+
+
+def is_intact(values: Mapping[str, Any]) -> bool:
+    """Whether values are those that `signed` was given; older files, without a checksum, always are."""
+    crc = _values_crc(values)
+    return values.get("crc32", crc) == crc
+
+
+def check_intact(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises InputError, naming the file, unless its values are those that `signed` was given."""
+    if not is_intact(values):
+        raise InputError(f"{path}: damaged or edited: its checksum is of other values; after an edit, remove its crc32")
+
+
+def _values_crc(values: Mapping[str, Any]) -> int:
+    kept = {key: value for key, value in values.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(kept, sort_keys=True).encode())
+
+
 def write_checksums(folder: Path) -> int:
     """Writes the checksums of all files of a folder into it. Returns the checksum of that list."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -43,6 +66,7 @@ def write_checksums(folder: Path) -> int:
 
 def compare_files(folder: Path, expected: Mapping[str, Any]) -> None:
     """Raises InputError, naming the file, unless the files of a folder have the expected checksums."""
+    check_regular(folder)
     try:
         found = file_crcs(folder, expected)
     except OSError as error:
@@ -54,8 +78,13 @@ def compare_files(folder: Path, expected: Mapping[str, Any]) -> None:
 
 def compare_folder(folder: Path, crc: int) -> None:
     """Compares a folder with the checksums that `write_checksums` wrote; `crc` is what it returned."""
+    compare_files(folder, read_checksums(folder, crc))
+
+
+def read_checksums(folder: Path, crc: int) -> dict[str, int]:
+    """What `write_checksums` wrote, by file; `crc` is what it returned. InputError if the list has changed."""
     compare_files(folder, {CHECKSUMS: crc})
-    compare_files(folder, json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
+    return json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
 
 
 def start_compare_folder(folder: Path, crc: int) -> Future:

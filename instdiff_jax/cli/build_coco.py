@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from instdiff_jax.cli.parser import command_parser
+from instdiff_jax.cli.parser import OUTSIDE, command_parser
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -22,6 +22,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--instance_captions", type=Path, help="JSON file {annotation id: caption}")
     parser.add_argument("--no_captions", action="store_true", help="do without captions_*.json")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset in --data_dir")
+    parser.add_argument("--images_outside", action="store_true", help=OUTSIDE)
     parser.add_argument("--workers", type=int, help="threads that decode images; default: one per CPU")
     return parser.parse_args(argv)
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.instance_captions,
         args.overwrite,
         args.workers,
+        args.images_outside,
     )
     for name, facts in meta["splits"].items():
         print(f"{name}: {facts['images']} images, {facts['instances']} instances")

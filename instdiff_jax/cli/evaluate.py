@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instdiff_jax.cli.parser import command_parser
+from instdiff_jax.cli.parser import OUTSIDE, command_parser
 from instdiff_jax.cli.sampling_flags import add_sampling_flags, read_overrides
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
@@ -35,6 +35,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--coco_dir", type=Path, required=True, help="folder with annotations/ and folders of images")
     add("--split", required=True, help="name of the split, for example val2017")
     add("--output", type=Path, required=True, help="folder to write to")
+    add("--images_outside", action="store_true", help=OUTSIDE)
     what = parser.add_argument_group("images").add_argument
     what("--checkpoint", type=Path, help="a checkpoint folder, or a training workdir; not needed with --real")
     what("--real", action="store_true", help="measure the split's own images: the upper bound")
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
     initialize_distributed(PATIENCE)
     shard = Shard.of_process() if args.shard is None else Shard.parse(args.shard)
     dtype = choose_dtype(args.dtype)
-    split = read_split(args.coco_dir, args.split, args.size, args.count, args.min_area, args.attributes)
+    chosen = args.size, args.count, args.min_area, args.attributes, args.images_outside
+    split = read_split(args.coco_dir, args.split, *chosen)
     # A mistake in what measures the images should be found before hours of generating them.
     measures = open_measures(args, split)
     settings = image_settings(args, split, dtype, overrides)
@@ -168,7 +170,7 @@ def image_settings(
     settings |= {"min_area": args.min_area, "pictures": "real" if args.real else "drawn"}
     if not args.real:
         settings["pictures"] = "drawn from captions" if args.caption_only else "drawn from layouts"
-        settings["checkpoint"] = checkpoint_fingerprint(args.checkpoint)
+        settings["checkpoint"] = checkpoint_fingerprint(args.checkpoint, not args.no_verify)
         settings |= {"format": args.format, "seed": args.seed, "dtype": dtype}
         settings["sampling"] = sampling_settings(args.checkpoint, overrides).to_dict()
     return settings

@@ -182,7 +182,7 @@ def describe_run(
 
     return dict(
         checkpoint=str(args.checkpoint),
-        fingerprint=checkpoint_fingerprint(args.checkpoint),
+        fingerprint=checkpoint_fingerprint(args.checkpoint, not args.no_verify),
         model=pipeline.config.to_dict(),
         sampling=pipeline.settings(**overrides).to_dict(),
         format=args.format,

@@ -102,7 +102,7 @@ class CocoSplit:
         Raises:
             InputError: for files that are not COCO annotations, no images, or an id used twice.
         """
-        self.name, self.image_dir, self.report = name, files.images, report
+        self.name, self.files, self.report = name, files, report
         self.own_captions, self.workers = own_captions, workers
         self.coco = Coco(files.instances, files.captions if captions else None)
         if not self.coco.image_ids:
@@ -179,7 +179,7 @@ class CocoSplit:
             image = self.coco.image(image_id)
             if image.file_name is None:
                 return "expected a file_name"
-            data = read_file(image.file_name, self.image_dir)
+            data = read_file(self.files.image(image.file_name, "file_name"))
             pixels = open_image(data, (image.width, image.height))
         except ValueError as error:  # an InputError is one too
             return self._short(str(error))
@@ -189,7 +189,9 @@ class CocoSplit:
         return image, data
 
 
-def find_splits(coco_dir: Path, wanted: Sequence[str], captions: bool, report: Report) -> dict[str, SplitFiles]:
+def find_splits(
+    coco_dir: Path, wanted: Sequence[str], captions: bool, report: Report, outside: bool = False
+) -> dict[str, SplitFiles]:
     """The splits of a COCO folder by name.
 
     Args:
@@ -197,6 +199,7 @@ def find_splits(coco_dir: Path, wanted: Sequence[str], captions: bool, report: R
         wanted: names of splits that must be there; empty for all that have images.
         captions: whether every split must have a captions file.
         report: told of splits that have no images.
+        outside: whether a `file_name` may lead out of its folder.
 
     Raises:
         InputError: for a missing file or folder.
@@ -217,7 +220,7 @@ def find_splits(coco_dir: Path, wanted: Sequence[str], captions: bool, report: R
         raise InputError(f"{notes}: expected COCO's annotation files instances_*.json, found none")
     splits = {}
     for name in [name for name in found if name in wanted or not wanted]:
-        files = split_files(coco_dir, name)
+        files = split_files(coco_dir, name, outside)
         if not files.images.is_dir():
             if wanted:
                 raise InputError(f"{files.images}: missing; the images of split {name}")
@@ -253,6 +256,7 @@ def build(
     instance_captions: Path | None = None,
     overwrite: bool = False,
     workers: int | None = None,
+    outside: bool = False,
 ) -> tuple[dict[str, Any], Report]:
     """Builds a training dataset from a COCO folder.
 
@@ -264,6 +268,7 @@ def build(
         instance_captions: a JSON file {annotation id: caption}.
         overwrite: replace a dataset that is in `data_dir`.
         workers: threads that decode images; by default one for each CPU.
+        outside: images may be anywhere: a `file_name` may be absolute or lead out of its folder.
 
     Returns:
         What dataset.json holds, and the report of what was skipped.
@@ -273,7 +278,7 @@ def build(
     """
     report = Report()
     check_output(data_dir, overwrite)
-    found = find_splits(coco_dir, splits, captions, report)
+    found = find_splits(coco_dir, splits, captions, report, outside)
     texts = read_instance_captions(instance_captions, report) if instance_captions else {}
     workers = max(workers or os.cpu_count() or 1, 1)
     opened = {}

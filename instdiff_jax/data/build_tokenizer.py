@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from instdiff_jax.data.dataset import InstanceDataset, read_meta
+from instdiff_jax.data.phrases import read_phrases
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import replace_folder, write_json, write_text
 
@@ -93,7 +94,7 @@ def write_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int = 
 def dataset_texts(data_dir: str | Path, records: int = 5000) -> Iterator[str]:
     """All phrases of a dataset, and the captions of each split's first images."""
     meta = read_meta(Path(data_dir))
-    yield from json.loads((Path(data_dir) / "phrases.json").read_text(encoding="utf-8"))
+    yield from read_phrases(data_dir)
     for split in meta["splits"]:
         dataset = InstanceDataset(data_dir, split)
         for index in range(min(records, len(dataset))):

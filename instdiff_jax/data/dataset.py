@@ -9,7 +9,6 @@ TFDS shuffles the records, in the same order for the same source. A dataset fold
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,10 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from instdiff_jax.checkpoint.verify import check_intact
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import recover_folder
+from instdiff_jax.files import read_json, recover_folder
+from instdiff_jax.paths import check_regular
 
 FORMAT = 1
 # The folder and the version of the records.
@@ -101,6 +102,7 @@ class InstanceDataset:
         self.fingerprint: str = meta["splits"][self.split]["fingerprint"]
         self._length: int = meta["splits"][self.split]["images"]
         self._source = None
+        check_regular(self.data_dir / RECORDS)
         try:
             there = len(self._open())
             self._open()[0]  # reading opens the files
@@ -165,9 +167,10 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     path = Path(data_dir) / "dataset.json"
     recover_folder(data_dir)
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected a dataset made by instdiff build-coco ({type(error).__name__})") from error
+        meta = read_json(path)
+    except InputError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: expected a dataset made by instdiff build-coco ({reason})") from error
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: format: expected {FORMAT}, got {found!r}; build the dataset again")
@@ -179,4 +182,5 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
         for facts in splits.values()
     ):
         raise InputError(f"{path}: splits: expected images and fingerprint of every split; build the dataset again")
+    check_intact(path, meta)
     return meta

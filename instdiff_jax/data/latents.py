@@ -7,7 +7,6 @@ latents.json            what they were made from; written last
 
 import collections
 import fcntl
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,12 +19,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from instdiff_jax.checkpoint.verify import check_intact, compare_files, file_crc, signed
 from instdiff_jax.data.arrays import new_array
 from instdiff_jax.data.dataset import InstanceDataset, Record
 from instdiff_jax.data.images import Crop
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import replace_folder, write_array, write_json
+from instdiff_jax.files import read_json, replace_folder, write_array, write_json
 from instdiff_jax.images import open_image
+from instdiff_jax.paths import check_regular
 
 EncodeFunction = Callable[
     [UInt8[np.ndarray, "b H W 3"]], tuple[Float[np.ndarray, "b h w z"], Float[np.ndarray, "b h w z"]]
@@ -53,10 +54,11 @@ class LatentCache:
         self.path = Path(path)
         self._arrays, self._crcs = None, None
         file = self.path / "latents.json"
-        try:
-            meta = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: expected a cache of latents: {error}") from error
+        meta = read_json(file)
+        if not isinstance(meta, dict):
+            raise InputError(f"{file}: expected a cache of latents, found a {type(meta).__name__}")
+        check_intact(file, meta)
+        self._rows, self._crcs_note = (1 + flips, len(dataset)), meta.get("checksums")
         for name, expected in _facts(dataset, encoder_fingerprint, image_size, flips).items():
             if meta.get(name) != expected:
                 raise InputError(f"{file}: {name}: expected {expected!r}, got {meta.get(name)!r}; make the cache again")
@@ -68,19 +70,33 @@ class LatentCache:
             InputError: if their checksums do not match.
         """
         if self._arrays is None:
-            self._arrays = [np.load(self.path / f"{name}.npy", mmap_mode="r") for name in NAMES]
-            file = self.path / "crc32.npy"
-            self._crcs = np.load(file) if file.exists() else None  # older caches have none
+            self._open()
         mean, logvar = (np.asarray(array[int(flip), index], np.float32) for array in self._arrays)
         for k, row in enumerate((mean, logvar)):
             if self._crcs is not None and zlib.crc32(row.data) != self._crcs[k, int(flip), index]:
                 raise InputError(f"{self.path / NAMES[k]}.npy: image {index}: damaged; make the cache again")
         return mean, logvar
 
+    def _open(self) -> None:
+        file = self.path / "crc32.npy"
+        check_regular(self.path)
+        if self._crcs_note is not None:
+            compare_files(self.path, {file.name: self._crcs_note})
+        try:
+            arrays = [np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES]
+            self._crcs = np.load(file, allow_pickle=False) if file.exists() else None  # older caches have none
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: damaged ({error}); make the cache again") from error
+        for name, array in zip(NAMES, arrays, strict=True):
+            if array.ndim != 5 or array.shape[:2] != self._rows or array.dtype != np.float32:
+                found = f"{array.dtype} {list(array.shape)}"
+                raise InputError(f"{self.path / name}.npy: damaged: it holds {found}; make the cache again")
+        self._arrays = arrays
+
     def deviation(self, images: int = 1000) -> float:
         """Standard deviation of the first images' posterior means. Its inverse is a suitable `scale_factor`."""
-        mean = np.load(self.path / "mean.npy", mmap_mode="r")[0, :images]
-        return float(np.std(mean, dtype=np.float64))
+        means = [self.lookup(index, False)[0] for index in range(min(images, self._rows[1]))]
+        return float(np.std(means, dtype=np.float64))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_arrays": None, "_crcs": None}
@@ -164,7 +180,8 @@ def _encode_all(
             array.flush()
         write_array(partial / "crc32.npy", crcs, sync=False)
         facts = _facts(dataset, encoder_fingerprint, image_size, flips)
-        write_json(partial / "latents.json", facts, sync=False)
+        facts["checksums"] = file_crc(partial / "crc32.npy")
+        write_json(partial / "latents.json", signed(facts), sync=False)
 
 
 def _encoded(

@@ -6,7 +6,6 @@
 KEY is the text encoder's fingerprint, so a table is never used with another encoder.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,15 +14,17 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from instdiff_jax.checkpoint.verify import file_crc
+from instdiff_jax.checkpoint.verify import compare_files, file_crc
 from instdiff_jax.data.arrays import DAMAGED, new_array
 from instdiff_jax.data.dataset import read_meta
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import replace_folder, write_array
+from instdiff_jax.files import read_json, replace_folder, write_array
+from instdiff_jax.paths import check_regular
 
 EmbedFunction = Callable[[list[str]], Float[np.ndarray, "n width"]]
 
 _TRAILER = b"CRC32"
+_IMPORTED = ("embeddings.npy", "numbers.npy")
 
 
 class PhraseTable:
@@ -51,6 +52,7 @@ class PhraseTable:
 
     def _open(self) -> np.ndarray:
         if self._rows is None:
+            check_regular(self.path)
             try:
                 self._rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
             except DAMAGED as error:
@@ -74,13 +76,12 @@ def read_phrases(data_dir: str | Path) -> list[str]:
         InputError: if the file is missing or does not fit the dataset.
     """
     path = Path(data_dir) / "phrases.json"
-    try:
-        phrases = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected the phrases of a dataset: {error}") from error
-    count = read_meta(data_dir)["phrases"]
+    phrases, meta = read_json(path), read_meta(data_dir)
+    count = meta["phrases"]
     if not isinstance(phrases, list) or len(phrases) != count or not all(isinstance(text, str) for text in phrases):
         raise InputError(f"{path}: expected a list of {count} phrases as dataset.json says")
+    if "phrases_crc32" in meta:  # older datasets have none
+        compare_files(path.parent, {path.name: meta["phrases_crc32"]})
     return phrases
 
 
@@ -134,6 +135,7 @@ def _add_checksum(path: Path) -> None:
 
 def _compare(path: Path) -> None:
     """Raises InputError if a table does not match its checksum. Older tables have none."""
+    check_regular(path)
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
     size, length = path.stat().st_size, rows.offset + rows.nbytes
     if size == length:
@@ -197,13 +199,18 @@ class ImportedEmbeddings:
         folder.mkdir(parents=True)
         write_array(folder / "embeddings.npy", np.stack([row for _, row in held]).astype(np.float32), sync=False)
         write_array(folder / "numbers.npy", np.array([i for i, _ in held], np.int64), sync=False)
+        for name in _IMPORTED:
+            _add_checksum(folder / name)
 
 
 def _read_imported(data_dir: Path, count: int) -> dict[int, Float[np.ndarray, " width"]]:
     folder = data_dir / "phrases" / "imported"
     try:
-        numbers = np.load(folder / "numbers.npy", allow_pickle=False)
-        rows = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+        for name in _IMPORTED:
+            _compare(folder / name)
+        rows, numbers = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in _IMPORTED)
+    except InputError:
+        raise
     except DAMAGED as error:
         raise InputError(f"{folder}: expected embeddings that came with the data: {error}") from error
     good = rows.ndim == 2 and rows.dtype == np.float32 and numbers.shape == rows.shape[:1] and numbers.dtype == np.int64

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from instdiff_jax.checkpoint.verify import file_crc, signed
 from instdiff_jax.data.dataset import FORMAT, RECORDS, VERSION, Record, caption_phrase
 from instdiff_jax.data.report import Report
 from instdiff_jax.errors import InputError, short
@@ -170,6 +171,7 @@ def _write_dataset(
         }
         write_json(folder / "phrases.json", phrases, indent=None, sync=False)
         write_json(folder / "report.json", report.values(), sync=False)
+        meta = signed(meta | {"phrases_crc32": file_crc(folder / "phrases.json")})
         write_json(folder / "dataset.json", meta, sync=False)
         if finish is not None:
             finish(folder, phrases)

@@ -19,7 +19,7 @@ from instdiff_jax.geometry.masks import decode_mask, encode_mask
 from instdiff_jax.geometry.points import sample_scribble
 from instdiff_jax.images import open_image
 from instdiff_jax.layout import MAX_INSTANCES
-from instdiff_jax.paths import inside, read_file
+from instdiff_jax.paths import read_file
 
 # Side of the canvas in pixels if the split's images have no common one: the released model's.
 DEFAULT_SIZE = 512
@@ -136,6 +136,7 @@ def read_split(
     count: int | None = None,
     min_area: float = 0.01,
     attributes: str | None = None,
+    outside: bool = False,
 ) -> Split:
     """Reads annotations/instances_NAME.json and, where it exists, annotations/captions_NAME.json.
 
@@ -148,11 +149,12 @@ def read_split(
         min_area: share of the canvas that an instance's box must cover to be asked for (as in training).
         attributes: a key of ATTRIBUTES. Each instance gets one of its values, drawn by the image's id, which replaces
             the annotation's own attributes and caption.
+        outside: images may be anywhere: a `file_name` may be absolute or lead out of its folder.
 
     Raises:
         InputError: for files that are not COCO annotations, broken annotations, or no scenes.
     """
-    files = split_files(Path(coco_dir), name)
+    files = split_files(Path(coco_dir), name, outside)
     coco = Coco(files.instances, files.captions if files.captions.exists() else None)
     images = _read_images(coco)
     size = _canvas_side(images) if size is None else size
@@ -168,7 +170,7 @@ def read_split(
             left_out += 1
             continue
         caption = coco.captions.get(image.id, [count_names(labels)])[0]
-        file = inside(files.images, image.file_name, f"{coco.path}: image {image.id}: file_name")
+        file = files.image(image.file_name, f"{coco.path}: image {image.id}: file_name")
         scenes.append(Scene(image.id, file, image.width, image.height, size, caption, targets))
     if not scenes:
         expected = f"expected an image with an instance of {min_area:.0%} of the canvas"

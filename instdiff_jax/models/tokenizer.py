@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from instdiff_jax.errors import InputError
+from instdiff_jax.paths import check_regular
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Tokenizer:
             from transformers import CLIPTokenizer
 
         self.max_length = max_length
+        check_regular(name)
         try:
             self._tokenizer = CLIPTokenizer.from_pretrained(str(name), local_files_only=True)
         except Exception as error:  # The Rust library raises bare Exceptions for broken files.

@@ -1,14 +1,16 @@
 """Opens a checkpoint folder or a training run for sampling; the type that networks compute in."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from instdiff_jax.checkpoint.folder import read_config, restore_params
-from instdiff_jax.checkpoint.run import absent_groups, load_run, run_tokenizer
+from instdiff_jax.checkpoint.folder import has_checksums, read_config, restore_params
+from instdiff_jax.checkpoint.run import absent_groups, intact_step, load_run, run_tokenizer
+from instdiff_jax.checkpoint.verify import file_crcs
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.tokenizer import Tokenizer
@@ -23,6 +25,18 @@ class Model(NamedTuple):
     sampling: SamplingConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
+
+
+class Process:
+    """The process that made it: one forked from it lacks jax's threads, and would wait for them forever."""
+
+    def __init__(self):
+        self._number = os.getpid()
+
+    def check(self) -> None:
+        """Raises InputError in another process."""
+        if os.getpid() != self._number:
+            raise InputError("Pipeline: made before a fork; make it in the process that uses it, or spawn processes")
 
 
 def choose_dtype(dtype: str | None = None) -> str:
@@ -86,35 +100,31 @@ def _open_tokenizer(config: ModelConfig, name: str | Path) -> Tokenizer:
     return Tokenizer(name, config.text_encoder.vocab_size, config.text_encoder.max_length)
 
 
-def checkpoint_fingerprint(directory: Path) -> str:
-    """A hash that tells a checkpoint, or a training run's newest step, from another one in the same folder.
+def checkpoint_fingerprint(directory: Path, verify: bool = True) -> str:
+    """A hash that tells a checkpoint, or a training run's newest intact step, from another one in the same folder.
+
+    With `verify`, config.json's checksums stand for the files, which loading compares with them. Without it, and where
+    there are none, the files are read as a whole.
 
     Raises:
         InputError: if the folder is neither.
     """
     try:
         digest = hashlib.sha256((directory / "config.json").read_bytes())
+        names: list[Any] = []
         if (directory / "checkpoints").is_dir():
-            steps = [path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
-            newest = max(steps, key=lambda path: int(path.name), default=None)
             # The step's facts hold a checksum of every array: a run trained again is another model.
-            files = [] if newest is None else sorted(path for path in (newest / "facts").rglob("*") if path.is_file())
-            names = [f"{path.parts[-3:]} {_ends(path)}" for path in files if not path.name.startswith("_")]
-            names += [] if newest is None else [newest.name]
-        else:
-            # Sizes alone would not tell a later export apart.
-            files = sorted(path for path in (directory / "params").rglob("*") if path.is_file())
-            names = [f"{path.relative_to(directory)} {_ends(path)}" for path in files if not path.name.startswith("_")]
+            step = intact_step(directory, verify)
+            names = [step, *_crcs(directory / "checkpoints" / str(step) / "facts")]
+        elif not (verify and has_checksums(directory)):
+            names = [*_crcs(directory / "params"), *_crcs(directory / "tokenizer")]
     except OSError as error:
         raise InputError(f"{directory}: not a checkpoint folder: {error.strerror or error}") from error
-    digest.update("\n".join(names).encode())
+    digest.update("\n".join(map(str, names)).encode())
     return digest.hexdigest()[:32]
 
 
-def _ends(path: Path, sample: int = 2**16) -> str:
-    """Size, beginning and end of a file as a hash."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(sample)
-        file.seek(max(0, size - sample))
-        return hashlib.sha256(head + file.read(sample) + str(size).encode()).hexdigest()
+def _crcs(folder: Path) -> list[tuple[str, int]]:
+    """Names and checksums of a folder's files; orbax's own notes, which start with "_", say when they were written."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(file_crcs(folder, [name for name in names if not Path(name).name.startswith("_")]).items())

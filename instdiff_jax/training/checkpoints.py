@@ -19,9 +19,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from instdiff_jax.checkpoint.quiet import say_errors_once
-from instdiff_jax.checkpoint.run import CHECKPOINTS, checked_sums, checksums, damage, leaf_paths, signed_facts
+from instdiff_jax.checkpoint.run import CHECKPOINTS, checked_sums, checksums, damage, leaf_paths
+from instdiff_jax.checkpoint.verify import signed
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import remove_folder, write_errors
+from instdiff_jax.paths import check_regular
 from instdiff_jax.training.state import TrainState
 
 DAMAGED = "damaged_checkpoints"
@@ -81,7 +83,7 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            facts=ocp.args.JsonSave(signed_facts(self._facts | {"step": step, "checksums": checksums(state)})),
+            facts=ocp.args.JsonSave(signed(self._facts | {"step": step, "checksums": checksums(state)})),
         )
         with self._writing():
             self._manager.save(step, args=args, force=True)
@@ -163,6 +165,7 @@ class Checkpoints:
     ) -> tuple[TrainState | None, dict[str, Any], str | None]:
         """A state and its facts, or the problem. All processes agree whether there is a state."""
         try:
+            check_regular(self.folder / str(step))
             facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
             sums, problem = checked_sums(facts), None
         except Exception as error:  # orbax, tensorstore and json raise different errors for damaged files
@@ -194,7 +197,8 @@ class Checkpoints:
 
     def _compare(self, step: int, facts: Mapping[str, Any]) -> None:
         for key, name in _SAME.items():
-            if facts.get(key) != self._facts[key]:
+            begun_earlier = key == "base_fingerprint" and facts.get(key) == self._facts.get("older_base_fingerprint")
+            if facts.get(key) != self._facts[key] and not begun_earlier:
                 old, new = (f" {value}" if np.isscalar(value) else "" for value in (facts.get(key), self._facts[key]))
                 raise InputError(f"{self.folder / str(step)}: {name}: expected the run's{old}, got{new or ' another'}")
 

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from instdiff_jax.analysis.flops import count_flops
+from instdiff_jax.checkpoint.verify import signed
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import remove_leftovers, write_json
@@ -116,7 +117,7 @@ def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
 def begin(run: RunSettings, workdir: Path, done: int, mesh: Mesh, goodput: Goodput) -> None:
     """What a job's first process does before the first step: it leaves the settings, and finds what time was spent."""
     goodput.resume(line_at(workdir / "metrics.jsonl", done))
-    write_json(workdir / "config.json", config_of(run))
+    write_json(workdir / "config.json", signed(config_of(run)))
     print(f"{workdir}: from step {done} to {run.train.steps} on {mesh.size} devices", file=sys.stderr)
 
 

@@ -79,6 +79,7 @@ def run_facts(settings: TrainSettings, model: ModelConfig, dataset_fingerprint: 
         "batch_size": settings.batch_size,
         "base": os.path.abspath(settings.start) if settings.start else "",
         "base_fingerprint": base_fingerprint(settings, model),
+        "older_base_fingerprint": fingerprints.older_fingerprint(settings.start) if settings.start else "",
         "dataset_fingerprint": dataset_fingerprint,
         "model": model_sizes(model),
     }

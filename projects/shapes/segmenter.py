@@ -26,6 +26,7 @@ from instdiff_jax.config import Settings
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detect import Detection
 from instdiff_jax.files import read_json, recover_folder, replace_folder, write_json
+from instdiff_jax.paths import check_regular
 from instdiff_jax.tree import flatten, unflatten
 from projects.shapes.drawing import COLOURS, SHAPES, TEXTURES
 
@@ -240,6 +241,7 @@ def _read_config(path: Path) -> SegmenterConfig:
 
 
 def _read_arrays(path: Path) -> dict[tuple[str, ...], Float[np.ndarray, "..."]]:
+    check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {tuple(name.split("/")): file[name].astype(np.float32) for name in file.files}

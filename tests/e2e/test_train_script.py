@@ -165,6 +165,10 @@ def test_a_run_from_a_base_without_adapters_trains_validates_and_exports(tmp_pat
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["train"]["start"] = str(tmp_path / "out")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="damaged or edited"):
+        export.export(tmp_path / "run", tmp_path / "again")
+    del config["crc32"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="changed since the run"):
         export.export(tmp_path / "run", tmp_path / "again")
 

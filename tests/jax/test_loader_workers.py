@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from coco_fixture import make_coco
 
 from common import PYTHONPATH
+from instdiff_jax.checkpoint.verify import signed
 from instdiff_jax.cli import build_coco as coco
 from instdiff_jax.data.dataset import InstanceDataset  # noqa: F401  used by the script
 from instdiff_jax.data.examples import DataConfig  # noqa: F401
@@ -105,6 +107,8 @@ def test_a_dataset_without_instances_is_one_line(data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "data")
     (tmp_path / "data" / "phrases.json").write_text("[]")
     meta = tmp_path / "data" / "dataset.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"phrases": 0}))
+    meta.write_text(
+        json.dumps(signed(json.loads(meta.read_text()) | {"phrases": 0, "phrases_crc32": zlib.crc32(b"[]")}))
+    )
     with pytest.raises(InputError, match="expected a dataset with instances"):
         phrase_table(tmp_path / "data", "other", embed)

@@ -17,10 +17,12 @@ from training_common import make_run, save_start, tiny_model, tiny_settings
 from trees import assert_same_trees
 
 from common import PYTHONPATH, SUPPORT
+from instdiff_jax.checkpoint import run
 from instdiff_jax.checkpoint.folder import restore_params
-from instdiff_jax.checkpoint.run import CHECKPOINTS
+from instdiff_jax.checkpoint.run import CHECKPOINTS, intact_step
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import write_json
+from instdiff_jax.sampling.loading import checkpoint_fingerprint
 from instdiff_jax.training import checkpoints
 from instdiff_jax.training.checkpoints import DAMAGED, Checkpoints
 from instdiff_jax.training.export import export
@@ -113,6 +115,46 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, dam
     assert_same_trees(restore(tmp_path), small_state(10))
 
 
+def flip_everywhere(folder: Path) -> None:
+    for path in data_files(folder / "state"):
+        flip_a_bit(path)
+
+
+READ = {name: DAMAGE[name] for name in ("the facts cut short", "a letter of a fingerprint", "the state lost")}
+
+
+@pytest.mark.parametrize("damage", [*READ.values(), flip_everywhere], ids=[*READ, "bits of the arrays"])
+def test_reading_a_run_takes_the_checkpoint_before_a_damaged_one(tmp_path, damage):
+    """As training does, so that sample, evaluate and export do; its fingerprint is of the step that is taken."""
+    write_json(tmp_path / "config.json", {})
+    save_steps(tmp_path, [5])
+    before = checkpoint_fingerprint(tmp_path)
+    save_steps(tmp_path, [10])
+    assert intact_step(tmp_path) == 10 and checkpoint_fingerprint(tmp_path) != before
+    damage(tmp_path / CHECKPOINTS / "10")
+    with pytest.warns(UserWarning, match=r"checkpoints/10: damaged .*; taking the one before it"):
+        assert checkpoint_fingerprint(tmp_path) == before
+    with pytest.raises(InputError, match="checkpoints/10: damaged"):
+        run._restore_averaged(tmp_path, 10, verify=True)
+    damage(tmp_path / CHECKPOINTS / "5")
+    with warnings.catch_warnings(action="ignore"), pytest.raises(InputError, match="checkpoints/5: damaged"):
+        intact_step(tmp_path)
+
+
+def test_a_run_trained_anew_is_another_model(tmp_path):
+    """Its newest step counts, by the checksums of its arrays; older steps may go."""
+    write_json(tmp_path / "a" / "config.json", {})
+    save_steps(tmp_path / "a", [9, 10])
+    first = checkpoint_fingerprint(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / CHECKPOINTS / "9")
+    assert checkpoint_fingerprint(tmp_path / "a") == first
+    write_json(tmp_path / "b" / "config.json", {})
+    again = Checkpoints(tmp_path / "b", FACTS)
+    again.save(10, small_state(11)._replace(step=small_state(10).step))
+    again.close()
+    assert checkpoint_fingerprint(tmp_path / "b") != first
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
     save_steps(tmp_path, [5, 10])
     for step in ("5", "10"):
@@ -154,6 +196,14 @@ def test_a_checkpoint_of_another_run_is_an_error(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         restore(tmp_path, FACTS | change)
     assert (tmp_path / CHECKPOINTS / "5").is_dir()
+
+
+def test_a_run_whose_base_was_known_by_the_ends_of_its_files_goes_on(tmp_path):
+    save_steps(tmp_path, [5])
+    newer = FACTS | dict(base_fingerprint="every byte", older_base_fingerprint=FACTS["base_fingerprint"])
+    assert_same_trees(restore(tmp_path, newer), small_state(5))
+    with pytest.raises(InputError, match="expected the run's b, got every byte"):
+        restore(tmp_path, newer | dict(older_base_fingerprint="c"))
 
 
 def kill_while_saving(workdir: Path, rng: random.Random, start: int) -> int:

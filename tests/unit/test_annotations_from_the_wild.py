@@ -187,6 +187,10 @@ def test_a_dataset_without_instances(coco):
     built(coco, lambda data: None)
     meta = json.loads((coco.parent / "data" / "dataset.json").read_text())
     meta["splits"]["train2017"]["instances"] = 0  # of an older build
+    with pytest.raises(InputError, match="damaged or edited"):
+        (coco.parent / "data" / "dataset.json").write_text(json.dumps(meta))
+        InstanceDataset(coco.parent / "data", "train2017")
+    del meta["crc32"]
     (coco.parent / "data" / "dataset.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match="split train2017: no instances"):
         InstanceDataset(coco.parent / "data", "train2017")
