@@ -18,18 +18,15 @@ class InputError(ValueError):
 
 
 class NotFiniteError(InputError):
-    """Latents with NaN or infinity: a broken weight, or an overflow of float16.
+    """Latents or pixels with NaN or infinity: a broken weight, or an overflow of float16.
 
     Attributes:
         layout: the name of the layout whose image it is.
     """
 
-    def __init__(self, layout: str, seed: int):
+    def __init__(self, layout: str, seed: int, problem: str):
         self.layout = layout
-        super().__init__(
-            f"{layout}: seed {seed}: the latents are not finite: a weight of the checkpoint is not, or float16 "
-            "overflowed; try another dtype"
-        )
+        super().__init__(f"{layout}: seed {seed}: {problem}")
 
 
 def short(value: Any) -> str:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from instdiff_jax.diffusion.loop import FUSER_GROUP, DenoiseState, EpsFn, Evaluations, Inpaint, denoise, start_state
 from instdiff_jax.diffusion.plan import Piece, SamplingPlan
@@ -57,10 +57,20 @@ class Placement(NamedTuple):
 
 
 class ProgressEvent(NamedTuple):
-    """Evaluations in progress: their number without padding, and an array that is ready when they are."""
+    """Evaluations of some rows in progress.
+
+    Attributes:
+        evaluations: their number, without padding.
+        ready: ready when they are; whether each row is finite.
+        segment: the image that each row belongs to, see `Rows`.
+        start, stop: the solver's evaluations: start … stop−1.
+    """
 
     evaluations: int
-    ready: Array
+    ready: Bool[Array, "rows"]
+    segment: Int[np.ndarray, "rows"]
+    start: int
+    stop: int
 
 
 def sample_rows(
@@ -189,14 +199,20 @@ class _Run:
             count = min(rows.count - chunk.start, rows.chunk)
             for piece in pieces:
                 given = _select(gathered[piece.guided], piece.use_fusers)
-                part = self._denoise_piece(piece, part, given, inpaint, count)
+                part = self._denoise_piece(piece, part, given, inpaint, (count, rows.segment[chunk]))
             parts.append(settled(part, sharding))
         return rows, parts
 
     def _denoise_piece(
-        self, piece: Piece, part: DenoiseState, conditions: dict[str, Any], inpaint: Inpaint | None, count: int
+        self,
+        piece: Piece,
+        part: DenoiseState,
+        conditions: dict[str, Any],
+        inpaint: Inpaint | None,
+        marks: tuple[int, Int[np.ndarray, "rows"]],
     ) -> DenoiseState:
-        """Runs one piece on one chunk with `count` rows that are not padding."""
+        """Runs one piece on one chunk. `marks`, for events: how many rows are not padding, and the image of each."""
+        count, segment = marks
         reuse = self.plan.settings.reuse
         for start, stop in self._bounds(piece):
             evaluations = Evaluations(
@@ -210,7 +226,7 @@ class _Run:
             part = denoise(self.eps_fn, self.params, part, conditions, evaluations, **options)
             if self.events is not None:
                 made = (1 + piece.guided) * (stop - start) * count
-                self.events.append(ProgressEvent(made, _corner(part.latents)))
+                self.events.append(ProgressEvent(made, _finite(part.latents), segment, start, stop))
         return part
 
     def _bounds(self, piece: Piece) -> Iterable[tuple[int, int]]:
@@ -228,9 +244,9 @@ def _select(conditions: dict[str, Any], use_fusers: bool) -> dict[str, Any]:
 
 
 @jax.jit
-def _corner(latents: Float[Array, "rows h w c"]) -> Float[Array, " rows"]:
-    """A small array that is ready when the latents are, and survives their donation."""
-    return latents[:, 0, 0, 0]
+def _finite(latents: Float[Array, "rows h w c"]) -> Bool[Array, " rows"]:
+    """Whether each row is finite: a small array that is ready when the latents are, and survives their donation."""
+    return jnp.isfinite(latents).all(axis=(1, 2, 3))
 
 
 @functools.partial(jax.jit, static_argnames="sharding")

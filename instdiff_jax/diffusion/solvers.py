@@ -114,6 +114,10 @@ class SolverTable:
         """UNet evaluations in the first `step` steps. The first step of PLMS has two, and so has each of Heun's."""
         return self.starts[step]
 
+    def step_of_evaluation(self, evaluation: int) -> int:
+        """The step, counted from 1, that an evaluation, counted from 0, belongs to."""
+        return max(evaluation - (self.evaluations - self.steps), 0) + 1
+
 
 def solver_table(
     sampler: str,

@@ -22,6 +22,7 @@ from instdiff_jax.config import ModelConfig, Sampler, SamplingConfig, Sigmas, wi
 from instdiff_jax.diffusion.loop import Inpaint, noise_key
 from instdiff_jax.diffusion.multi_instance import Placement, ProgressEvent, SamplerInputs, sample_rows
 from instdiff_jax.diffusion.rows import ImageRows
+from instdiff_jax.errors import InputError
 from instdiff_jax.grounding import Format
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.regions import region_bits
@@ -30,7 +31,7 @@ from instdiff_jax.models.unet import Conditions
 from instdiff_jax.parallel.rows import device_of
 from instdiff_jax.sampling import programs
 from instdiff_jax.sampling.conditions import list_conditions
-from instdiff_jax.sampling.loading import DTYPES, choose_dtype, load_model
+from instdiff_jax.sampling.loading import DTYPES, Process, choose_dtype, load_model
 from instdiff_jax.sampling.memory import MemoryLimits
 from instdiff_jax.sampling.request import ImageRequest, Request, SamplingOptions, make_request
 from instdiff_jax.sampling.results import PendingBatch, Result, one_ahead
@@ -56,8 +57,7 @@ class Pipeline:
         config: the model's sizes.
         sampling: the checkpoint's sampling settings; a call may override them.
         dtype: what the networks compute in.
-        networks: the four networks.
-        params: their parameters, on the devices.
+        networks, params: the four networks, and their parameters on the devices.
         limits: how many rows and images one program takes.
         sharding: how rows are split over a mesh; None on one device.
     """
@@ -80,6 +80,7 @@ class Pipeline:
         """
         self.config, self.sampling, self.dtype, self._tokenizer = config, sampling, choose_dtype(dtype), tokenizer
         self.sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._process = Process()
         # Bound to its device in any case: see `parallel.rows.beside`.
         device = device_of(params) or jax.local_devices()[0]
         self.params = jax.device_put(params, device if mesh is None else NamedSharding(mesh, PartitionSpec()))
@@ -213,6 +214,7 @@ class Pipeline:
             seeds: as for `__call__`; so are all other keywords.
         """
         keywords = dict(locals())
+        self._process.check()
         settings = self.settings(preset, **{name: keywords[name] for name in _SETTINGS if keywords[name] is not None})
         options = SamplingOptions(**{name: keywords[name] for name in _OPTIONS})
         request = make_request(self.config, settings, options)
@@ -241,6 +243,7 @@ class Pipeline:
 
     def without_scaleu(self) -> Self:
         """This pipeline with ScaleU's b and s zero, so that it changes nothing: for ablations. Programs are shared."""
+        self._process.check()
         unet = self.params["unet"]
         off = {name: jax.tree.map(jnp.zeros_like, part) for name, part in unet.items() if name.startswith("scaleu_")}
         other = copy.copy(self)
@@ -272,9 +275,8 @@ class Pipeline:
                 events,
             )
             pixels = self.decode_parts(latents)
-        for array in (latents, *pixels):
-            array.copy_to_host_async()
-        return PendingBatch([image.layout for image in batch], seeds, request.start, latents, pixels, events)
+        jax.tree.map(lambda array: array.copy_to_host_async(), (latents, pixels))
+        return PendingBatch([image.layout for image in batch], seeds, request, latents, pixels, events)
 
     def make_conditions(
         self, request: Request, layouts: Mapping[int, Layout], grid: tuple[int, int]
@@ -317,15 +319,21 @@ class Pipeline:
 
     def encode(self, image: UInt8[np.ndarray, "H W 3"]) -> Float[Array, "1 h w z"]:
         """An image to mean latents."""
+        self._process.check()
         pixels = jnp.asarray(image, jnp.float32)[None] / 127.5 - 1
         return programs.encode(self.networks.autoencoder, self.params["autoencoder"], pixels)
 
     def decode(self, latents: Float[Array, "b h w z"]) -> UInt8[np.ndarray, "b H W 3"]:
-        """Latents to pixels: clamped to [−1, 1], × 0.5 + 0.5, × 255, truncated (as released)."""
-        return np.concatenate([np.asarray(part) for part in self.decode_parts(jnp.asarray(latents))])[: len(latents)]
+        """Latents to pixels: clamped to [−1, 1] (InputError for NaN), × 0.5 + 0.5, × 255, truncated (as released)."""
+        self._process.check()
+        pixels, finite = zip(*self.decode_parts(jnp.asarray(latents)), strict=True)
+        if not all(np.asarray(part).all() for part in finite):
+            raise InputError("decode: an image is not finite: its latents are not, or a weight of the autoencoder")
+        return np.concatenate([np.asarray(part) for part in pixels])[: len(latents)]
 
-    def decode_parts(self, latents: Float[Array, "b h w z"]) -> list[UInt8[Array, "n H W 3"]]:
-        """Like `decode`, but in parts that fit the memory, the last one padded; returns before they are ready."""
+    def decode_parts(self, latents: Float[Array, "b h w z"]) -> list[tuple[UInt8[Array, "n H W 3"], Bool[Array, "n"]]]:
+        """Like `decode`, and whether each image was finite, in parts that fit the memory; the last one is padded."""
+        self._process.check()
         height, width = (side * self.config.latent_stride for side in latents.shape[1:3])
         autoencoder, most = self.networks.autoencoder, self.limits.decode_limit((width, height))
         with jax.default_matmul_precision(self.matmul_precision):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from instdiff_jax import grounding as groundings
 from instdiff_jax.config import ModelConfig
@@ -121,8 +121,11 @@ def decode(
     latents: Float[Array, "b h w z"],
     most: int,
     sharding: NamedSharding | None,
-) -> list[UInt8[Array, "n H W 3"]]:
-    """Pixels, in equal parts of at most `most` images per device; the last part is padded. See `Pipeline.decode`."""
+) -> list[tuple[UInt8[Array, "n H W 3"], Bool[Array, "n"]]]:
+    """Pixels and whether they were finite, in equal parts of at most `most` images per device; the last is padded.
+
+    See `Pipeline.decode`.
+    """
     count, devices = len(latents), count_devices(sharding)
     calls = -(-count // (most * devices))
     size = -(-count // (calls * devices)) * devices
@@ -195,11 +198,12 @@ def make_conditions_chunk(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decode_chunk(
     autoencoder: Autoencoder, sharding: NamedSharding | None, params: Any, latents: Float[Array, "b h w z"]
-) -> UInt8[Array, "b H W 3"]:
+) -> tuple[UInt8[Array, "b H W 3"], Bool[Array, "b"]]:
     """The program of `decode` for one part."""
 
     def run(params, latents):
         image = autoencoder.apply({"params": params}, latents, method="decode")
-        return ((jnp.clip(image, -1, 1) * 0.5 + 0.5) * 255).astype(jnp.uint8)
+        pixels = ((jnp.clip(image, -1, 1) * 0.5 + 0.5) * 255).astype(jnp.uint8)
+        return pixels, jnp.isfinite(image).all(axis=(1, 2, 3))  # as pixels, NaN would be black
 
     return on_each_device(run, sharding, whole=(0,))(params, latents)

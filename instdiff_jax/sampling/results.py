@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image
 
 from instdiff_jax.diffusion.multi_instance import ProgressEvent
 from instdiff_jax.errors import NotFiniteError
 from instdiff_jax.layout import Layout
-from instdiff_jax.sampling.start import StartImage
+from instdiff_jax.sampling.request import Request
 
 T = TypeVar("T")
 
@@ -44,31 +44,47 @@ class PendingBatch(NamedTuple):
 
     Attributes:
         layouts, seeds: of each image.
-        start: the image to start from, of which a part may be kept.
+        request: the call.
         latents: of all images.
-        pixels: of all images, in parts; the last one is padded.
+        pixels: of all images and whether they were finite, in parts; the last one is padded.
         events: progress on the way to the latents; None if nobody watches.
     """
 
     layouts: list[Layout]
     seeds: list[int]
-    start: StartImage | None
+    request: Request
     latents: Float[Array, "b h w z"]
-    pixels: list[UInt8[Array, "n H W 3"]]
+    pixels: list[tuple[UInt8[Array, "n H W 3"], Bool[Array, "n"]]]
     events: list[ProgressEvent] | None
 
     def results(self) -> Iterator[Result]:
         """Waits for the batch's images, and copies each from the device; NotFiniteError for one that is broken."""
-        arrays = itertools.chain(*[np.asarray(part) for part in self.pixels])
-        for layout, seed, array, latents in zip(
-            self.layouts, self.seeds, arrays, np.asarray(self.latents), strict=False
-        ):
+        arrays, decoded = (
+            itertools.chain(*[np.asarray(part) for part in parts]) for parts in zip(*self.pixels, strict=True)
+        )
+        images = zip(self.layouts, self.seeds, arrays, decoded, np.asarray(self.latents), strict=False)
+        for i, (layout, seed, array, finite, latents) in enumerate(images):
             if not np.isfinite(latents).all():
-                raise NotFiniteError(layout.name, seed)
-            if self.start is not None and self.start.repaint is not None:
-                array = np.where(self.start.repaint[..., None], array, self.start.image)
+                raise NotFiniteError(layout.name, seed, self._describe_break(i))
+            if not finite:
+                problem = "the decoded image is not finite, and its latents are: a weight of the autoencoder is broken"
+                raise NotFiniteError(layout.name, seed, problem)
+            start = self.request.start
+            if start is not None and start.repaint is not None:
+                array = np.where(start.repaint[..., None], array, start.image)
             # Copies: on a CPU these are views, and a result that is kept would keep its whole batch.
             yield Result(array.copy(), latents.copy(), seed, layout)
+
+    def _describe_break(self, image: int) -> str:
+        """Where an image's latents cease to be finite: between two progress events, or somewhere in the run."""
+        table = self.request.plan.table
+        first, last = 0, table.evaluations
+        for event in sorted(self.events or (), key=lambda event: event.start):
+            if not np.asarray(event.ready)[event.segment == image].all():
+                first, last = event.start, event.stop
+                break
+        steps = f"steps {table.step_of_evaluation(first)} to {table.step_of_evaluation(last - 1)} of {table.steps}"
+        return f"the latents are not finite from {steps}: a weight is not, or float16 overflowed; try another dtype"
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -5,11 +5,15 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_checkpoint import SIDE
+from tiny_checkpoint import SIDE, TOKENIZER
 
+from instdiff_jax import Pipeline
+from instdiff_jax.checkpoint.folder import read_config, restore_params, save_folder
 from instdiff_jax.cli import sample
+from instdiff_jax.errors import InputError
 from instdiff_jax.sampling import loading, outputs
 from instdiff_jax.sampling import results as sampling_results
+from instdiff_jax.tree import flatten, unflatten
 
 
 def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
@@ -49,7 +53,7 @@ def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
         monkeypatch.context() as patched,
         pytest.raises(sample.InputError, match="run.json: fingerprint: the images"),
     ):
-        patched.setattr(loading, "checkpoint_fingerprint", lambda folder: "retrained")
+        patched.setattr(loading, "checkpoint_fingerprint", lambda folder, verify: "retrained")
         many("--output", out, "--resume", "--guidance_scale", 2)
 
 
@@ -92,3 +96,44 @@ def test_latents_that_are_not_finite_are_no_images(many, folder, monkeypatch):
     record = json.loads((out / "run.json").read_text())
     assert [entry["layout"] for entry in record["layouts"]] == ["scene0", "scene1"]
     assert many("--output", out, "--num_images", 2, "--resume") == ["scene2", "scene3", "scene4"]
+
+
+def change_weight(folder, new, path, change):
+    """A copy of the checkpoint with one changed array."""
+    params = restore_params(folder / "checkpoint", as_numpy=True)
+    leaves = flatten(params)
+    leaves[path] = change(leaves[path].copy())
+    save_folder(folder / new, unflatten(leaves), *read_config(folder / "checkpoint")[:2], TOKENIZER)
+
+
+def one_nan(kernel):
+    kernel.flat[0] = np.nan
+    return kernel
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_an_overflow_of_float16_is_no_image(many, folder, capsys):
+    """Weights that float16 holds, and whose products it does not: float32 draws with them, float16 names the step."""
+    change_weight(folder, "large", ("unet", "conv_in", "kernel"), lambda kernel: kernel * (6e4 / np.abs(kernel).max()))
+    out = folder / "overflow"
+    flags = ("--output", out, "--checkpoint", "large", "--layout", "many/scene0.json", "--steps", 10, "--dtype")
+    broken = r"scene0: seed 0: the latents are not finite from steps 1 to 4 of 10: a weight is not, or float16 overflow"
+    for more in ((), ("--resume",)):
+        with pytest.raises(InputError, match=broken):
+            many(*flags, "float16", *more)
+        assert not list(out.glob("*/*.png"))
+    assert many(*flags, "float32") == ["scene0"]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_broken_autoencoder_draws_no_black_image(many, folder):
+    change_weight(folder, "broken", ("autoencoder", "decoder", "conv_out", "kernel"), one_nan)
+    out = folder / "undecoded"
+    for more in ((), ("--resume",)):
+        with pytest.raises(InputError, match="scene0: seed 0: the decoded image is not finite, and its latents are"):
+            many("--output", out, "--checkpoint", "broken", *more)
+        assert not list(out.glob("*/*.png"))
+    pipeline = Pipeline.from_checkpoint(folder / "broken")
+    with pytest.raises(InputError, match="decode: an image is not finite"):
+        pipeline.decode(np.zeros((1, SIDE // 2, SIDE // 2, 4), np.float32))

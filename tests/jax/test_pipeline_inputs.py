@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -89,6 +90,7 @@ def test_checkpoints_that_cannot_sample(tiny_checkpoint, tmp_path):
         Pipeline.from_checkpoint(tiny_checkpoint, "float8")
     shutil.copytree(tiny_checkpoint, tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
+    del config["crc32"]
     config["absent"] = ["fusers", "scaleu", "unifusion", "trunk"]
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="cannot sample: fusers, scaleu, unifusion, trunk absent"):
@@ -98,6 +100,38 @@ def test_checkpoints_that_cannot_sample(tiny_checkpoint, tmp_path):
     largest.write_bytes(largest.read_bytes()[:-10])
     with pytest.raises(InputError, match="incomplete or changed"):
         Pipeline.from_checkpoint(tmp_path / "torn")
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_a_pipeline_used_after_a_fork_is_an_error(tiny_checkpoint):
+    """jax would wait forever in the forked process, which has none of its threads."""
+    pipeline = Pipeline.from_checkpoint(tiny_checkpoint)
+    latents, picture_ = np.zeros((1, *LATENT), np.float32), picture()
+    uses = [
+        lambda: pipeline([make_layout(1)]),
+        lambda: pipeline.stream(make_layout(1)),
+        lambda: pipeline.without_scaleu()([make_layout(1)]),
+        lambda: pipeline.decode(latents),
+        lambda: pipeline.encode(picture_),
+    ]
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        refused = b""
+        try:
+            signal.alarm(60)  # a hang ends here
+            for use in uses:
+                try:
+                    use()
+                except InputError as error:
+                    refused += b"+" * ("made before a fork" in str(error))
+        finally:
+            os.write(writing, refused)
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading, "rb") as stream:
+        assert stream.read() == b"+" * len(uses)
 
 
 # ---------------------------------------------------------------- a mesh
