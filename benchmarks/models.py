@@ -89,11 +89,11 @@ def make_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
     return unflatten(leaves)
 
 
-def write_checkpoint(model: Model, folder: Path) -> None:
+def write_checkpoint(model: Model, folder: Path, dtype: Any = np.float32) -> None:
     """Writes a checkpoint folder with the parameters of `make_params`."""
     from instdiff_jax.checkpoint.folder import save_folder
 
-    params = make_params(model.config, np.float32)
+    params = make_params(model.config, dtype)
     save_folder(folder, params, model.config, SamplingConfig(), TOKENIZER)
 
 

@@ -2,25 +2,33 @@
 
     python -m benchmarks.startup                        # checkpoints/shapes
     python -m benchmarks.startup --model full --steps 2 # the released size with deterministic weights: 6 GB on disk
+    python -m benchmarks.startup --loading              # with and without comparing checksums; no image
 
 Runs `sample.py` twice, the first time with an empty compilation cache. Memory is the peak resident set of the process;
-on a CPU this includes everything.
+on a CPU this includes everything. `--loading` loads the checkpoint alone, with and without `--no_verify` in turn, each
+time in a process of its own; its files have been read before, so that they come from memory and not from the disk.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from benchmarks import cli, models, tables
 from benchmarks.tables import Column
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.layout import Layout
+
+LOADS = 3  # of each kind, for a median
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,6 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--instances", type=int, default=6)
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--layout", type=Path, help="a layout file, instead of boxes")
+    parser.add_argument("--loading", action="store_true", help="time loading alone, with and without --no_verify")
     return cli.parse_alone(parser, argv)
 
 
@@ -50,6 +59,49 @@ def run(command: list[str], output: Path, cache: Path) -> dict[str, float]:
     return dict(first=found or end, end=end, peak=usage.ru_maxrss * 1024 / 1e9)
 
 
+_LOAD = """
+import sys, time
+import jax
+from instdiff_jax.sampling.loading import DTYPES, load_model
+began = time.perf_counter()
+jax.block_until_ready(load_model(sys.argv[1], DTYPES[sys.argv[2]], verify=sys.argv[3] == "True").params)
+print(time.perf_counter() - began)
+"""
+
+
+def time_loading(checkpoint: Path, dtype: str) -> list[dict[str, Any]]:
+    """Rows of the seconds that loading takes, with and without comparing checksums; medians."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(1 + LOADS):
+        for verify, times in seconds.items():
+            command = [sys.executable, "-c", _LOAD, str(checkpoint), dtype, str(verify)]
+            done = subprocess.run(command, cwd=models.ROOT, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise InputError(f"{checkpoint}: loading ended with {done.stderr.splitlines()[-1:]}")
+            times += [float(done.stdout)] * (turn > 0)  # the first turn reads the files from the disk
+    size = sum(path.stat().st_size for path in (checkpoint / "params").rglob("*") if path.is_file()) / 1e9
+    plain = statistics.median(seconds[False])
+    rows = []
+    for verify, times in seconds.items():
+        median = statistics.median(times)
+        name = "compared" if verify else "not compared (--no_verify)"
+        rows.append(dict(checksums=name, size=size, seconds=median, least=min(times), ratio=median / plain))
+    return rows
+
+
+def write_loading(args: argparse.Namespace, name: str, dtype: str, checkpoint: Path) -> None:
+    columns = [
+        Column("checksums", "checksums"),
+        Column("size", "parameters on disk, GB", ".2f"),
+        Column("seconds", "loading, s", ".2f"),
+        Column("least", "the fastest, s", ".2f"),
+        Column("ratio", "of --no_verify", ".2f"),
+    ]
+    notes = [f"Model {name}, {dtype}, median of {LOADS} processes each, in turn."]
+    rows = time_loading(checkpoint, dtype)
+    tables.write_table(args.output, f"loading_{name}_{dtype}", "Loading a checkpoint", columns, rows, notes)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     model, dtype = cli.choose(args)
@@ -59,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint, layout = model.folder, folder / "layout.json"
         if checkpoint is None:
             checkpoint = folder / "checkpoint"
-            models.write_checkpoint(model, checkpoint)
+            models.write_checkpoint(model, checkpoint, dtype if args.loading else np.float32)
+        if args.loading:
+            write_loading(args, model.name, dtype, checkpoint.resolve())
+            return
         given = Layout.from_json(args.layout) if args.layout else models.make_layout(args.instances, model.canvas)
         layout.write_text(given.to_json())
         command = [sys.executable, "sample.py", "--checkpoint", str(checkpoint.resolve()), "--layout", str(layout)]

@@ -81,6 +81,7 @@ def test_help_and_errors(command, encoding, tmp_path, monkeypatch):
     assert code == 2 and len(line) == 1 and r"\u03b1" in line[0], err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_success(place, monkeypatch):
     """In one test, as some commands take what another one has made; ASCII is a part of latin-1."""

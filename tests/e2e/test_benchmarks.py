@@ -147,6 +147,10 @@ def test_startup(checkpoint, tmp_path):
     assert len(rows) == 2
     assert finite(rows, "first", "end", "loading", "sampling", "peak")
     assert all(row["first"] <= row["end"] for row in rows)
+    startup.main(["--model", checkpoint, "--loading", "--output", str(tmp_path)])
+    rows = read(tmp_path, "loading")
+    assert [row["checksums"] for row in rows] == ["compared", "not compared (--no_verify)"]
+    assert finite(rows, "size", "seconds", "least", "ratio") and rows[1]["ratio"] == 1
 
 
 @pytest.mark.slow

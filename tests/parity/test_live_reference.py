@@ -24,6 +24,7 @@ from instdiff_jax.diffusion.plan import SamplerSettings, make_plan
 from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.grounding import instance_groundings, stack
+from instdiff_jax.models.regions import region_bits
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion
 from instdiff_jax.sampling.programs import NoisePredictor
@@ -174,6 +175,70 @@ def test_plms_and_multi_instance_sampler(official, steps, mis, guidance, fractio
         sampler, batch = official.PLMSSampler(diffusion, network, **settings), given[0]
     expected = sampler.sample(steps, noise.shape, batch, uc=uncond, guidance_scale=guidance)
     assert relative_error(channels_first(ours), expected) <= 2e-4
+
+
+def attention_masks(data: dict) -> np.ndarray:
+    """The official masks of a layout: each instance's box with x along rows, edges rounded."""
+    masks = np.zeros((1, 30, 64, 64), np.float32)
+    for slot in np.flatnonzero(data["masks"][0]):
+        x0, y0, x1, y1 = (int(edge) for edge in np.round(data["boxes"][0, slot] * 64))
+        masks[0, slot, x0:x1, y0:y1] = 1
+    return masks
+
+
+@pytest.mark.parametrize("kept", [KEPT[0], KEPT[1]], ids=" ".join)
+def test_multi_instance_sampler_with_masked_attention(official, kept):
+    """On 64×64 latents, the only grid it masks, with guidance: the unconditional rows have the null grounding, and no
+    mask. Where boxes and masks are dropped, nothing is masked."""
+    network, data, count = baseline.build_unet(official, config(), kept), inputs(2), 2
+    condition, _ = our_programs()
+    rng = np.random.default_rng(3)
+    noise = rng.standard_normal((1, 4, 64, 64)).astype(np.float32)
+    contexts = rng.standard_normal((count + 2, 77, 768)).astype(np.float32)
+
+    whole = {key: value[0] for key, value in common.grounding_arrays(data, DROPPED[kept]).items()}
+    whole["maps"] = np.zeros_like(whole["maps"])
+    entries = [whole, *instance_groundings(whole), common.null_grounding_arrays(whole)]
+    conditions = [condition(our_params(), stack([e]), c[None])[1] for e, c in zip(entries, contexts, strict=True)]
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)
+    bits = [region_bits(entry, 64, 64, "official") for entry in entries]
+    joined["regions"] = dict(zip(("visual", "tokens"), map(np.stack, zip(*bits, strict=True)), strict=True))
+    table = solver_table("plms", 2, config().schedule, (1.0, 0.0, 0.0))
+    rows = ImageRows(layout=0, negative=count + 1, instances=tuple(range(1, count + 1)))
+    ours = sample_rows(
+        NoisePredictor(UNet(config().unet)),
+        jax.device_put(our_params()["unet"]),
+        SamplerInputs(jnp.asarray(channels_last(noise)), joined, [rows]),
+        make_plan(table, SamplerSettings(mis_steps=1, guidance_scale=3.0)),
+    )
+
+    given = []
+    for slot, context in zip((None, *range(count)), contexts, strict=False):
+        one = data if slot is None else {key: np.zeros_like(value) for key, value in data.items()}
+        for key in data if slot is not None else ():
+            one[key][0, 0] = data[key][0, slot]
+        batch = {key: torch.from_numpy(value) for key, value in one.items()}
+        batch["att_masks"] = torch.from_numpy(attention_masks(one))
+        grounding = network.grounding_tokenizer_input.prepare(batch, return_att_masks=True)
+        start = dict(x=torch.from_numpy(noise.copy()), timesteps=None, context=torch.from_numpy(context[None]))
+        given.append(start | dict(grounding_input=grounding))
+    schedule = config().schedule
+    diffusion = official.LatentDiffusion("linear", schedule.timesteps, schedule.linear_start, schedule.linear_end)
+    sampler = official.PLMSSamplerInst(diffusion, network, mis=0.5)
+    uncond = torch.from_numpy(contexts[-1:])
+    expected = sampler.sample(2, noise.shape, given, uc=uncond, guidance_scale=3.0)
+    error = relative_error(channels_first(ours), expected)
+    print(f"MIS with masked attention, {' '.join(kept)}: {error:.1e}")
+    assert error <= 2e-4
+    del joined["regions"]
+    unmasked = sample_rows(
+        NoisePredictor(UNet(config().unet)),
+        jax.device_put(our_params()["unet"]),
+        SamplerInputs(jnp.asarray(channels_last(noise)), joined, [rows]),
+        make_plan(table, SamplerSettings(mis_steps=1, guidance_scale=3.0)),
+    )
+    moved = relative_error(channels_first(unmasked), expected)
+    assert (moved > 1e-2) == ("boxes" in kept), "the masks show"
 
 
 def test_an_export_loads_in_the_official_code(official, tmp_path):
