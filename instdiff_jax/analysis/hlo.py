@@ -9,9 +9,11 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from instdiff_jax.analysis.hlo_text import Instruction, collective_group, parse_program, slice_transfer
+from instdiff_jax.analysis.modules import operation_module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What the compiler writes where it has no estimate.
@@ -60,7 +62,8 @@ class ProgramCosts(NamedTuple):
 
     `cycles` sums the compiler's estimates for its fused kernels, 0 if it gives none; `open_loops` are loops with an
     unknown number of iterations, counted once. `pallas_cycles` are those of Pallas kernels, by their schedules;
-    `unscheduled_kernels` are runs of Pallas kernels whose schedule is not known, which count as nothing.
+    `unscheduled_kernels` are runs of Pallas kernels whose schedule is not known, which count as nothing. `modules` are
+    both kinds of cycles by the module's path.
     """
 
     collectives: tuple[Collective, ...]
@@ -69,6 +72,7 @@ class ProgramCosts(NamedTuple):
     open_loops: int
     pallas_cycles: float = 0.0
     unscheduled_kernels: int = 0
+    modules: Mapping[str, float] = MappingProxyType({})
 
 
 def analyze(text: str, kernel_cycles: Mapping[str, float] | None = None) -> ProgramCosts:
@@ -84,15 +88,18 @@ def analyze(text: str, kernel_cycles: Mapping[str, float] | None = None) -> Prog
     pallas_cycles, unscheduled = 0.0, 0
     collectives: dict[tuple[str, int, int, bool], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
     memory, cycles = 0.0, 0
+    modules: dict[str, float] = defaultdict(float)
     chains = set()
     for computation, times, looped in program.runs:
         for instruction in program.computations[computation].values():
             memory += times * program.traffic(computation, instruction)
-            estimates = map(int, re.findall(r'"estimated_cycles":"(\d+)"', instruction.text))
-            cycles += times * sum(estimate for estimate in estimates if estimate < _NO_ESTIMATE)
+            estimate, kernel = times * _estimate(instruction), 0.0
             if (body := _kernel_body(instruction)) is not None:
-                pallas_cycles += times * bodies.get(body, 0.0)
+                kernel = times * bodies.get(body, 0.0)
                 unscheduled += times * (body not in bodies)
+            cycles, pallas_cycles = cycles + estimate, pallas_cycles + kernel
+            if estimate or kernel:
+                modules[_module(instruction)] += estimate + kernel
             for one in program.collectives_of(computation, instruction):
                 if one.chain is not None and one.chain in chains:
                     continue
@@ -103,7 +110,18 @@ def analyze(text: str, kernel_cycles: Mapping[str, float] | None = None) -> Prog
     found = []
     for (kind, group, stride, dcn), (count, looped, payload, sent) in sorted(collectives.items()):
         found.append(Collective(kind, group, stride, int(count), int(looped), payload, sent, dcn))
-    return ProgramCosts(tuple(found), memory, cycles, program.open_loops, pallas_cycles, unscheduled)
+    return ProgramCosts(tuple(found), memory, cycles, program.open_loops, pallas_cycles, unscheduled, dict(modules))
+
+
+def _estimate(instruction: Instruction) -> int:
+    """The compiler's estimate of an instruction's cycles."""
+    estimates = map(int, re.findall(r'"estimated_cycles":"(\d+)"', instruction.text))
+    return sum(estimate for estimate in estimates if estimate < _NO_ESTIMATE)
+
+
+def _module(instruction: Instruction) -> str:
+    name = re.search(r'op_name="([^"]*)"', instruction.text)
+    return operation_module(name[1]) if name else ""
 
 
 def _kernel_body(instruction: Instruction) -> str | None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from instdiff_jax.analysis.chips import CHIPS
-from instdiff_jax.analysis.flops import count_flops
+from instdiff_jax.analysis.flops import count_flops_by_module
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.diffusion.loop import Evaluations, denoise, start_state
 from instdiff_jax.diffusion.solvers import solver_table
@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
     Attributes:
         batch: images or rows over all chips.
-        flops: operations of one call on one chip.
+        module_flops: operations of one call on one chip, by the module that they belong to.
     """
 
     name: str
@@ -45,7 +45,12 @@ class Program(NamedTuple):
     options: dict[str, Any]
     mesh: Mesh
     batch: int
-    flops: float
+    module_flops: dict[str, int]
+
+    @property
+    def flops(self) -> int:
+        """Operations of one call on one chip."""
+        return sum(self.module_flops.values())
 
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
@@ -106,11 +111,13 @@ def train_program(
     args = (plan.state_shapes(), plan.frozen_shapes(), place(arrays, mesh, BATCH))
     step = make_train_step(model, settings, plan)
     # The step is one shard_map, like the sampler: the count inside is one chip's share.
-    return Program("train", compile_step(step, plan), args, {}, mesh, rows, count_flops(step, *args))
+    return Program("train", compile_step(step, plan), args, {}, mesh, rows, count_flops_by_module(step, *args))
 
 
-def sample_program(model: ModelConfig, settings: TrainSettings, mesh: Mesh, rows: int, image_size: int) -> Program:
-    """The sampler's loop over rows, with fusers and guidance.
+def sample_program(
+    model: ModelConfig, settings: TrainSettings, mesh: Mesh, rows: int, image_size: int, fusers: bool = True
+) -> Program:
+    """The sampler's loop over rows, with guidance; without `fusers` its part in which α is 0.
 
     Each chip has a copy of the parameters in the compute dtype, as in the pipeline.
 
@@ -126,7 +133,7 @@ def sample_program(model: ModelConfig, settings: TrainSettings, mesh: Mesh, rows
 
     def condition(params: Any) -> Any:
         context = jnp.zeros((rows, model.text_encoder.max_length, width))
-        tokens = jnp.zeros((rows, NUM_TOKENS, width))
+        tokens = jnp.zeros((rows, NUM_TOKENS, width)) if fusers else None
         conditions = network.apply({"params": params}, context, tokens, method="condition")
         return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], axis=1), conditions)
 
@@ -142,8 +149,8 @@ def sample_program(model: ModelConfig, settings: TrainSettings, mesh: Mesh, rows
         place(Evaluations(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, table)), bound, bound, scale), mesh),
     )
     predict_noise = NoisePredictor(network)
-    options = dict(use_fusers=True, sharding=NamedSharding(mesh, BATCH))
-    flops = count_flops(functools.partial(denoise, predict_noise, **options), *args)
+    options = dict(use_fusers=fusers, sharding=NamedSharding(mesh, BATCH))
+    flops = count_flops_by_module(functools.partial(denoise, predict_noise, **options), *args)
     return Program("sample", denoise, (predict_noise, *args), options, mesh, rows, flops)
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 
-from instdiff_jax.analysis.chips import CHIPS, predict, scaling
+from instdiff_jax.analysis.chips import CHIPS, Chip, predict, scaling
 from instdiff_jax.analysis.hlo import analyze
+from instdiff_jax.analysis.modules import format_modules, module_rows
+from instdiff_jax.aot.blocks import Kind
 from instdiff_jax.aot.programs import Program
 
 
@@ -35,7 +37,7 @@ def make_report(
 
     `kernel_cycles` are those of Pallas kernels, see `hlo.analyze`.
     """
-    chip, xla = CHIPS[topology.partition(":")[0]], compiled.cost_analysis()
+    chip, xla = chip_of(topology), compiled.cost_analysis()
     costs = analyze(compiled.as_text(), kernel_cycles)
     prediction = predict(chip, program.flops, costs)
     mesh = dict(program.mesh.shape)
@@ -62,7 +64,37 @@ def make_report(
         unscheduled_kernels=costs.unscheduled_kernels,
         prediction=prediction.to_dict(),
         scaling=rows,
+        modules=module_rows(
+            {path: cycles / chip.clock for path, cycles in costs.modules.items()}, program.module_flops, chip.flops
+        ),
     )
+
+
+def make_block_report(
+    kind: Kind, program: Program, topology: str, compiled: Any, seconds: float, kernel_cycles: Mapping[str, float]
+) -> dict[str, Any]:
+    """One kind of block's pass as plain values: the estimate and its arithmetic, in seconds, and bytes of memory."""
+    chip, costs = chip_of(topology), analyze(compiled.as_text(), kernel_cycles)
+    estimate, compute = (costs.cycles + costs.pallas_cycles) / chip.clock, program.flops / chip.flops
+    return dict(
+        block=kind.label,
+        names=list(kind.names),
+        number=len(kind.names),
+        seconds=estimate,
+        pallas_seconds=costs.pallas_cycles / chip.clock,
+        unscheduled_kernels=costs.unscheduled_kernels,
+        compute=compute,
+        ratio=estimate / compute if compute else None,
+        temporary=compiled.memory_analysis().temp_size_in_bytes,
+        compile_seconds=seconds,
+        modules=module_rows(
+            {path: cycles / chip.clock for path, cycles in costs.modules.items()}, program.module_flops, chip.flops
+        ),
+    ) | {"pass": program.name}
+
+
+def chip_of(topology: str) -> Chip:
+    return CHIPS[topology.partition(":")[0]]
 
 
 def format_report(values: dict[str, Any]) -> str:
@@ -101,4 +133,4 @@ def format_report(values: dict[str, Any]) -> str:
             f"  {row['chips']:4d} chips: {row['step'] * 1e3:.1f} ms, {speed}"
             f"efficiency {row['efficiency']:.3f}, with collectives hidden {row['efficiency_hidden']:.3f}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", format_modules(values["modules"]), ""])

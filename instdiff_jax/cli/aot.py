@@ -3,7 +3,8 @@
     pip install libtpu
     instdiff aot --topology v5e:16x16 --config configs/coco.py --what both --output aot.json
 
-Compiling takes minutes. A program that does not fit the chips' memory is an error.
+Compiling takes minutes. A program that does not fit the chips' memory is an error. `--what blocks` compiles every kind
+of block of the UNet alone, for one chip, forward and with its gradient: about half a minute each.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from instdiff_jax.analysis.kernel_schedule import DUMP_FLAGS, read_dump
 from instdiff_jax.cli.config_flags import names_config, read_settings
@@ -35,9 +36,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--config", help="a config file; default: the paper's recipe. --config.KEY=VALUE changes a setting"
     )
-    parser.add_argument("--what", default="both", choices=("train", "sample", "both"), help="programs to compile")
+    parser.add_argument("--what", default="both", choices=("train", "sample", "both", "blocks"), help="programs")
     parser.add_argument("--images_per_chip", type=int, default=8, help="batch of the training step (default 8)")
     parser.add_argument("--rows", type=int, default=64, help="rows of the sampler, over all chips (default 64)")
+    parser.add_argument("--no_fusers", action="store_true", help="the sampler where α is 0 and fusers are left out")
+    parser.add_argument("--blocks", default=".*", help="with --what blocks: a regular expression of blocks' names")
     parser.add_argument("--image_size", type=int, default=512, help="side of the images in pixels (default 512)")
     parser.add_argument("--output", type=Path, help="a JSON file for the reports")
     parser.add_argument("--hlo", type=Path, help="a folder for the text of the compiled programs")
@@ -62,34 +65,74 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compile_programs(run: "RunSettings", args: argparse.Namespace, dump: Path) -> None:
     """Compiles and reports; libtpu writes the schedules of kernels to the folder `dump`."""
-    from instdiff_jax.aot import programs
-    from instdiff_jax.aot.report import format_report, make_report
-    from instdiff_jax.parallel.mesh import make_mesh
+    from instdiff_jax.aot.programs import topology_devices
 
     if args.slices < 1:
         raise InputError(f"--slices: expected a whole number of at least 1, got {args.slices}")
-    devices = programs.topology_devices(args.topology, args.slices)
+    devices = topology_devices(args.topology, args.slices)
+    if args.image_size <= 0 or args.image_size % run.model.canvas_stride:
+        raise InputError(f"--image_size: expected a multiple of {run.model.canvas_stride}, got {args.image_size}")
+    compile_all = compile_blocks if args.what == "blocks" else compile_whole
+    compile_all(run, args, devices, dump)
+
+
+def compile_whole(run: "RunSettings", args: argparse.Namespace, devices: list, dump: Path) -> None:
+    """The training step, the sampler, or both."""
+    from instdiff_jax.aot import programs
+    from instdiff_jax.aot.report import format_report, make_report
+    from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
+
     model, parallel = run.model, run.parallel
-    if args.image_size <= 0 or args.image_size % model.canvas_stride:
-        raise InputError(f"--image_size: expected a multiple of {model.canvas_stride}, got {args.image_size}")
     settings = dataclasses.replace(run.train, batch_size=args.images_per_chip * len(devices))
-    mesh = make_mesh(parallel, devices)
-    makers: dict[str, Callable[[], Program]] = dict(
-        train=lambda: programs.train_program(model, settings, parallel, mesh, args.image_size),
-        sample=lambda: programs.sample_program(model, settings, mesh, args.rows, args.image_size),
-    )
+
+    def train() -> "Program":
+        return programs.train_program(model, settings, parallel, make_mesh(parallel, devices), args.image_size)
+
+    def sample() -> "Program":
+        # Every chip has all parameters, as in the pipeline: fsdp is training's.
+        mesh = make_mesh(ParallelSettings(slices=parallel.slices), devices)
+        return programs.sample_program(model, settings, mesh, args.rows, args.image_size, not args.no_fusers)
+
+    makers: dict[str, Callable[[], Program]] = dict(train=train, sample=sample)
     reports = []
     for name in makers if args.what == "both" else [args.what]:
         print(f"compiling {name} for {args.topology}", flush=True)
         program = makers[name]()
-        compiled, seconds = programs.compile_program(program, args.topology)
-        if args.hlo:
-            write_text(args.hlo / f"{args.topology.replace(':', '_')}_{name}.hlo", compiled.as_text())
-        kernel_cycles = {name: schedule.cycles() for name, schedule in read_dump(dump)}
-        for path in dump.iterdir():
-            path.unlink()  # names may come again in the next program
+        compiled, seconds, kernel_cycles = compile_one(program, args, dump, name)
         reports.append(make_report(program, args.topology, compiled, seconds, kernel_cycles))
         print(format_report(reports[-1]), flush=True)
         # After each program: the next one takes as long again, or may not fit.
         if args.output:
             write_json(args.output, reports)
+
+
+def compile_blocks(run: "RunSettings", args: argparse.Namespace, devices: list, dump: Path) -> None:
+    """Every kind of block alone, on one chip."""
+    from instdiff_jax.aot.blocks import block_programs, format_blocks
+    from instdiff_jax.aot.report import make_block_report
+    from instdiff_jax.parallel.mesh import ParallelSettings, make_mesh
+
+    mesh, rows = make_mesh(ParallelSettings(), devices[:1]), args.images_per_chip
+    reports = []
+    for kind, program in block_programs(run.model, run.train, mesh, rows, args.image_size, args.blocks):
+        print(f"compiling {kind.label}, {program.name}", file=sys.stderr, flush=True)
+        compiled, seconds, kernel_cycles = compile_one(program, args, dump, f"{kind.names[0]}_{program.name}")
+        reports.append(make_block_report(kind, program, args.topology, compiled, seconds, kernel_cycles))
+        if args.output:
+            write_json(args.output, reports)
+    print(f"blocks for {args.topology}, {rows} latents, on one chip:\n\n{format_blocks(reports)}", flush=True)
+
+
+def compile_one(
+    program: "Program", args: argparse.Namespace, dump: Path, name: str
+) -> tuple[Any, float, dict[str, float]]:
+    """The compiled program, the seconds it took, and the cycles of its Pallas kernels; its text goes to `--hlo`."""
+    from instdiff_jax.aot.programs import compile_program
+
+    compiled, seconds = compile_program(program, args.topology)
+    if args.hlo:
+        write_text(args.hlo / f"{args.topology.replace(':', '_')}_{name}.hlo", compiled.as_text())
+    kernel_cycles = {name: schedule.cycles() for name, schedule in read_dump(dump)}
+    for path in dump.iterdir():
+        path.unlink()  # names may come again in the next program
+    return compiled, seconds, kernel_cycles

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from instdiff_jax.models.attention import Attention, KeyValue
 from instdiff_jax.models.fuser import Fuser
-from instdiff_jax.models.layers import GEGLU, Conv, GroupNorm, LayerNorm
+from instdiff_jax.models.layers import GEGLU, Conv, GroupNorm, LayerNorm, kept
 from instdiff_jax.models.regions import Regions
 
 
@@ -23,6 +23,7 @@ class ResBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w e"], time: Float[Array, "b t"]) -> Float[Array, "b h w c"]:
         y = nn.silu(GroupNorm(name="norm1", dtype=self.dtype)(x))
         y = Conv(self.channels, (3, 3), name="conv1", dtype=self.dtype)(y)
+        y = kept(y)
         y = y + nn.Dense(self.channels, name="time_proj", dtype=self.dtype)(time)[:, None, None, :]
         y = nn.silu(GroupNorm(name="norm2", dtype=self.dtype)(y))
         y = Conv(self.channels, (3, 3), name="conv2", dtype=self.dtype)(y)

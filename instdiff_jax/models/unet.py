@@ -12,16 +12,20 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import UNetConfig
 from instdiff_jax.models.attention import KeyValue
 from instdiff_jax.models.blocks import ResBlock, Transformer
-from instdiff_jax.models.layers import Conv, GroupNorm, timestep_embedding, upsample_nearest
+from instdiff_jax.models.layers import KEPT, Conv, GroupNorm, timestep_embedding, upsample_nearest
 from instdiff_jax.models.regions import Regions
 from instdiff_jax.models.scaleu import ScaleU
 from instdiff_jax.models.unifusion import fourier_features
+
+# Recomputation is of all but what blocks mark as `kept`.
+KEEP = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 class Conditions(TypedDict):
@@ -59,7 +63,7 @@ class UNet(nn.Module):
     Args:
         config: sizes.
         dtype: of the computation; parameters are float32.
-        remat: recompute every block's inside in the backward pass instead of keeping it.
+        remat: recompute every block's inside in the backward pass, but for what is marked as `layers.kept`.
     """
 
     config: UNetConfig
@@ -115,7 +119,7 @@ class UNet(nn.Module):
         return self.config.channel_mult[level] * self.config.model_channels
 
     def _res_block(self, name: str, level: int) -> ResBlock:
-        kind = nn.remat(ResBlock) if self.remat else ResBlock
+        kind = nn.remat(ResBlock, policy=KEEP) if self.remat else ResBlock
         return kind(self._channels(level), self.dtype, name=name)
 
     def _attention(self, name: str, level: int) -> Transformer | None:
@@ -126,7 +130,7 @@ class UNet(nn.Module):
 
     def _transformer(self, name: str, level: int, masked: bool) -> Transformer:
         methods = {"condition": {}, "__call__": {}}
-        kind = nn.remat(Transformer, methods=methods) if self.remat else Transformer
+        kind = nn.remat(Transformer, policy=KEEP, methods=methods) if self.remat else Transformer
         return kind(self._channels(level), self.config.num_heads, masked, self.dtype, name=name)
 
     def _transformers(self) -> list[Transformer]:

@@ -10,7 +10,7 @@ from training_common import tiny_model
 
 from instdiff_jax.analysis.chips import CHIPS, predict, scaling
 from instdiff_jax.analysis.hlo import Collective, ProgramCosts, analyze, ring_bytes
-from instdiff_jax.aot import programs
+from instdiff_jax.aot import blocks, programs
 from instdiff_jax.aot.report import memory_table
 from instdiff_jax.cli import aot
 from instdiff_jax.errors import InputError, exit_on_input_error
@@ -203,7 +203,7 @@ def test_program_that_does_not_fit_is_one_line():
 
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
     with pytest.raises(InputError, match="train on v5e:4x4: does not fit"):
-        programs.compile_program(programs.Program("train", Refused(), (), {}, mesh, 8, 0.0), "v5e:4x4")
+        programs.compile_program(programs.Program("train", Refused(), (), {}, mesh, 8, {}), "v5e:4x4")
 
 
 def test_topology_that_cannot_be_had_is_one_line_and_exit_code_2(monkeypatch, capsys):
@@ -242,13 +242,46 @@ def run(monkeypatch, tmp_path, *argv):
 
 
 def test_sampler_through_the_command(monkeypatch, tmp_path, capsys):
-    (report,) = run(monkeypatch, tmp_path, "--what", "sample", "--hlo", str(tmp_path))
+    # The sampler has no fsdp: a config's does not matter.
+    flags = ("--what", "sample", "--config.parallel.fsdp=16", "--hlo", str(tmp_path))
+    (report,) = run(monkeypatch, tmp_path, *flags)
+    modules = [row["path"] for row in report["modules"]]
+    assert not modules or modules[0] == "UNet"  # a CPU's compiler estimates nothing
     assert report["batch"] == 2 and report["flops"] > 1e6
     # The number of steps is an argument of the program.
     assert report["open_loops"] == 1
     assert report["memory"]["arguments"] > 0 and report["prediction"]["step"] > 0
     assert (tmp_path / "v5e_1x1_sample.hlo").read_text().startswith("HloModule")
     assert "sample on v5e:1x1" in capsys.readouterr().out
+
+
+def test_blocks_through_the_command(monkeypatch, tmp_path, capsys):
+    report = run(monkeypatch, tmp_path, "--what", "blocks", "--blocks", "mid_.*", "--hlo", str(tmp_path))
+    # Equal blocks are one kind.
+    assert [row["names"] for row in report[::2]] == [["mid_res_0", "mid_res_1"], ["mid_attn"]]
+    assert [row["pass"] for row in report] == ["forward", "gradient"] * 2 and report[0]["number"] == 2
+    assert report[3]["compute"] > 2 * report[2]["compute"] > 0
+    assert (tmp_path / "v5e_1x1_mid_attn_gradient.hlo").is_file()
+    assert "| all, times their number | 3 | forward |" in capsys.readouterr().out
+
+
+def test_blocks_that_do_not_exist(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="--blocks nothing: expected a regular expression that matches a block"):
+        run(monkeypatch, tmp_path, "--what", "blocks", "--blocks", "nothing")
+
+
+def test_kinds_of_blocks_are_all_blocks_of_the_unet():
+    """With their arithmetic, they are an evaluation but for the time embedding."""
+    model = tiny_model()
+    mesh = make_mesh(ParallelSettings(), jax.devices()[:1])
+    kinds = blocks.block_kinds(model, jnp.float32, 2, 16)
+    names = [name for kind in kinds for name in kind.names]
+    assert len(names) == len(set(names)) and {"conv_in", "mid_attn", "conv_out"} < set(names)
+    found = blocks.block_programs(model, TrainSettings(steps=10, dtype="float32"), mesh, 2, 16, ".*")
+    total = sum(len(kind.names) * program.flops for kind, program in found if program.name == "forward")
+    whole = programs.sample_program(model, TrainSettings(steps=10, dtype="float32"), mesh, 1, 16)
+    inside = {path: flops for path, flops in whole.module_flops.items() if "/time_" not in path or "res" in path}
+    assert total == sum(inside.values())
 
 
 @pytest.mark.slow
@@ -275,7 +308,7 @@ def test_training_step_with_masked_attention(masked):
     [
         (("--what", "sample", "--image_size", "15"), "--image_size: expected a multiple of"),
         (("--output", "nowhere/aot.json"), "nowhere: expected an existing folder"),
-        (("--config.parallel.fsdp=3",), "does not match the 1 devices"),
+        (("--what", "train", "--config.parallel.fsdp=3"), "devices; change --config.parallel.data"),
         (("--slices", "0"), "--slices: expected a whole number of at least 1, got 0"),
         (("--config.parallel.slices=2",), "config.parallel.slices: expected a divisor of the 1 devices, got 2"),
     ],

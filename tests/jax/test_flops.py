@@ -2,13 +2,14 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.lax import conv_general_dilated
 
 import common
-from instdiff_jax.analysis.flops import count_flops
+from instdiff_jax.analysis.flops import count_flops, count_flops_by_module
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.diffusion.plan import make_plan
 from instdiff_jax.diffusion.rows import bucket_size
@@ -35,6 +36,27 @@ def test_products_count_two_a_multiply_add():
     batched = functools.partial(jnp.einsum, "bhnd,bhmd->bhnm")
     assert count_flops(batched, shape(2, 3, 5, 7), shape(2, 3, 11, 7)) == 2 * (2 * 3) * 5 * 11 * 7
     assert count_flops(lambda x: x + 1, shape(100)) == 0
+
+
+def test_flops_belong_to_modules_in_loops_and_gradients():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(7, name="up")(x)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat(Block)(name="block")(x).sum()
+
+    net, x = Net(), jnp.ones((3, 5))
+    params = net.init(jax.random.key(0), x)
+
+    def steps(params):
+        return jax.lax.scan(lambda c, _: (jax.grad(lambda p: net.apply(p, x))(c), None), params, length=4)
+
+    # In each step the product, and that of its kernel's gradient.
+    assert count_flops_by_module(steps, params) == {"Net/block/up": 4 * 2 * 2 * 3 * 5 * 7}
 
 
 @pytest.mark.parametrize("groups", [1, 4])

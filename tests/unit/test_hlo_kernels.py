@@ -39,11 +39,11 @@ def test_equal_kernels_have_one_schedule_and_count_as_often_as_they_run():
     costs = analyze(PROGRAM, {"kernel.1": 100.0})
     assert costs.pallas_cycles == 9 * 100, "once by itself, eight times in the loop"
     assert costs.unscheduled_kernels == 1
-    assert analyze(PROGRAM, {"kernel.1": 100.0, "kernel.3": 5.0})[-2:] == (905.0, 0)
+    assert analyze(PROGRAM, {"kernel.1": 100.0, "kernel.3": 5.0})[4:6] == (905.0, 0)
 
 
 def test_kernels_without_any_schedule_are_said():
-    assert analyze(PROGRAM)[-2:] == (0.0, 10)
+    assert analyze(PROGRAM)[4:6] == (0.0, 10)
 
 
 @pytest.mark.parametrize("metadata", ["{}", '{\n "name": "kernel"\n}'])

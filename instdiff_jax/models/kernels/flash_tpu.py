@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt32
 
 from instdiff_jax.models.kernels import flash_tpu_bodies as bodies
-from instdiff_jax.models.layers import platform
+from instdiff_jax.models.layers import kept, platform
 from instdiff_jax.models.regions import EVERYWHERE
 
 LANES = 128
@@ -86,7 +86,7 @@ def _flash(blocks: Blocks, q, k, v, query_bits, key_bits) -> Float[Array, "b h d
 
 
 def _flash_forward(blocks: Blocks, q, k, v, query_bits, key_bits):
-    out, lse = _forward(blocks, q, k, v, query_bits, key_bits, save=True)
+    out, lse = map(kept, _forward(blocks, q, k, v, query_bits, key_bits, save=True))
     return out, (q, k, v, query_bits, key_bits, out, lse)
 
 
