@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from instdiff_jax.checkpoint.verify import check_intact, compare_files, file_crc, signed
-from instdiff_jax.data.arrays import new_array
+from instdiff_jax.data.arrays import DAMAGED, new_array
 from instdiff_jax.data.dataset import InstanceDataset, Record
 from instdiff_jax.data.images import Crop
 from instdiff_jax.errors import InputError
@@ -85,7 +85,7 @@ class LatentCache:
         try:
             arrays = [np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES]
             self._crcs = np.load(file, allow_pickle=False) if file.exists() else None  # older caches have none
-        except (OSError, ValueError) as error:
+        except DAMAGED as error:
             raise InputError(f"{self.path}: damaged ({error}); make the cache again") from error
         for name, array in zip(NAMES, arrays, strict=True):
             if array.ndim != 5 or array.shape[:2] != self._rows or array.dtype != np.float32:
