@@ -17,8 +17,8 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla
 FAST_FOLDER = ROOT / "tests" / "unit"
 # Tests outside it that take a second or two each.
 FAST_FILES = {"test_compilation.py", "test_schedule.py", "test_solvers.py"}
-# These trace full-size models, and read millions of pickle instructions.
-NOT_FAST = {"test_rename.py", "test_torch_file_limits.py"}
+# These trace full-size models, read millions of pickle instructions, and start a storage emulator and many commands.
+NOT_FAST = {"test_rename.py", "test_torch_file_limits.py", "test_buckets.py"}
 
 
 def pytest_addoption(parser):
@@ -58,3 +58,25 @@ def pipeline(tiny_checkpoint):
     from instdiff_jax import Pipeline
 
     return Pipeline.from_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def storage_url():
+    """A storage emulator of this process."""
+    from bucket import emulator
+
+    with emulator() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def bucket(storage_url, tmp_path_factory):
+    """The gs:// path of a new bucket; this process and its children find it."""
+    from bucket import environment, make_bucket
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(storage_url).items():
+            patch.setenv(name, value)
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield make_bucket(storage_url, f"test-{cache.name}-{os.getpid()}")

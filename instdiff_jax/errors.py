@@ -58,6 +58,11 @@ def exit_on_input_error() -> Iterator[None]:
     except InputError as error:
         print("error: " + _one_line(str(error)), file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("gcsfs", "google"):  # what reads gs:// paths
+            raise
+        print("error: the bucket: " + _one_line(str(error)), file=sys.stderr)
+        sys.exit(2)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from instdiff_jax.buckets import as_path, bucket_errors, is_bucket, upload_folder
 from instdiff_jax.errors import FULL_DISK, InputError, short
 from instdiff_jax.paths import read_file
 from instdiff_jax.processes import is_alive, started
@@ -41,13 +43,20 @@ def write_file(path: str | os.PathLike, write: Callable[[BinaryIO], object], syn
     """Writes a file, whole or not at all. Missing parent folders are made.
 
     Args:
-        path: where. A link stays a link; a device or pipe, such as /dev/stdout, is written directly.
+        path: where. A link stays a link; a device or pipe, such as /dev/stdout, is written directly. In a bucket
+            the file is made in memory.
         write: called with a binary file.
         sync: wait for the disk, so that the file is whole after a power failure too; costs milliseconds.
 
     Raises:
         InputError: if the file cannot be written.
     """
+    if is_bucket(path):
+        content = io.BytesIO()
+        write(content)
+        with bucket_errors(path, "cannot be written"):
+            as_path(path).write_bytes(content.getvalue())
+        return
     path = Path(path)
     with write_errors(path):
         if path.is_dir():
@@ -142,7 +151,7 @@ def json_files(folder: str | os.PathLike, inner: bool = False) -> list[Path]:
 
 
 @contextlib.contextmanager
-def replace_folder(path: str | os.PathLike, sync: bool = True) -> Iterator[Path]:
+def replace_folder(path: str | os.PathLike, sync: bool = True, last: str = "") -> Iterator[Path]:
     """Gives an empty folder beside `path` that takes its place at the end of the block.
 
     If the block raises, the new folder is removed and the old one stays. What a killed process left of an earlier
@@ -151,10 +160,16 @@ def replace_folder(path: str | os.PathLike, sync: bool = True) -> Iterator[Path]
     Args:
         path: the folder to make or replace; missing parents are made.
         sync: wait for the disk, so that the folder is whole after a power failure too.
+        last: in a bucket, where nothing can be renamed, the file without which the folder counts as unfinished.
 
     Raises:
         InputError: if the folder cannot be written.
     """
+    if is_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="instdiff-") as local:
+            yield Path(local)
+            upload_folder(Path(local), path, last)
+        return
     path = Path(os.path.realpath(path))
     with write_errors(path):
         if path.exists() and not path.is_dir():

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from instdiff_jax.buckets import is_bucket
 from instdiff_jax.errors import InputError
 
 try:
@@ -23,13 +24,13 @@ def lock_folder(folder: Path, key: str = "") -> Iterator[None]:
     """Keeps other runs out of a folder. The system releases the lock of a process that dies.
 
     Args:
-        folder: made if it is not there. A file system that has no locks is used without one.
+        folder: made if it is not there. A file system that has no locks is used without one, and so is a bucket.
         key: runs of one key may share the folder; without a key none may.
 
     Raises:
         InputError: if another run has it; names its host and process id.
     """
-    handle = _take(folder / NAME, key) if fcntl else None
+    handle = _take(folder / NAME, key) if fcntl and not is_bucket(folder) else None
     if handle is None:
         yield
         return

@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+from instdiff_jax.buckets import as_path, bucket_errors, is_bucket
 from instdiff_jax.errors import InputError, short
 
 
@@ -11,7 +12,7 @@ def read_file(path: str | os.PathLike, folder: str | os.PathLike | None = None) 
     """The content of an input file.
 
     Args:
-        path: a regular file: a device has no end, and a pipe may never answer.
+        path: a regular file (a device has no end, and a pipe may never answer), or one in a bucket.
         folder: for a path that comes from a file: the folder that it is in. It may not lead out of it; a link that the
             user put into the folder may.
 
@@ -20,6 +21,9 @@ def read_file(path: str | os.PathLike, folder: str | os.PathLike | None = None) 
     """
     if folder is not None:
         path = inside(folder, os.fspath(path))
+    if is_bucket(path):
+        with bucket_errors(path):
+            return as_path(path).read_bytes()
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(handle, "rb") as file:
@@ -49,7 +53,7 @@ def inside(folder: str | os.PathLike, name: str, where: str = "") -> Path:
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise InputError(f"{where}{': ' * bool(where)}expected a path inside {folder}, got {short(name)}")
-    return Path(folder) / path
+    return as_path(folder) / path
 
 
 def output_path(folder: str | os.PathLike, *names: str) -> Path:
@@ -58,7 +62,7 @@ def output_path(folder: str | os.PathLike, *names: str) -> Path:
     Raises:
         InputError: for a name that is not the plain name of a file or folder, is hidden, or is a link there.
     """
-    path = Path(folder)
+    path = as_path(folder)
     for name in names:
         if not name or name.startswith(".") or any(sign in name for sign in (os.sep, os.altsep or os.sep, "\0")):
             raise InputError(f"{path}: {short(name)} cannot be the name of a file there; rename the input")
@@ -69,5 +73,5 @@ def output_path(folder: str | os.PathLike, *names: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it can make again: compiled programs and kernels. It may not exist."""
+    """Where this package keeps what it can make again: compiled programs and kernels, copies of buckets."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "instdiff_jax"

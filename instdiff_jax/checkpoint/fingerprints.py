@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from instdiff_jax.buckets import as_path, files_below, is_bucket
 from instdiff_jax.checkpoint.folder import part_checksums, read_config, stored_digests
 from instdiff_jax.config import ModelConfig
 
@@ -32,22 +33,25 @@ def base_fingerprint(start: str, seed: int, config: ModelConfig, part: str = "")
     if not start:
         text = json.dumps([seed, part, model_sizes(config)], sort_keys=True)
         return "fresh-" + hashlib.sha256(text.encode()).hexdigest()[:24]
-    directory = Path(start)
+    directory = as_path(start)
     read_config(directory)
     digest, digests = hashlib.sha256(), stored_digests(directory)
     for name, value in sorted(digests.items()):
         if part in ("", name):
             digest.update(f"{name} {value}\n".encode())
-    for folder in sorted((directory / "params").glob(part or "*")):
-        for name, crc in sorted(part_checksums(directory, folder.name).items()) if folder.name not in digests else ():
+    parts = {name.split("/")[0] for name in files_below(directory / "params")}
+    for folder in sorted(parts & {part} if part else parts):
+        for name, crc in sorted(part_checksums(directory, folder).items()) if folder not in digests else ():
             # orbax's notes hold the time and place of writing, which differ between two conversions of one file.
             if not Path(name).name.startswith("_") and Path(name).name != "commit_success.txt":
-                digest.update(f"{folder.name}/{name} {crc}\n".encode())
+                digest.update(f"{folder}/{name} {crc}\n".encode())
     return digest.hexdigest()[:32]
 
 
 def older_fingerprint(start: str) -> str:
     """What `base_fingerprint` was before version 0.2, with which runs begun then go on: large files by their ends."""
+    if is_bucket(start):  # no run was in one then
+        return ""
     digest, digests = hashlib.sha256(), stored_digests(start)
     for name, value in sorted(digests.items()):
         digest.update(f"{name} {value}\n".encode())

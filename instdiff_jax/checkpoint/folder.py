@@ -15,12 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from instdiff_jax.buckets import absolute, as_path, bucket_errors, files_below, is_bucket
 from instdiff_jax.checkpoint.parts import first_line, restore_part, save_part
 from instdiff_jax.checkpoint.rename import check_keys
 from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_shapes
 from instdiff_jax.checkpoint.tokenizer_files import TOKENIZER_FILES
 from instdiff_jax.checkpoint.verify import check_intact, compare_files, file_crcs, read_checksums, signed
 from instdiff_jax.config import ModelConfig, SamplingConfig
+from instdiff_jax.copies import local_copy
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json, recover_folder, remove_leftovers, replace_folder, write_errors
 from instdiff_jax.models.networks import Networks
@@ -32,11 +34,13 @@ FORMAT, VERSION = "instdiff_jax checkpoint", 1
 
 def check_output(directory: str | os.PathLike, overwrite: bool = False) -> None:
     """Raises InputError if `save_folder` must not write there: a file, or a folder that would be lost."""
-    directory = Path(directory)
-    remove_leftovers(directory.absolute().parent, directory.name)
-    if not directory.exists() and not directory.is_symlink():
+    directory = as_path(directory)
+    if not is_bucket(directory):
+        remove_leftovers(directory.absolute().parent, directory.name)
+    is_link = os.path.islink(directory)
+    if not directory.exists() and not is_link:
         return
-    if not directory.is_dir() or directory.is_symlink():
+    if not directory.is_dir() or is_link:
         raise InputError(f"{directory}: exists and is not a folder")
     if not any(directory.iterdir()):
         return
@@ -74,10 +78,10 @@ def save_folder(
     Raises:
         InputError: if it must not write there, or the tree does not have the sizes of `model_config`.
     """
-    directory = Path(directory).absolute()
+    directory = absolute(directory)
     check_output(directory, overwrite)
     _check_tree({path: np.shape(leaf) for path, leaf in flatten(params).items()}, model_config, absent, "parameters")
-    with replace_folder(directory) as beside:
+    with replace_folder(directory, last="config.json") as beside:
         (beside / "tokenizer").mkdir()
         for name in TOKENIZER_FILES:
             if (Path(tokenizer_dir) / name).is_file():
@@ -110,29 +114,31 @@ def stored_digests(directory: str | os.PathLike) -> dict[str, str]:
 
 def has_checksums(directory: str | os.PathLike) -> bool:
     """Whether config.json tells by itself whether any value in the folder has changed since it was saved."""
-    content = _read_json(Path(directory))
+    content = _read_json(as_path(directory))
     known = _notes_with(directory, "sha256") | _notes_with(directory, "crc32")
     return known.keys() == content["params"].keys() and isinstance(content.get("tokenizer"), dict)
 
 
 def part_checksums(directory: str | os.PathLike, part: str) -> dict[str, int]:
     """The checksum of each file of a part: those noted when it was saved, else those of the files as they are."""
-    folder = Path(directory) / "params" / part
+    folder = as_path(directory) / "params" / part
     noted = _notes_with(directory, "crc32").get(part)
     if noted is not None:
         return read_checksums(folder, noted)
-    return file_crcs(folder, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()])
+    return file_crcs(folder, files_below(folder))
 
 
 def _notes_with(directory: str | os.PathLike, kind: str) -> dict[str, Any]:
-    notes = _read_json(Path(directory))["params"]
+    notes = _read_json(as_path(directory))["params"]
     return {part: note[kind] for part, note in notes.items() if isinstance(note, dict) and kind in note}
 
 
 def _read_json(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     recover_folder(directory)
-    if not path.is_file():
+    with bucket_errors(directory):
+        found = path.is_file()
+    if not found:
         raise InputError(f"{directory}: not a checkpoint folder: no config.json there")
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -158,7 +164,7 @@ def read_config(directory: str | os.PathLike) -> tuple[ModelConfig, SamplingConf
     Raises:
         InputError: for a folder that is no checkpoint, or a damaged config.json.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     content = _read_json(directory)
     path = directory / "config.json"
     model = ModelConfig.from_dict(content["model"], f"{path}: model")
@@ -188,13 +194,13 @@ def restore_params(
     Raises:
         InputError: for a part that is absent, and for missing, damaged or mismatched files.
     """
-    directory = Path(directory).absolute()
+    directory = absolute(directory)
     config, _, absent = read_config(directory)
     content = _read_json(directory)
     notes = content["params"]
     check_regular(directory / "params")
     if verify and "text_encoder" in (parts or notes) and isinstance(content.get("tokenizer"), dict):
-        compare_files(directory / "tokenizer", content["tokenizer"])
+        compare_files(local_copy(directory / "tokenizer"), content["tokenizer"])
     known = [part for part in Networks._fields if parts is None or part in parts]
     shapes = parameter_shapes(config, absent, known)
     if sharding is None:

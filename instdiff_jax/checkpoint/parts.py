@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from instdiff_jax.buckets import files_below
 from instdiff_jax.checkpoint.quiet import say_errors_once
 from instdiff_jax.checkpoint.rename import check_keys
 from instdiff_jax.checkpoint.verify import start_compare_folder, write_checksums
@@ -89,8 +90,10 @@ def restore_part(
 def _restore(folder: Path, shapes: dict, digest: str | None, dtype: Any, sharding: Any, as_numpy: bool) -> dict:
     (part,) = {path[0] for path in shapes}
     places = flatten(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(shapes, sharding)
+    # In a bucket orbax looks for its own mark that a part is whole; the note replaces it.
+    finished = ocp.path.atomicity.AtomicRenameTemporaryPath
     say_errors_once()
-    with ocp.Checkpointer(_handler()) as checkpointer:
+    with ocp.Checkpointer(_handler(), temporary_path_class=finished) as checkpointer:
         stored = _stored_dtypes(checkpointer, folder, part, shapes)
         dtypes = {path: _leaf_dtype(stored[path], shape, dtype) for path, shape in shapes.items()}
         restore_args = {}
@@ -147,7 +150,7 @@ def tree_digest(tree: Mapping[str, Any]) -> str:
 
 
 def _count_files(folder: Path) -> dict[str, int]:
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    sizes = files_below(folder).values()
     return {"files": len(sizes), "bytes": sum(sizes)}
 
 

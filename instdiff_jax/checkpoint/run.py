@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
+from instdiff_jax.buckets import absolute, unreachable
 from instdiff_jax.checkpoint.fingerprints import base_fingerprint, older_fingerprint
 from instdiff_jax.checkpoint.folder import read_config, restore_params
 from instdiff_jax.checkpoint.quiet import say_errors_once
@@ -140,7 +141,7 @@ def intact_step(workdir: Path, verify: bool = True) -> int:
 
 def _restore_averaged(workdir: Path, step: int | None, verify: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """The step, its averaged parameters and its facts."""
-    folder = workdir.absolute() / CHECKPOINTS
+    folder = absolute(workdir) / CHECKPOINTS
     say_errors_once()
     options = ocp.CheckpointManagerOptions(create=False, read_only=True)
     # Without handlers orbax does not tell what a state that it has not saved itself consists of.
@@ -183,7 +184,7 @@ def _only_averaged(stored: Any) -> ocp.args.PyTreeRestore:
 
 def damage(error: Exception) -> str:
     """What is wrong with a damaged checkpoint, in a line. An error that its files did not cause is raised again."""
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or unreachable(error):
         raise error
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"

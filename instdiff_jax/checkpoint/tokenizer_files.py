@@ -3,6 +3,7 @@
 import operator
 from pathlib import Path
 
+from instdiff_jax.copies import local_copy
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json
 from instdiff_jax.paths import check_regular, read_file
@@ -14,14 +15,14 @@ def find_tokenizer(name: str, vocab_size: int | None = None) -> Path:
     """The folder of a CLIP tokenizer.
 
     Args:
-        name: a folder, or a name on the hub whose files are in the hub's local cache.
+        name: a folder (one in a bucket is copied), or a name on the hub whose files are in the hub's local cache.
         vocab_size: of the text encoder; the tokenizer's ids must be below it.
 
     Raises:
         InputError: if it is not there, is damaged, or has too many tokens for the text encoder.
     """
     where = "config.model.text_encoder.tokenizer"
-    folder = Path(name)
+    folder = local_copy(name)
     if not folder.is_dir():
         folder = _cached_tokenizer(name)
     check_regular(folder)

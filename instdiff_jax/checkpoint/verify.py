@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from instdiff_jax.buckets import bucket_errors, is_bucket
 from instdiff_jax.errors import InputError
 from instdiff_jax.paths import check_regular
 
@@ -20,9 +22,9 @@ _THREADS = min(os.cpu_count() or 1, 8)
 
 def file_crc(path: Path, size: int | None = None) -> int:
     """CRC-32 of a file's bytes, or of the first `size` bytes."""
-    crc, left = 0, path.stat().st_size if size is None else size
+    crc, left = 0, sys.maxsize if size is None else size
     buffer = memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb") if is_bucket(path) else open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer[: min(left, _CHUNK)]):
             crc, left = zlib.crc32(buffer[:count], crc), left - count
     return crc
@@ -68,7 +70,8 @@ def compare_files(folder: Path, expected: Mapping[str, Any]) -> None:
     """Raises InputError, naming the file, unless the files of a folder have the expected checksums."""
     check_regular(folder)
     try:
-        found = file_crcs(folder, expected)
+        with bucket_errors(folder):
+            found = file_crcs(folder, expected)
     except OSError as error:
         raise InputError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
     for name, crc in expected.items():

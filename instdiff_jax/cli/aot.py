@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from instdiff_jax.analysis.kernel_schedule import DUMP_FLAGS, read_dump
 from instdiff_jax.cli.config_flags import names_config, read_settings
-from instdiff_jax.cli.parser import command_parser
+from instdiff_jax.cli.parser import command_parser, local_path
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import scratch_folder, write_json, write_text
 
@@ -42,8 +42,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no_fusers", action="store_true", help="the sampler where α is 0 and fusers are left out")
     parser.add_argument("--blocks", default=".*", help="with --what blocks: a regular expression of blocks' names")
     parser.add_argument("--image_size", type=int, default=512, help="side of the images in pixels (default 512)")
-    parser.add_argument("--output", type=Path, help="a JSON file for the reports")
-    parser.add_argument("--hlo", type=Path, help="a folder for the text of the compiled programs")
+    parser.add_argument("--output", type=local_path, help="a JSON file for the reports")
+    parser.add_argument("--hlo", type=local_path, help="a folder for the text of the compiled programs")
     return parser.parse_args(argv)
 
 

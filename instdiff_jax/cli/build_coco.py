@@ -9,17 +9,16 @@ DATA_DIR/report.json.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from instdiff_jax.cli.parser import OUTSIDE, command_parser
+from instdiff_jax.cli.parser import OUTSIDE, command_parser, local_path
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("build-coco", __doc__)
-    parser.add_argument("--coco_dir", type=Path, required=True, help="folder with annotations/ and folders of images")
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder of the new dataset")
+    parser.add_argument("--coco_dir", type=local_path, required=True, help="folder with annotations/ and image folders")
+    parser.add_argument("--data_dir", type=local_path, required=True, help="folder of the new dataset")
     parser.add_argument("--splits", default="", help="names separated by commas; default: all that have images")
-    parser.add_argument("--instance_captions", type=Path, help="JSON file {annotation id: caption}")
+    parser.add_argument("--instance_captions", type=local_path, help="JSON file {annotation id: caption}")
     parser.add_argument("--no_captions", action="store_true", help="do without captions_*.json")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset in --data_dir")
     parser.add_argument("--images_outside", action="store_true", help=OUTSIDE)

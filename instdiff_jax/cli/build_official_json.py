@@ -8,15 +8,14 @@ like the official --train_file.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from instdiff_jax.cli.parser import command_parser
+from instdiff_jax.cli.parser import command_parser, local_path
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("build-official-json", __doc__)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="folders, .json files or .txt lists")
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder of the new dataset")
+    parser.add_argument("--input", type=local_path, nargs="+", required=True, help="folders, .json files or .txt lists")
+    parser.add_argument("--data_dir", type=local_path, required=True, help="folder of the new dataset")
     parser.add_argument("--split", default="train", help="name of the split (default train)")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset in --data_dir")
     return parser.parse_args(argv)

@@ -5,16 +5,15 @@ instdiff build-tokenizer --data_dir datasets/shapes --output datasets/shapes_tok
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from instdiff_jax.cli.parser import command_parser
+from instdiff_jax.cli.parser import command_parser, local_path
 from instdiff_jax.errors import exit_on_input_error
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("build-tokenizer", __doc__)
-    parser.add_argument("--data_dir", type=Path, required=True, help="the dataset")
-    parser.add_argument("--output", type=Path, required=True, help="the tokenizer's folder")
+    parser.add_argument("--data_dir", type=local_path, required=True, help="the dataset")
+    parser.add_argument("--output", type=local_path, required=True, help="the tokenizer's folder")
     parser.add_argument("--vocab_size", type=int, default=1024, help="the largest number of entries (default 1024)")
     parser.add_argument("--max_length", type=int, default=77, help="token ids per text (default 77)")
     return parser.parse_args(argv)

@@ -16,9 +16,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from instdiff_jax.buckets import is_bucket
 from instdiff_jax.checkpoint import folder, pytorch
 from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.cli.config_flags import read_config
+from instdiff_jax.cli.parser import any_path, local_path
 from instdiff_jax.config import CheckpointSettings, ModelConfig, SamplingConfig
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 
@@ -34,13 +36,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--input",
         action="append",
         required=True,
-        type=Path,
+        type=any_path,
         help="a PyTorch file; several make one model (a base and adapters). With --to_pytorch: a checkpoint folder",
     )
-    parser.add_argument("--output", type=Path, help="the checkpoint folder to write")
-    parser.add_argument("--convnext", type=Path, help="ImageNet ConvNeXt weights, to train adapters from a base")
+    parser.add_argument("--output", type=any_path, help="the checkpoint folder to write")
+    parser.add_argument("--convnext", type=local_path, help="ImageNet ConvNeXt weights, to train adapters from a base")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint folder at --output")
-    parser.add_argument("--to_pytorch", type=Path, help="write the folder at --input to this .pth or .safetensors")
+    parser.add_argument("--to_pytorch", type=local_path, help="write the folder at --input to a .pth or .safetensors")
     parser.add_argument("--no_verify", action="store_true", help="do not compare the input with its checksums")
     args = parser.parse_args(argv)
     if (args.output is None) == (args.to_pytorch is None):
@@ -52,6 +54,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def to_folder(args: argparse.Namespace, model: ModelConfig, sampling: SamplingConfig) -> None:
     """PyTorch files to a checkpoint folder. The output and the tokenizer are checked before any weight is read."""
+    for path in filter(is_bucket, args.input):
+        raise InputError(f"--input: {path}: expected a file on this machine")
     folder.check_output(args.output, args.overwrite)
     tokenizer = find_tokenizer(model.text_encoder.tokenizer, model.text_encoder.vocab_size)
     start = time.time()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instdiff_jax.cli.parser import OUTSIDE, command_parser
+from instdiff_jax.cli.parser import OUTSIDE, any_path, command_parser, local_path
 from instdiff_jax.cli.sampling_flags import add_sampling_flags, read_overrides
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--coco_dir", type=Path, required=True, help="folder with annotations/ and folders of images")
+    add("--coco_dir", type=local_path, required=True, help="folder with annotations/ and folders of images")
     add("--split", required=True, help="name of the split, for example val2017")
-    add("--output", type=Path, required=True, help="folder to write to")
+    add("--output", type=local_path, required=True, help="folder to write to")
     add("--images_outside", action="store_true", help=OUTSIDE)
     what = parser.add_argument_group("images").add_argument
-    what("--checkpoint", type=Path, help="a checkpoint folder, or a training workdir; not needed with --real")
+    what("--checkpoint", type=any_path, help="a checkpoint folder, or a training workdir; not needed with --real")
     what("--real", action="store_true", help="measure the split's own images: the upper bound")
     what("--caption_only", action="store_true", help="generate from captions without instances: the base model")
     what("--format", default="auto", choices=FORMATS, help="locations in the layouts (default auto)")
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     measures("--clip", help="a CLIP model of the transformers library on this machine: a folder or a name")
     measures("--features", help="for FID: detector (default), none, npz:FILE or python:MODULE:FUNCTION")
     measures("--min_score", type=float, default=0.25, help="detections below this score count for AP only (0.25)")
-    measures("--upper_bound", type=Path, help="report.json of a --real run with the same flags, to compare with")
+    measures("--upper_bound", type=local_path, help="report.json of a --real run with the same flags, to compare with")
     measures("--html_images", type=int, default=60, help="images on the HTML page (default 60)")
     return parser.parse_args(argv)
 

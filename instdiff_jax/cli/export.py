@@ -5,16 +5,15 @@ instdiff export --workdir runs/coco --output checkpoints/mine
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from instdiff_jax.cli.parser import command_parser
+from instdiff_jax.cli.parser import any_path, command_parser
 from instdiff_jax.errors import InputError, exit_on_input_error
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("export", __doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--output", type=Path, required=True, help="the checkpoint folder to write")
+    parser.add_argument("--workdir", type=any_path, required=True, help="the run's folder")
+    parser.add_argument("--output", type=any_path, required=True, help="the checkpoint folder to write")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint folder at --output")
     parser.add_argument(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instdiff_jax.cli.box import default_checkpoint
-from instdiff_jax.cli.parser import command_parser
+from instdiff_jax.cli.parser import any_path, command_parser
 from instdiff_jax.cli.sampling_flags import add_sampling_flags, read_overrides
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("sample", __doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=default_checkpoint(), help="a checkpoint folder, or a training workdir")
-    add("--layout", type=Path, nargs="+", help="layout files, or folders of them (default: examples/shapes)")
-    add("--coco", type=Path, help="a COCO annotation file, instead of --layout; with --image_id")
+    add("--checkpoint", type=any_path, default=default_checkpoint(), help="a checkpoint folder, or a training workdir")
+    add("--layout", type=any_path, nargs="+", help="layout files, or folders of them (default: examples/shapes)")
+    add("--coco", type=any_path, help="a COCO annotation file, instead of --layout; with --image_id")
     add("--image_id", type=int, nargs="+", help="images of --coco")
-    add("--captions", type=Path, help="COCO captions for --coco")
+    add("--captions", type=any_path, help="COCO captions for --coco")
     add("--keep_largest", action="store_true", help="of more than 30 instances keep the largest, instead of an error")
-    add("--output", type=Path, default=Path("output"), help="folder to write to (default: output)")
+    add("--output", type=any_path, default=Path("output"), help="folder to write to (default: output)")
     add("--num_images", type=int, default=1, help="images per layout (default: 1)")
     add("--shard", help="i/n: only layouts i, i + n, ...")
     add("--resume", action="store_true", help="only layouts whose files are not all in --output yet")
@@ -50,10 +50,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--height", type=int, help="of the images in pixels (default: the layout's)")
     add_sampling_flags(parser)
     add("--format", default="auto", choices=("auto", "box", "point", "scribble", "mask"), help="which locations count")
-    add("--init_image", type=Path, help="an image to start from, as large as the canvas")
-    add("--inpaint_mask", type=Path, help="an image that is white where --init_image is to be painted anew")
+    add("--init_image", type=any_path, help="an image to start from, as large as the canvas")
+    add("--inpaint_mask", type=any_path, help="an image that is white where --init_image is to be painted anew")
     add("--strength", type=float, help="fraction of the steps that run on --init_image")
-    add("--noise", type=Path, help="initial noise: a float32 .npy of shape [num_images, h, w, z]")
+    add("--noise", type=any_path, help="initial noise: a float32 .npy of shape [num_images, h, w, z]")
     add("--save_latents", action="store_true", help="also write OUT/x/latents.npy")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
     add("--no_verify", action="store_true", help="do not compare the checkpoint with its checksums")

@@ -11,8 +11,10 @@ from tokenize import TokenError
 
 import numpy as np
 
+from instdiff_jax.buckets import is_bucket
 from instdiff_jax.cli.box import default_layouts
 from instdiff_jax.coco import Coco
+from instdiff_jax.copies import local_copy
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import json_files
 from instdiff_jax.images import open_image, read_repaint_mask
@@ -64,6 +66,8 @@ def find_layouts(args: argparse.Namespace) -> LayoutFiles:
 
 
 def _layout_files(path: Path) -> list[Path]:
+    if is_bucket(path) and path.suffix.lower() != ".json":
+        path = local_copy(path, lambda name: name.lower().endswith(".json"))
     if not os.path.isdir(path):  # Path.is_dir raises for what cannot be a name
         return [path]
     records = [file for file in find_records(path) if is_record(file)]

@@ -21,7 +21,7 @@ from instdiff_jax.errors import exit_on_input_error
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("train", __doc__)
     parser.add_argument("--config", help="a config file; --config.KEY=VALUE changes a setting of it")
-    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--workdir", required=True, help="the run's folder; may be gs://BUCKET/NAME")
     return parser.parse_args(argv)
 
 
@@ -44,5 +44,5 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(train(run, workdir), file=sys.stderr)
         finally:
             if not there:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError):  # the latter for a bucket
                     workdir.rmdir()  # only if nothing was written to it

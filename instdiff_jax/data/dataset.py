@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from instdiff_jax.checkpoint.verify import check_intact
+from instdiff_jax.copies import local_copy
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json, recover_folder
 from instdiff_jax.paths import check_regular
@@ -85,10 +86,12 @@ class InstanceDataset:
     def __init__(self, data_dir: str | Path, split: str):
         """Opens a split by its name, with or without the year ("train" for "train2017").
 
+        Records in a bucket are copied to this machine first: array_record reads files only.
+
         Raises:
             InputError: if there is no dataset or no such split, or if it is damaged.
         """
-        self.data_dir = Path(data_dir)
+        self.data_dir = copy_records(data_dir)
         meta = read_meta(self.data_dir)
         names = [name for name in meta["splits"] if name == split] or [
             name for name in meta["splits"] if re.fullmatch(re.escape(split) + r"_?\d+", name)
@@ -156,6 +159,11 @@ class InstanceDataset:
 
     def __repr__(self) -> str:
         return f"InstanceDataset({str(self.data_dir)!r}, {self.split!r})"
+
+
+def copy_records(data_dir: str | Path) -> Path:
+    """The dataset's folder on this machine; of one in a bucket a copy, without what training has added to it."""
+    return local_copy(data_dir, lambda name: not name.startswith(("phrases/", "latents/")))
 
 
 def read_meta(data_dir: str | Path) -> dict[str, Any]:

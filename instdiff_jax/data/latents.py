@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from instdiff_jax.checkpoint.verify import check_intact, compare_files, file_crc, signed
+from instdiff_jax.copies import local_copy, share_copy
 from instdiff_jax.data.arrays import DAMAGED, new_array
 from instdiff_jax.data.dataset import InstanceDataset, Record
 from instdiff_jax.data.images import Crop
@@ -117,7 +118,7 @@ def cache_latents(
         encode: maps uint8 canvases to the posterior's mean and log-variance. It may return before they are ready:
             they are read after the next call. Always called with `batch_size` canvases.
         dataset: the split.
-        path: folder of the cache.
+        path: folder of the cache; one in a bucket is copied to this machine, and written there when it is new.
         encoder_fingerprint: identifies the autoencoder and its weights.
         image_size: side of the canvas in pixels.
         batch_size: canvases per call; by default as many pixels as eight 512x512 canvases have, at most 128 canvases.
@@ -126,7 +127,7 @@ def cache_latents(
     Raises:
         InputError: if the existing cache was made from something else, or the folder cannot be written.
     """
-    path = Path(path)
+    place, path = path, local_copy(path, optional=True)
     if batch_size is None:
         batch_size = min(max(8 * 512**2 // image_size**2, 1), 128)
     if (path / "latents.json").exists():
@@ -135,6 +136,7 @@ def cache_latents(
         # Another run may have made it in the meantime.
         if not (path / "latents.json").exists():
             _encode_all(encode, dataset, path, encoder_fingerprint, image_size, batch_size, flips)
+            share_copy(path, place, last="latents.json")
     return LatentCache(path, dataset, encoder_fingerprint, image_size, flips)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from instdiff_jax.buckets import as_path
 from instdiff_jax.checkpoint.verify import compare_files, file_crc
+from instdiff_jax.copies import local_copy, share_copy
 from instdiff_jax.data.arrays import DAMAGED, new_array
-from instdiff_jax.data.dataset import read_meta
+from instdiff_jax.data.dataset import copy_records, read_meta
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json, replace_folder, write_array
 from instdiff_jax.paths import check_regular
@@ -107,8 +109,9 @@ def phrase_table(
         InputError: if the table is missing and `embed` is None, or the dataset has no imported embeddings.
     """
     key = fingerprint + ("-imported" if use_imported else "")
-    path = Path(data_dir) / "phrases" / key / "embeddings.npy"
-    phrases = read_phrases(data_dir)
+    place = as_path(data_dir) / "phrases" / key
+    path = local_copy(place, optional=True) / "embeddings.npy"
+    phrases = read_phrases(copy_records(data_dir))
     if not phrases:
         raise InputError(f"{data_dir}: expected a dataset with instances, found none")
     if path.exists():
@@ -119,10 +122,11 @@ def phrase_table(
         return table
     if embed is None:
         raise InputError(f"{path}: missing; the phrases of this dataset are not embedded for this text encoder yet")
-    known = _read_imported(Path(data_dir), len(phrases)) if use_imported else {}
+    known = _read_imported(local_copy(place.with_name("imported")), len(phrases)) if use_imported else {}
     with replace_folder(path.parent) as folder:
         _embed_all(folder / path.name, phrases, known, embed, batch_size)
         _add_checksum(folder / path.name)
+    share_copy(path.parent, place)
     return PhraseTable(path)
 
 
@@ -203,8 +207,7 @@ class ImportedEmbeddings:
             _add_checksum(folder / name)
 
 
-def _read_imported(data_dir: Path, count: int) -> dict[int, Float[np.ndarray, " width"]]:
-    folder = data_dir / "phrases" / "imported"
+def _read_imported(folder: Path, count: int) -> dict[int, Float[np.ndarray, " width"]]:
     try:
         for name in _IMPORTED:
             _compare(folder / name)

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from instdiff_jax.buckets import as_path, files_below
 from instdiff_jax.checkpoint.folder import has_checksums, read_config, restore_params
 from instdiff_jax.checkpoint.run import absent_groups, intact_step, load_run, run_tokenizer
 from instdiff_jax.checkpoint.verify import file_crcs
 from instdiff_jax.config import ModelConfig, SamplingConfig
+from instdiff_jax.copies import local_copy
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.tokenizer import Tokenizer
 
@@ -68,7 +70,7 @@ def load_model(
     Raises:
         InputError: if the folder is neither, is damaged, or has no adapters to sample with.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     if (directory / "checkpoints").is_dir():
         return _load_run(directory, dtype, sharding, verify)
     config, sampling, absent = read_config(directory)
@@ -97,7 +99,7 @@ def _check_complete(directory: Path, absent: tuple[str, ...]) -> None:
 
 
 def _open_tokenizer(config: ModelConfig, name: str | Path) -> Tokenizer:
-    return Tokenizer(name, config.text_encoder.vocab_size, config.text_encoder.max_length)
+    return Tokenizer(local_copy(name), config.text_encoder.vocab_size, config.text_encoder.max_length)
 
 
 def checkpoint_fingerprint(directory: Path, verify: bool = True) -> str:
@@ -126,5 +128,5 @@ def checkpoint_fingerprint(directory: Path, verify: bool = True) -> str:
 
 def _crcs(folder: Path) -> list[tuple[str, int]]:
     """Names and checksums of a folder's files; orbax's own notes, which start with "_", say when they were written."""
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    names = files_below(folder)
     return sorted(file_crcs(folder, [name for name in names if not Path(name).name.startswith("_")]).items())

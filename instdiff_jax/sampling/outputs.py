@@ -11,7 +11,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, PngImagePlugin
 
+from instdiff_jax.buckets import bucket_errors, check_writable, is_bucket, objects
 from instdiff_jax.errors import InputError, NotFiniteError, short
 from instdiff_jax.files import read_json, remove_leftovers, write_array, write_file, write_json
 from instdiff_jax.layout import Layout
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from instdiff_jax.sampling.results import Result  # imports jax
 
 _OWN_NAMES = re.compile(r"contact_sheet\.png|run(-\d+-of-\d+)?\.json", re.IGNORECASE)
+_AT_ONCE = 16  # images
 SHEET_LAYOUTS, SHEET_SEEDS = 64, 16  # the most that the contact sheet shows
 _MADE_FROM = "instdiff-input"  # key of the text in a PNG that says what it was made from
 # What all images of an output folder have in common.
@@ -71,15 +74,16 @@ class OutputFolder:
 
     def finished(self, names: Iterable[str], layouts: Mapping[str, Layout]) -> tuple[set[str], set[str]]:
         """The layouts whose files are all there, and those that have images made from something else."""
-        finished, changed = set(), set()
-        for name in names:
-            files = self.files(name)
-            there = [file for file in files if os.path.exists(file)]
-            images = [file for file in there if file.suffix == ".png"]
-            made_from = self.fingerprint(layouts[name]) if images else ""
-            if any(_read_made_from(file) != made_from for file in images):
+        finished, changed, exists = set(), set(), self._exists()
+        there = {name: [file for file in self.files(name) if exists(file)] for name in names}
+        images = [file for files in there.values() for file in files if file.suffix == ".png"]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # a bucket takes its time for each
+            found = dict(zip(images, pool.map(_read_made_from, images), strict=True))
+        for name, files in there.items():
+            made_from = {found[file] for file in files if file in found}
+            if made_from and made_from != {self.fingerprint(layouts[name])}:
                 changed.add(name)
-            elif len(there) == len(files):
+            elif len(files) == len(self.files(name)):
                 finished.add(name)
         if self.save_latents:
             seeds = self._seeds_of_latents()
@@ -93,6 +97,10 @@ class OutputFolder:
         Raises:
             InputError: if they cannot, and for a file that cannot be written inside the block.
         """
+        if is_bucket(self.path):
+            check_writable(self.path)
+            yield
+            return
         there = os.path.exists(self.path)
         try:
             self._try_writing()
@@ -125,9 +133,18 @@ class OutputFolder:
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes what an earlier run wrote for layouts, latents included."""
+        exists = self._exists() if is_bucket(self.path) else None
         for name in names:
-            for file in (*self.files(name), self.file(name, "latents.npy")):
-                file.unlink(missing_ok=True)
+            for file in filter(exists, (*self.files(name), self.file(name, "latents.npy"))):
+                with bucket_errors(file, "cannot be removed"):
+                    file.unlink(missing_ok=True)
+
+    def _exists(self) -> Callable[[Path], bool]:
+        """Tells which files are there; of a bucket there is one list for all."""
+        if not is_bucket(self.path):
+            return os.path.exists
+        there = {str(self.path / name) for name in objects(self.path)}
+        return lambda file: str(file) in there
 
     def write(self, results: Iterable["Result"]) -> str:
         """Writes one layout's files, each image as it comes; returns the layout's name.
@@ -247,10 +264,10 @@ def write_image(path: Path, pixels: UInt8[np.ndarray, "H W 3"], made_from: str =
 
 def _read_made_from(path: Path) -> str | None:
     """What `write_image` noted; None if it did not, or the file is damaged."""
-    if not path.is_file():
+    if not is_bucket(path) and not path.is_file():
         return None
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_file(path)) if is_bucket(path) else path) as image:
             return image.info.get(_MADE_FROM)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from instdiff_jax.buckets import Owner, absolute, is_bucket, move_folder
 from instdiff_jax.checkpoint.quiet import say_errors_once
 from instdiff_jax.checkpoint.run import CHECKPOINTS, checked_sums, checksums, damage, leaf_paths
 from instdiff_jax.checkpoint.verify import signed
@@ -59,7 +60,8 @@ class Checkpoints:
         keep_every: int = 0,
         read_only: bool = False,
     ):
-        self.folder = workdir.absolute() / CHECKPOINTS
+        self.folder = absolute(workdir) / CHECKPOINTS
+        self._owner = Owner(workdir) if _signs(workdir) and not read_only else None
         self._facts = dict(facts)
         say_errors_once()
         options = ocp.CheckpointManagerOptions(
@@ -81,6 +83,8 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        if self._owner is not None:
+            self._owner.check()
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             facts=ocp.args.JsonSave(signed(self._facts | {"step": step, "checksums": checksums(state)})),
@@ -208,9 +212,14 @@ class Checkpoints:
             target = self.folder.parent / DAMAGED
             target.mkdir(exist_ok=True)
             count = len(list(target.glob(f"{step}*")))
-            (self.folder / str(step)).rename(target / (f"{step}.{count}" if count else str(step)))
+            move_folder(self.folder / str(step), target / (f"{step}.{count}" if count else str(step)))
         _everywhere(True)
         self._manager.reload()
+
+
+def _signs(workdir: Path) -> bool:
+    """Whether this process signs the folder: in a bucket the first one of a job does."""
+    return is_bucket(workdir) and jax.process_index() == 0
 
 
 def _everywhere(value: bool) -> bool:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, UInt8
 
+from instdiff_jax.buckets import as_path
 from instdiff_jax.checkpoint.folder import read_config as read_folder
 from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
 from instdiff_jax.data.dataset import InstanceDataset
@@ -147,7 +147,7 @@ def open_latents(run: RunSettings, plan: ShardingPlan, params: Params, dataset: 
     fingerprint = base_fingerprint(run.train, run.model, "autoencoder")
     size, flips = run.data.examples.image_size, run.data.examples.flip > 0
     name = f"{dataset.split}-{size}-{fingerprint[:16]}{_dtype_suffix(run)}" + "-unflipped" * (not flips)
-    path = Path(run.data.dir) / "latents" / name
+    path = as_path(run.data.dir) / "latents" / name
     cache = first_process_first(functools.partial(cache_latents, encode, dataset, path, fingerprint, size, flips=flips))
     if jax.process_index() == 0:
         # The noise has standard deviation 1. Much smaller latents drown in it; much larger ones never become noise.

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from instdiff_jax.analysis.flops import count_flops
+from instdiff_jax.buckets import absolute
 from instdiff_jax.checkpoint.verify import signed
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.errors import InputError
@@ -160,7 +161,7 @@ def config_of(run: RunSettings) -> dict[str, Any]:
     """What config.json holds. `train.start` is absolute: export and sampling may run in another folder."""
     groups = run.to_dict()
     if run.train.start:
-        groups["train"]["start"] = str(Path(run.train.start).absolute())
+        groups["train"]["start"] = str(absolute(run.train.start))
     return groups
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from instdiff_jax.buckets import as_path, check_writable, is_bucket, upload_folder
 from instdiff_jax.data.loader import DevicePrefetch
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import write_errors, write_text
@@ -87,10 +89,10 @@ class MetricsWriter:
         # A slow import, needed only on this process.
         from tensorboardX import SummaryWriter
 
-        path = workdir / "metrics.jsonl"
+        self._path = path = workdir / "metrics.jsonl"
         _drop_later_lines(path, start_step)
         with write_errors(path):
-            self._file = path.open("ab", buffering=0)
+            self._file = _BucketLines(path) if is_bucket(path) else path.open("ab", buffering=0)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -101,15 +103,23 @@ class MetricsWriter:
         line = {"step": step, "time": round(time.time(), 3)} | {
             name: value if np.isfinite(value) else None for name, value in numbers.items()
         }
-        with write_errors(Path(self._file.name)):
+        with write_errors(self._path):
             self._append((json.dumps(line) + "\n").encode())
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.write(step, numbers)
 
+    def save(self) -> None:
+        """Makes sure that what was written is in the file."""
+        if self._active and isinstance(self._file, _BucketLines):
+            self._file.upload()
+
     def _append(self, line: bytes) -> None:
         """Adds a line, whole or not at all."""
+        if isinstance(self._file, _BucketLines):
+            self._file.add(line)
+            return
         end = self._file.seek(0, os.SEEK_END)
         try:
             while line:
@@ -145,6 +155,26 @@ class MetricsWriter:
             self._board.close()
             if self._wandb is not None:
                 self._wandb.close()
+
+
+class _BucketLines:
+    """A file of lines in a bucket, where nothing can be added to an object: it is written anew at times."""
+
+    def __init__(self, path: Path, every: float = 30.0):
+        self._path, self._every, self._written = path, every, time.monotonic()
+        self._lines = [path.read_text(encoding="utf-8")] if path.exists() else []
+
+    def add(self, line: bytes) -> None:
+        self._lines.append(line.decode())
+        if time.monotonic() - self._written > self._every:
+            self.upload()
+
+    def upload(self) -> None:
+        write_text(self._path, "".join(self._lines))
+        self._written = time.monotonic()
+
+    def close(self) -> None:
+        self.upload()
 
 
 def _drop_later_lines(path: Path, step: int) -> None:
@@ -224,7 +254,7 @@ class Reporter:
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes a step's numbers, which may not be computed yet, and writes those of the step before."""
-        self.flush()
+        self._write_pending()
         self._pending = step, metrics
         if step == self._first + 1:
             # The speed does not include compilation.
@@ -232,7 +262,11 @@ class Reporter:
             self._clock.start(step, self._batches.wait_seconds)
 
     def flush(self) -> None:
-        """Waits for the last step's numbers and writes them."""
+        """Waits for the last step's numbers and writes them to the file."""
+        self._write_pending()
+        self._writer.save()
+
+    def _write_pending(self) -> None:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
@@ -250,11 +284,14 @@ class ProfilerWindow:
 
     def __init__(self, workdir: Path, first: int, count: int):
         self._folder, self._first, self._last, self._running = workdir / "profile", first, first + count, False
+        self._local = self._folder
 
     def before(self, step: int) -> None:
         """Call before each step."""
         if step == self._first:
-            jax.profiler.start_trace(str(self._folder))
+            if is_bucket(self._folder):
+                self._local = Path(tempfile.mkdtemp(prefix="instdiff-"))
+            jax.profiler.start_trace(str(self._local))
             self._running = True
 
     def after(self, step: int, result: object) -> None:
@@ -268,6 +305,9 @@ class ProfilerWindow:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+            if self._local != self._folder:
+                upload_folder(self._local, self._folder, only_add=True)
+                shutil.rmtree(self._local)
 
 
 def make_workdir(path: str | os.PathLike) -> Path:
@@ -276,9 +316,12 @@ def make_workdir(path: str | os.PathLike) -> Path:
     Raises:
         InputError: if it cannot be written.
     """
+    folder = as_path(path)
+    if is_bucket(path):
+        check_writable(folder)
+        return folder
     if "://" in os.fspath(path):
-        raise InputError(f"--workdir: expected a folder, got {path}; mount the bucket, for example with gcsfuse")
-    folder = Path(path)
+        raise InputError(f"--workdir: expected a folder or gs://BUCKET/NAME, got {path}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A unique name: the job's processes share the folder, and may have equal process ids.

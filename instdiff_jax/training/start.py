@@ -1,10 +1,8 @@
 """A run's initial parameters: restored from a checkpoint folder, or initialised where the folder lacks them."""
 
-import os
-from pathlib import Path
-
 import jax
 
+from instdiff_jax.buckets import absolute, as_path
 from instdiff_jax.checkpoint import fingerprints
 from instdiff_jax.checkpoint.fingerprints import model_sizes
 from instdiff_jax.checkpoint.folder import read_config, restore_params
@@ -49,7 +47,7 @@ def start_params(
 
 
 def _restore(plan: ShardingPlan, model: ModelConfig, settings: TrainSettings) -> dict[tuple[str, ...], jax.Array]:
-    directory = Path(settings.start)
+    directory = as_path(settings.start)
     found, _, absent = read_config(directory)
     ours, theirs = flatten(model_sizes(model)), flatten(model_sizes(found))
     if not found.unet.positions:
@@ -77,7 +75,7 @@ def run_facts(settings: TrainSettings, model: ModelConfig, dataset_fingerprint: 
     return {
         "seed": settings.seed,
         "batch_size": settings.batch_size,
-        "base": os.path.abspath(settings.start) if settings.start else "",
+        "base": str(absolute(settings.start)) if settings.start else "",
         "base_fingerprint": base_fingerprint(settings, model),
         "older_base_fingerprint": fingerprints.older_fingerprint(settings.start) if settings.start else "",
         "dataset_fingerprint": dataset_fingerprint,

@@ -6,14 +6,15 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
+from instdiff_jax.copies import local_copy
 from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.errors import InputError, NotFiniteError
-from instdiff_jax.files import json_files, write_file
+from instdiff_jax.files import json_files
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.tokenizer import Tokenizer
 from instdiff_jax.parallel.mesh import REPLICATED
+from instdiff_jax.sampling.outputs import write_image
 from instdiff_jax.sampling.pipeline import Pipeline
 from instdiff_jax.sampling.visualize import contact_sheet, draw_layout, enlarge
 from instdiff_jax.training.inputs import Inputs, on_one_device
@@ -59,7 +60,7 @@ def read_sample_layouts(run: RunSettings) -> list[Layout]:
     """The layouts of the sample grids. Raises InputError if there are none, or the run cannot sample them."""
     if run.train.task != "diffusion" or not run.train.grounding:
         raise InputError("config.train.sample_every: only runs with grounding draw samples; expected 0")
-    folder = Path(run.train.sample_layouts)
+    folder = local_copy(run.train.sample_layouts, lambda name: name.endswith(".json"))
     files = json_files(folder)[: run.train.sample_count]
     if not files:
         raise InputError(f"config.train.sample_layouts: {folder}: expected a folder of layouts")
@@ -91,7 +92,5 @@ class SampleGrid:
             return None
         pairs = [(result.layout, enlarge(result.array)) for result in results]
         sheet = contact_sheet([image for pair in pairs for image in (draw_layout(*pair), pair[1])])
-        write_file(
-            self._folder / f"{step:08d}.png", lambda file: Image.fromarray(sheet).save(file, format="PNG"), sync=False
-        )
+        write_image(self._folder / f"{step:08d}.png", sheet)
         return sheet

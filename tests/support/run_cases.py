@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instdiff_jax.buckets import as_path
 from instdiff_jax.training.checkpoints import Checkpoints
 from instdiff_jax.training.state import init_state
 
@@ -32,4 +33,4 @@ def main(workdir: Path, first: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(as_path(sys.argv[1]), int(sys.argv[2]))
