@@ -16,7 +16,7 @@ PACKAGE = "instdiff_jax"
 PAGE = ROOT / "docs" / "design.md"
 # A file imports from its own row and the rows before it.
 ROWS = (
-    ("errors", "buckets", "paths", "processes", "files", "copies", "locks", "config", "tree"),
+    ("errors", "buckets", "paths", "processes", "temporaries", "files", "copies", "locks", "config", "tree"),
     ("parallel",),
     ("analysis",),
     ("geometry", "images"),

@@ -6,18 +6,13 @@ recognisably ours, `.NAME.instdiff-HOST-PID-ID.part`, so that `remove_leftovers`
 
 import contextlib
 import ctypes
-import functools
-import hashlib
 import io
 import json
 import os
-import re
 import shutil
-import socket
 import tempfile
 import time
 import types
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,15 +23,9 @@ import numpy as np
 from instdiff_jax.buckets import as_path, bucket_errors, is_bucket, upload_folder
 from instdiff_jax.errors import FULL_DISK, InputError, short
 from instdiff_jax.paths import read_file
-from instdiff_jax.processes import is_alive, started
+from instdiff_jax.temporaries import OURS, in_use, is_left, name_beside, shortened
 
-_OURS = re.compile(
-    r"\.(?P<name>.+)\.instdiff-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{12}\.(?P<end>part|old)", re.DOTALL
-)
-_LONGEST_NAME = 255  # bytes, on nearly all file systems
 _FULL = tuple(os.strerror(code) for code in FULL_DISK)
-_FOREIGN_AGE = 24 * 3600  # seconds
-_in_use: set[str] = set()  # paths of this process; in a container every process may have the same number
 
 
 def write_file(path: str | os.PathLike, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
@@ -205,13 +194,13 @@ def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None
     except OSError:  # a missing folder holds nothing
         return
     for path in paths:
-        match = _OURS.fullmatch(path.name)
+        match = OURS.fullmatch(path.name)
         if match is None:
             continue
-        if name is not None and match["name"] != _shortened(name, len(path.name) - match.end("name")):
+        if name is not None and match["name"] != shortened(name, len(path.name) - match.end("name")):
             continue
         with contextlib.suppress(OSError):  # another process may be cleaning up too
-            if not _is_left(path, match):
+            if not is_left(path, match):
                 continue
             place = folder / (name or match["name"])
             if match["end"] == "old" and not place.exists():
@@ -237,50 +226,14 @@ def recover_folder(path: str | os.PathLike) -> None:
         remove_leftovers(Path(path).absolute().parent, Path(path).name)
 
 
-def _is_left(path: Path, match: re.Match) -> bool:
-    """Whether the process that made a temporary file or folder is gone.
-
-    Processes of other hosts cannot be seen: there what has not changed for a day is left (for an old folder that is
-    hidden a minute: one move later it is replaced). In a container that is started again, the same process id may
-    belong to another process, which is younger than what it would have made.
-    """
-    if str(path) in _in_use:
-        return False
-    pid, changed = int(match["pid"]), _last_change(path)
-    if match["host"] != _host():
-        return time.time() - changed > (_FOREIGN_AGE if match["end"] == "part" else 60)
-    if pid == os.getpid():
-        return True
-    return not is_alive(pid) or started(pid) > changed + 60
-
-
-def _last_change(path: Path) -> float:
-    return max([os.lstat(path).st_ctime, *(os.lstat(inner).st_mtime for inner in path.rglob("*"))])
-
-
-@functools.cache
-def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def _name_beside(path: Path, end: str) -> Path:
-    ours = f".instdiff-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.{end}"
-    return path.with_name(f".{_shortened(path.name, len(ours))}{ours}")
-
-
-def _shortened(name: str, others: int) -> str:
-    """A name that leaves room for other signs, and a point, in the longest name of a file."""
-    return name.encode(errors="surrogateescape")[: _LONGEST_NAME - others - 1].decode(errors="ignore")
-
-
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    beside = _name_beside(path, "part")
-    _in_use.add(str(beside))
+    beside = name_beside(path, "part")
+    in_use.add(str(beside))
     try:
         yield beside
     finally:
-        _in_use.discard(str(beside))
+        in_use.discard(str(beside))
 
 
 @contextlib.contextmanager
@@ -330,8 +283,8 @@ def _move_folder(beside: Path, path: Path) -> None:
     if _exchange(beside, path):
         return
     # Two moves, between which there is no folder: a process killed there leaves `old`, which the next start restores.
-    old = _name_beside(path, "old")
-    _in_use.add(str(old))
+    old = name_beside(path, "old")
+    in_use.add(str(old))
     try:
         os.rename(path, old)
         os.rename(beside, path)
@@ -340,7 +293,7 @@ def _move_folder(beside: Path, path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         elif old.exists():
             os.rename(old, path)
-        _in_use.discard(str(old))
+        in_use.discard(str(old))
 
 
 def _exchange(a: Path, b: Path) -> bool:

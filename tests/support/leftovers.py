@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from instdiff_jax import files
+from instdiff_jax import temporaries
 
 
 def names(folder: Path) -> list[str]:
@@ -18,7 +18,7 @@ def dead_pid() -> int:
 
 
 def left_behind(name: str, pid: int, end: str = "part", host: str | None = None) -> str:
-    return f".{name}.instdiff-{host or files._host()}-{pid}-0123456789ab.{end}"
+    return f".{name}.instdiff-{host or temporaries.host()}-{pid}-0123456789ab.{end}"
 
 
 def fill(folder: Path, text: str) -> None:

@@ -5,7 +5,7 @@ import os
 import pytest
 from leftovers import dead_pid, fill, left_behind, names, read
 
-from instdiff_jax import files, processes
+from instdiff_jax import files, processes, temporaries
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import remove_leftovers, replace_folder, write_text
 
@@ -35,11 +35,11 @@ def test_other_hosts_are_judged_by_age(tmp_path):
         folder.mkdir()
         (folder / "inner").write_text("")
     day = 24 * 3600 + 60
-    files._last_change, real = (lambda path: real(path) - day * (path == stale)), files._last_change
+    temporaries.last_change, real = (lambda path: real(path) - day * (path == stale)), temporaries.last_change
     try:
         remove_leftovers(tmp_path)
     finally:
-        files._last_change = real
+        temporaries.last_change = real
     assert names(tmp_path) == [fresh.name]
 
 
@@ -49,11 +49,11 @@ def test_a_process_younger_than_what_it_would_have_made_is_another(tmp_path):
     path.mkdir()
     remove_leftovers(tmp_path)
     assert path.exists()
-    files._last_change, real = (lambda path: processes.started(os.getppid()) - 61), files._last_change
+    temporaries.last_change, real = (lambda path: processes.started(os.getppid()) - 61), temporaries.last_change
     try:
         remove_leftovers(tmp_path)
     finally:
-        files._last_change = real
+        temporaries.last_change = real
     assert not path.exists()
 
 
@@ -61,7 +61,7 @@ def test_last_change_is_that_of_the_newest_file(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "file").write_text("")
     os.utime(tmp_path / "inner" / "file", (5e9, 5e9))
-    assert files._last_change(tmp_path) == 5e9
+    assert temporaries.last_change(tmp_path) == 5e9
 
 
 def test_large_file_that_a_killed_process_left_is_removed(tmp_path):
@@ -76,7 +76,7 @@ def test_leftovers_with_shortened_names(tmp_path, monkeypatch):
     name, pid = "n" * 255, dead_pid()
     with monkeypatch.context() as other:
         other.setattr(os, "getpid", lambda: pid)
-        files._name_beside(tmp_path / name, "old").mkdir()
+        temporaries.name_beside(tmp_path / name, "old").mkdir()
     remove_leftovers(tmp_path, name)
     assert names(tmp_path) == [name]
 
