@@ -82,10 +82,11 @@ def check_keys(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tupl
         if key in found and found[key] != shape
     ]
     problems = [("of another shape", shapes), ("missing", missing), ("extra", extra)]
-    texts = [f"{len(keys)} {kind}: {_first_few(keys)}" for kind, keys in problems if keys]
+    texts = [f"{len(keys)} {kind}: {first_few(keys)}" for kind, keys in problems if keys]
     if texts:
         raise InputError(f"{where}: keys do not match the config's sizes; {'; '.join(texts)}")
 
 
-def _first_few(keys: list[str], count: int = 5) -> str:
+def first_few(keys: list[str], count: int = 5) -> str:
+    """The first keys of a list, for an error."""
     return ", ".join(keys[:count]) + (", …" if len(keys) > count else "")

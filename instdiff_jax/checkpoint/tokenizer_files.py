@@ -2,6 +2,7 @@
 
 import operator
 from pathlib import Path
+from typing import Any
 
 from instdiff_jax.copies import local_copy
 from instdiff_jax.errors import InputError
@@ -26,23 +27,37 @@ def find_tokenizer(name: str, vocab_size: int | None = None) -> Path:
     if not folder.is_dir():
         folder = _cached_tokenizer(name)
     check_regular(folder)
-    missing = [file for file in TOKENIZER_FILES[:2] if not (folder / file).is_file()]
-    if missing:
-        raise InputError(f"{where}: {folder}: no {' and no '.join(missing)} there")
+    vocabulary, merges, file = _read_files(folder, where)
     try:
-        vocabulary = read_json(folder / "vocab.json")
         largest = max(map(operator.index, vocabulary.values()))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids by token ({error})") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{where}: {file}: expected ids by token ({error})") from error
     if len(set(vocabulary.values())) < len(vocabulary) or min(vocabulary.values()) < 0:
-        raise InputError(f"{where}: {folder / 'vocab.json'}: expected ids from 0 on, each for one token")
+        raise InputError(f"{where}: {file}: expected ids from 0 on, each for one token")
     # Without merges, every word would silently become its letters.
-    merges = [line for line in read_file(folder / "merges.txt").splitlines() if not line.startswith(b"#version")]
-    if not any(merges) and len(vocabulary) > 2 * 256 + 2:
-        raise InputError(f"{where}: {folder / 'merges.txt'}: no merges there for {len(vocabulary)} tokens")
+    if not merges and len(vocabulary) > 2 * 256 + 2:
+        raise InputError(f"{where}: {file}: no merges there for {len(vocabulary)} tokens")
     if vocab_size is not None and largest >= vocab_size:
         raise InputError(f"{where}: {folder}: ids up to {largest}, but the text encoder has {vocab_size}")
     return folder
+
+
+def _read_files(folder: Path, where: str) -> tuple[Any, list[Any], Path]:
+    """The vocabulary, the merges, and the file that they should be in: two files, or newer transformers' single one."""
+    whole = folder / TOKENIZER_FILES[4]
+    missing = [file for file in TOKENIZER_FILES[:2] if not (folder / file).is_file()]
+    if missing and not whole.is_file():
+        raise InputError(f"{where}: {folder}: no {' and no '.join(missing)} there")
+    file = whole if missing else folder / TOKENIZER_FILES[0]
+    try:
+        content = read_json(file)
+        if missing:
+            return content["model"]["vocab"], content["model"]["merges"], file
+        lines = read_file(folder / TOKENIZER_FILES[1]).splitlines()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where}: {file}: expected ids by token ({error})") from error
+    merges = [line for line in lines if line and not line.startswith(b"#version")]
+    return content, merges, file if merges else folder / TOKENIZER_FILES[1]
 
 
 def _cached_tokenizer(name: str) -> Path:

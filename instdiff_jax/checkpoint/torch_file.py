@@ -248,6 +248,18 @@ def _read_safetensors(path: Path, data: np.ndarray, verify: bool) -> dict[str, n
     return tensors
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The text that a .safetensors file holds beside its tensors; {} for another file, or a damaged one."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= _MAX_HEADER else b""
+    try:
+        metadata = json.loads(header.decode())["__metadata__"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def _entry_crc(name: str, array: np.ndarray) -> int:
     """Checksum of a tensor's header entry. The checksum of its bytes continues from it."""
     return zlib.crc32(f"{name} {array.dtype} {array.shape}".encode())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instdiff_jax.cli.parser import OUTSIDE, any_path, command_parser, local_path
-from instdiff_jax.cli.sampling_flags import add_sampling_flags, read_overrides
+from instdiff_jax.cli.sampling_flags import add_addon_flags, add_sampling_flags, read_addons, read_overrides
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.layouts import FORMATS
@@ -50,6 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what("--shard", help="i/n: only generate images i, i + n, ...; then run once without it to measure")
     sampling = parser.add_argument_group("sampling; default: the checkpoint's settings")
     add_sampling_flags(sampling)
+    add_addon_flags(sampling)
     how = sampling.add_argument
     how("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
     how("--no_verify", action="store_true", help="do not compare the checkpoint with its checksums")
@@ -171,6 +172,7 @@ def image_settings(
     if not args.real:
         settings["pictures"] = "drawn from captions" if args.caption_only else "drawn from layouts"
         settings["checkpoint"] = checkpoint_fingerprint(args.checkpoint, not args.no_verify)
+        settings |= read_addons(args)
         settings |= {"format": args.format, "seed": args.seed, "dtype": dtype}
         settings["sampling"] = sampling_settings(args.checkpoint, overrides).to_dict()
     return settings
@@ -217,7 +219,7 @@ def make_images(
 
     mesh = make_mesh(ParallelSettings(), jax.local_devices()) if jax.local_device_count() > 1 else None
     pipeline = Pipeline.from_checkpoint(
-        args.checkpoint, dtype=dtype, mesh=mesh, max_rows=args.max_rows, verify=not args.no_verify
+        args.checkpoint, dtype, mesh, args.max_rows, not args.no_verify, args.lora, args.embedding
     )
     settings = generate.GenerateSettings(
         args.seed, args.format, args.caption_only, batch=args.batch, sampling=overrides

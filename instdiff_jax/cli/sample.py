@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from instdiff_jax.cli.box import default_checkpoint
 from instdiff_jax.cli.parser import any_path, command_parser
-from instdiff_jax.cli.sampling_flags import add_sampling_flags, read_overrides
-from instdiff_jax.config import SamplingConfig
+from instdiff_jax.cli.sampling_flags import add_addon_flags, add_sampling_flags, read_addons, read_overrides
+from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.sampling.shards import Shard
 
@@ -49,6 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, help="of the images in pixels (default: the layout's)")
     add("--height", type=int, help="of the images in pixels (default: the layout's)")
     add_sampling_flags(parser)
+    add_addon_flags(parser)
     add("--format", default="auto", choices=("auto", "box", "point", "scribble", "mask"), help="which locations count")
     add("--init_image", type=any_path, help="an image to start from, as large as the canvas")
     add("--inpaint_mask", type=any_path, help="an image that is white where --init_image is to be painted anew")
@@ -72,16 +73,16 @@ def run(args: argparse.Namespace) -> None:
     SamplingConfig.from_dict(overrides, "sampling")  # checked before a checkpoint is loaded
 
     from instdiff_jax.cli.sample_inputs import find_layouts, read_arrays
-    from instdiff_jax.sampling.outputs import SHEET_LAYOUTS, OutputFolder, fingerprint_arrays
+    from instdiff_jax.sampling.outputs import SHEET_LAYOUTS, OutputFolder, fingerprint_inputs
 
-    layouts, arrays = find_layouts(args), read_arrays(args)
+    layouts, arrays, addons = find_layouts(args), read_arrays(args), read_addons(args)
     seeds = [args.seed + i for i in range(args.num_images)]
-    output = OutputFolder(args.output, seeds, args.save_latents, str(fingerprint_arrays(arrays)))
+    output = OutputFolder(args.output, seeds, args.save_latents, fingerprint_inputs(arrays, addons))
     shard, processes = start_process(args.shard)
     mine = list(shard.of(list(layouts)))
     finished, changed = output.finished(mine, layouts) if args.resume else (set(), set())
     if changed:
-        inputs = "layout, --init_image, --inpaint_mask or --noise"
+        inputs = "layout, --init_image, --inpaint_mask, --noise, --lora or --embedding"
         print(f"made again, as their {inputs} changed: {', '.join(sorted(changed)[:5])}{', ...' * (len(changed) > 5)}")
     waiting = {name: layouts[name] for name in mine if name not in finished}
     with output.opened(mine):
@@ -166,7 +167,9 @@ def open_pipeline(args: argparse.Namespace) -> "Pipeline":
 
     mesh = make_mesh(ParallelSettings(), jax.local_devices()) if jax.local_device_count() > 1 else None
     try:
-        return Pipeline.from_checkpoint(args.checkpoint, args.dtype, mesh, args.max_rows, not args.no_verify)
+        return Pipeline.from_checkpoint(
+            args.checkpoint, args.dtype, mesh, args.max_rows, not args.no_verify, args.lora, args.embedding
+        )
     except OSError as error:
         raise InputError(f"--checkpoint: {args.checkpoint}: {error.strerror or error}") from error
 
@@ -183,7 +186,7 @@ def describe_run(
     return dict(
         checkpoint=str(args.checkpoint),
         fingerprint=checkpoint_fingerprint(args.checkpoint, not args.no_verify),
-        model=pipeline.config.to_dict(),
+        model=sizes_without(pipeline.config, args.embedding),
         sampling=pipeline.settings(**overrides).to_dict(),
         format=args.format,
         width=args.width,
@@ -193,10 +196,22 @@ def describe_run(
             name: {"file": str(getattr(args, name)), "fingerprint": fingerprint}
             for name, fingerprint in fingerprint_arrays(arrays).items()
         },
+        **read_addons(args),
         dtype=pipeline.dtype,
         devices=[device.device_kind for device in jax.local_devices()],
         jax=jax.__version__,
     )
+
+
+def sizes_without(config: ModelConfig, embeddings: Sequence[str]) -> dict[str, Any]:
+    """The checkpoint's own sizes: without the tokens of --embedding, so that --resume can draw with others."""
+    from instdiff_jax.checkpoint.embeddings import Embedding, read_embedding
+
+    sizes = config.to_dict()
+    width = config.text_encoder.hidden_size
+    for value in embeddings:
+        sizes["text_encoder"]["vocab_size"] -= len(read_embedding(Embedding.parse(value), width)[1])
+    return sizes
 
 
 def write_results(

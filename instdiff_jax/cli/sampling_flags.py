@@ -44,6 +44,29 @@ def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
         parser.add_argument(f"--{name}", help=text, **options)
 
 
+def add_addon_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds --lora and --embedding."""
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA; may be repeated")
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:TOKEN]",
+        help="a textual inversion embedding, and the word for it (default: the file's); may be repeated",
+    )
+
+
+def read_addons(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """--lora and --embedding as a record has them; {} without any. InputError for a file that is not there."""
+    if not args.lora and not args.embedding:
+        return {}
+    from instdiff_jax.checkpoint.embeddings import Embedding
+    from instdiff_jax.checkpoint.lora import Lora
+    from instdiff_jax.sampling.loading import addon_fingerprints
+
+    return addon_fingerprints(list(map(Lora.parse, args.lora)), list(map(Embedding.parse, args.embedding)))
+
+
 def read_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that the flags change, those of the preset included. Precedence: flag > preset > checkpoint."""
     names = [field.name for field in dataclasses.fields(SamplingConfig)]

@@ -1,9 +1,12 @@
 """Prompts and phrases as CLIP token ids."""
 
+import copy
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 from unittest import mock
 
 import numpy as np
@@ -58,8 +61,15 @@ class Tokenizer:
         self.eos_id = self._tokenizer.eos_token_id
         if highest >= vocab_size:
             raise InputError(f"tokenizer {name}: expected ids below the text encoder's {vocab_size}, got {highest}")
+        self._words: dict[str, list[int]] = {}
         if self.eos_id != highest:
             raise InputError(f"tokenizer {name}: expected the end token's id to be {highest}, got {self.eos_id}")
+
+    def with_words(self, words: Mapping[str, list[int]]) -> Self:
+        """This tokenizer with more words, each of which stands for given ids (textual inversion)."""
+        other = copy.copy(self)
+        other._words = {**self._words, **words}
+        return other
 
     def encode_prompts(self, prompts: Sequence[str]) -> Int32[np.ndarray, "n length"]:
         """Ids of prompts, padded with the end token. Truncates long prompts, with a warning."""
@@ -90,13 +100,25 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"{kind} {ascii(text)[:80]}: expected valid Unicode text") from error
-        ids = self._tokenizer(text, verbose=False)["input_ids"]
+        ids = self._ids(text)
         if len(ids) > self.max_length:
             _logger.warning(
                 "%s of %d tokens cut to %d, its end is not used: %r", kind, len(ids), self.max_length, _shortened(text)
             )
             ids = [*ids[: self.max_length - 1], self.eos_id]
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a text, with start and end token, and of any length."""
+        if not self._words:
+            return self._tokenizer(text, verbose=False)["input_ids"]
+        names = "|".join(re.escape(word) for word in sorted(self._words, key=len, reverse=True))
+        parts = re.split(rf"(?<!\w)({names})(?!\w)", text)
+        start, *_, end = self._tokenizer("", verbose=False)["input_ids"]
+        ids = [start]
+        for i, part in enumerate(parts):
+            ids += self._words[part] if i % 2 else self._tokenizer(part, verbose=False)["input_ids"][1:-1]
+        return [*ids, end]
 
 
 def _shortened(text: str) -> str:

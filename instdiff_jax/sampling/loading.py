@@ -1,7 +1,9 @@
 """Opens a checkpoint folder or a training run for sampling; the type that networks compute in."""
 
+import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from instdiff_jax.buckets import as_path, files_below
+from instdiff_jax.checkpoint.embeddings import Embedding, add_embeddings
 from instdiff_jax.checkpoint.folder import has_checksums, read_config, restore_params
+from instdiff_jax.checkpoint.lora import Lora, merge_loras
 from instdiff_jax.checkpoint.run import absent_groups, intact_step, load_run, run_tokenizer
 from instdiff_jax.checkpoint.verify import file_crcs
 from instdiff_jax.config import ModelConfig, SamplingConfig
@@ -57,7 +61,12 @@ def choose_dtype(dtype: str | None = None) -> str:
 
 
 def load_model(
-    directory: str | Path, dtype: Any, sharding: jax.sharding.Sharding | None = None, verify: bool = True
+    directory: str | Path,
+    dtype: Any,
+    sharding: jax.sharding.Sharding | None = None,
+    verify: bool = True,
+    loras: Sequence[Lora] = (),
+    embeddings: Sequence[Embedding] = (),
 ) -> Model:
     """Loads a checkpoint folder, or the averaged parameters of a training run's newest checkpoint.
 
@@ -66,13 +75,37 @@ def load_model(
         dtype: of leaves with two axes or more; vectors, scalars and the autoencoder are float32.
         sharding: where the parameters go; None for the default device.
         verify: compare what is read with its checksums.
+        loras: merged into the weights.
+        embeddings: of words that the tokenizer gets to know.
 
     Raises:
-        InputError: if the folder is neither, is damaged, or has no adapters to sample with.
+        InputError: if the folder is neither, is damaged, or has no adapters to sample with, and for a LoRA or an
+            embedding that is not this model's.
     """
     directory = as_path(directory)
     if (directory / "checkpoints").is_dir():
-        return _load_run(directory, dtype, sharding, verify)
+        model = _load_run(directory, dtype, sharding, verify)
+    else:
+        model = _load_folder(directory, dtype, sharding, verify)
+    if loras:
+        model = model._replace(params=merge_loras(model.params, loras, model.config))
+    return with_embeddings(model, embeddings) if embeddings else model
+
+
+def with_embeddings(model: Model, embeddings: Sequence[Embedding]) -> Model:
+    """The model with more words, see `add_embeddings`."""
+    encoder, words = add_embeddings(model.params["text_encoder"], embeddings)
+    rows = encoder["token_embedding"]["embedding"].shape[0]
+    text = dataclasses.replace(model.config.text_encoder, vocab_size=rows)
+    return Model(
+        dataclasses.replace(model.config, text_encoder=text),
+        model.sampling,
+        model.params | {"text_encoder": encoder},
+        model.tokenizer.with_words(words),
+    )
+
+
+def _load_folder(directory: Path, dtype: Any, sharding: jax.sharding.Sharding | None, verify: bool) -> Model:
     config, sampling, absent = read_config(directory)
     _check_complete(directory, absent)
     tokenizer = _open_tokenizer(config, config.text_encoder.tokenizer)
@@ -130,3 +163,29 @@ def _crcs(folder: Path) -> list[tuple[str, int]]:
     """Names and checksums of a folder's files; orbax's own notes, which start with "_", say when they were written."""
     names = files_below(folder)
     return sorted(file_crcs(folder, [name for name in names if not Path(name).name.startswith("_")]).items())
+
+
+def addon_fingerprints(
+    loras: Sequence[Lora] = (), embeddings: Sequence[Embedding] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """What was added to a checkpoint, for a record: files, scales, words, and a hash of each file; {} without any.
+
+    Raises:
+        InputError: for a file that is not there.
+    """
+    try:
+        found: dict[str, list[dict[str, Any]]] = {
+            "loras": [{"file": str(lora.path), "scale": lora.scale, "fingerprint": _hash(lora.file)} for lora in loras],
+            "embeddings": [
+                {"file": str(entry.path), "token": entry.token, "fingerprint": _hash(entry.path)}
+                for entry in embeddings
+            ],
+        }
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+    return {name: entries for name, entries in found.items() if entries}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]

@@ -48,7 +48,7 @@ class OutputFolder:
         path: the folder.
         seeds: of each layout's images.
         save_latents: whether latents are written too.
-        inputs: fingerprint of the start image, its mask and the noise, see `fingerprint_arrays`.
+        inputs: fingerprint of the start image, its mask, the noise, LoRAs and embeddings, see `fingerprint_inputs`.
     """
 
     path: Path
@@ -271,6 +271,15 @@ def _read_made_from(path: Path) -> str | None:
             return image.info.get(_MADE_FROM)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+
+
+def fingerprint_inputs(arrays: Mapping[str, np.ndarray], addons: Mapping[str, Sequence[Mapping[str, Any]]] = {}) -> str:
+    """What images are made from beside the layout and the checkpoint: contents count, not the names of files."""
+    added = {
+        name: [[value for key, value in entry.items() if key != "file"] for entry in entries]
+        for name, entries in addons.items()
+    }
+    return str(fingerprint_arrays(arrays)) + (json.dumps(added) if added else "")
 
 
 def fingerprint_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:

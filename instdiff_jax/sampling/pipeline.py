@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt8
 
+from instdiff_jax.checkpoint.embeddings import Embedding
+from instdiff_jax.checkpoint.lora import Lora
 from instdiff_jax.config import ModelConfig, Sampler, SamplingConfig, Sigmas, with_preset
 from instdiff_jax.diffusion.loop import Inpaint, noise_key
 from instdiff_jax.diffusion.multi_instance import Placement, ProgressEvent, SamplerInputs, sample_rows
@@ -85,13 +87,9 @@ class Pipeline:
         device = device_of(params) or jax.local_devices()[0]
         self.params = jax.device_put(params, device if mesh is None else NamedSharding(mesh, PartitionSpec()))
         self.networks = programs.make_networks(config, DTYPES[self.dtype])
-        self.limits = MemoryLimits(
-            config,
-            itemsize=jnp.dtype(DTYPES[self.dtype]).itemsize,
-            parameter_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
-            devices=1 if mesh is None else mesh.size,
-            max_rows=max_rows,
-        )
+        itemsize, devices = jnp.dtype(DTYPES[self.dtype]).itemsize, 1 if mesh is None else mesh.size
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        self.limits = MemoryLimits(config, itemsize=itemsize, parameter_bytes=size, devices=devices, max_rows=max_rows)
 
     @classmethod
     def from_checkpoint(
@@ -101,24 +99,26 @@ class Pipeline:
         mesh: Mesh | None = None,
         max_rows: int | None = None,
         verify: bool = True,
+        loras: Sequence[str | Path | tuple[str | Path, float]] = (),
+        embeddings: Sequence[str | Path | tuple[str | Path, str]] = (),
     ) -> Self:
         """Loads a checkpoint folder, or a training run's workdir; needs no network.
 
         Args:
             path: the folder.
-            dtype: what the networks compute in: float32, bfloat16 or float16. Norms, softmax and the solver stay in
-                float32. None: bfloat16 on GPUs and TPUs, float32 on CPUs.
+            dtype: of the networks' products: float32, bfloat16 or float16. None: bfloat16, on CPUs float32.
             mesh: with axes data and fsdp; rows are split over both. None: one device.
-            max_rows: rows denoised at a time per device; more run one after another. None: what suits the platform
-                and the canvas.
+            max_rows: rows denoised at a time per device; more run one after another. None: as many as suit it.
             verify: compare the files with their checksums while they are read.
+            loras: files of LoRAs, alone or with their scale; merged into the weights.
+            embeddings: files of textual inversion embeddings, alone or with their word.
 
         Raises:
             InputError: if the folder is no checkpoint, is damaged, or has no adapters to sample with.
         """
-        dtype = choose_dtype(dtype)
-        sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        return cls(*load_model(path, DTYPES[dtype], sharding, verify), dtype, mesh, max_rows)
+        dtype, sharding = choose_dtype(dtype), None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        addons = [Lora.parse(lora) for lora in loras], [Embedding.parse(entry) for entry in embeddings]
+        return cls(*load_model(path, DTYPES[dtype], sharding, verify, *addons), dtype, mesh, max_rows)
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ from convert_cases import (
 from tiny_checkpoint import TOKENIZER
 from training_common import make_run, numpy_params, tiny_settings
 
-from instdiff_jax.checkpoint import folder, pytorch, torch_file
+from instdiff_jax.checkpoint import folder, pytorch, sources, torch_file
 from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_shapes
 from instdiff_jax.cli import convert
 from instdiff_jax.config import SamplingConfig, ScheduleConfig
@@ -81,9 +81,9 @@ def test_another_base_takes_only_the_adapters_of_the_released_file(tmp_path):
 def convnext_file(state, path):
     """ImageNet weights as their authors publish them: with the classifier."""
     trunk = {
-        key.removeprefix(pytorch.TRUNK_PREFIX): torch.from_numpy(value)
+        key.removeprefix(sources.TRUNK_PREFIX): torch.from_numpy(value)
         for key, value in state["model"].items()
-        if key.startswith(pytorch.TRUNK_PREFIX)
+        if key.startswith(sources.TRUNK_PREFIX)
     }
     classifier = {"norm.weight": torch.ones(3), "norm.bias": torch.ones(3), "head.weight": torch.ones(2, 3)}
     torch.save({"model": {**trunk, **classifier}}, path)
@@ -133,11 +133,11 @@ def test_training_starts_from_a_base_and_convnext(tmp_path):
     found = flatten(trainable) | flatten(frozen)
     held = flatten(parameter_shapes(model, absent))
     for key, value in convnext["model"].items():
-        if key.startswith(pytorch.TRUNK_PREFIX):
+        if key.startswith(sources.TRUNK_PREFIX):
             base["model"][key] = value
     assert_params(unflatten({path: leaf for path, leaf in found.items() if path in held}), base, absent)
     trunk = {path[2:]: leaf for path, leaf in flatten(trainable).items() if path[:2] == ("unifusion", "trunk")}
-    stem = convnext["model"][f"{pytorch.TRUNK_PREFIX}downsample_layers.0.0.weight"]
+    stem = convnext["model"][f"{sources.TRUNK_PREFIX}downsample_layers.0.0.weight"]
     np.testing.assert_array_equal(trunk["downsample_0_conv", "kernel"], stem.transpose(2, 3, 1, 0))
 
     assert found.keys() == flatten(parameter_shapes(model)).keys()
