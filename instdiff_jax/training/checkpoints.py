@@ -158,8 +158,8 @@ class Checkpoints:
             raise
 
     def _remove_unfinished(self) -> None:
-        """Removes checkpoints that never became whole."""
-        if jax.process_index() == 0:
+        """Removes checkpoints that never became whole; in a bucket orbax does, by its own mark."""
+        if jax.process_index() == 0 and not is_bucket(self.folder):
             for path in self.folder.iterdir():
                 if _UNFINISHED.fullmatch(path.name):
                     remove_folder(path)

@@ -125,7 +125,7 @@ def test_sizes_that_do_not_match_name_key_and_shapes_and_write_nothing(small, ca
     [
         (["--input", "nowhere.pth", "--output", "{new}"], "nowhere.pth"),
         (["--input", "{file}", "--output", "{new}", "--config.model.text_encoder.tokenizer=no/such"], "tokenizer"),
-        (["--input", "{file}"], "--output or --to_pytorch"),
+        (["--input", "{file}"], "give one of --output, --to_pytorch and --to_diffusers"),
         (["--input", "{file}", "--output", "{folder}"], "--overwrite"),
         (["--input", "{file}", "--to_pytorch", "{new}.pth"], "config.json"),
         (["--input", "{folder}", "--to_pytorch", "{new}.bin"], ".pth or .safetensors"),
