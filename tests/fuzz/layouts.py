@@ -19,6 +19,7 @@ from instdiff_jax.grounding import FORMAT_CHOICES, make_grounding
 from instdiff_jax.layout import Layout
 from instdiff_jax.models.regions import region_bits
 from instdiff_jax.sampling.conditions import list_conditions
+from instdiff_jax.sampling.loading import Process
 from instdiff_jax.sampling.memory import MemoryLimits
 from instdiff_jax.sampling.outputs import read_image
 from instdiff_jax.sampling.pipeline import Pipeline
@@ -59,6 +60,7 @@ class GrayPipeline(Pipeline):
         self.config, self.dtype = tiny_config(), "float32"
         self.sampling, self.params = SamplingConfig(steps=4, mis=0.5, masked_attention="strict"), {}
         self.limits = MemoryLimits(self.config, itemsize=4, parameter_bytes=0)
+        self._process = Process()
 
     def start_batch(self, request, batch, watched=False):
         layouts = {image.number: image.layout for image in batch}
@@ -73,7 +75,8 @@ class GrayPipeline(Pipeline):
         seeds = [request.seeds[image.seed_index] for image in batch]
         latents = np.zeros((len(batch), *request.latent_shape(batch[0].canvas)), np.float32)
         pixels = np.full((len(batch), height, width, 3), 128, np.uint8)
-        return PendingBatch([image.layout for image in batch], seeds, request.start, latents, [pixels], [])
+        finite = np.ones(len(batch), bool)
+        return PendingBatch([image.layout for image in batch], seeds, request, latents, [(pixels, finite)], None)
 
 
 @functools.cache
@@ -86,7 +89,8 @@ def run_sample(folder: Path, *flags: object) -> dict:
     output = folder / "out"
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").write_text("{}")
-    with mock.patch.object(sample, "open_pipeline", lambda args: gray_pipeline()):
+    known = mock.patch("instdiff_jax.sampling.loading.checkpoint_fingerprint", lambda *args: "gray")
+    with known, mock.patch.object(sample, "open_pipeline", lambda args: gray_pipeline()):
         command("sample", "--checkpoint", folder / "model", "--output", output, *flags, output=output)
     record = json.loads((output / "run.json").read_text(), parse_constant=_no_constant)
     for entry in record["layouts"]:

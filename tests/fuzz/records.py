@@ -56,10 +56,12 @@ class Dataset:
         def write(rng: random.Random | None, folder: Path) -> None:
             shutil.copytree(self.source, folder / "data")
             path = folder / "data" / name
+            if rng is None:
+                return
             if path.is_dir():
-                path = random.choice(sorted(path.glob("*"))) if rng is None else rng.choice(sorted(path.glob("*")))
+                path = rng.choice(sorted(path.glob("*")))
             data = path.read_bytes()
-            is_json = path.suffix == ".json" and (rng is None or rng.random() < 0.9)
+            is_json = path.suffix == ".json" and rng.random() < 0.9
             path.write_bytes(json_file(rng, json.loads(data)) if is_json else any_file(rng, data))
 
         return Kind(name, write, lambda folder: read(folder / "data"), weight)

@@ -24,7 +24,7 @@ WRONG = [
     (("--init_image", "tiny.png"), "init_image: expected 32×32 pixels"),
     (("--strength", "0.5"), "strength: expected an init_image"),
     (("--steps", "0"), "steps: expected a whole number from 1 to 1000"),
-    (("--sampler", "euler"), "sampler: expected one of"),
+    (("--sampler", "eulers"), "sampler: expected one of"),
     (("--alpha", "1.5"), "alpha: expected a fraction"),
     (("--mis", "-1"), "mis: expected a fraction"),
     (("--guidance_interval", "0.5,0.2"), "guidance_interval: expected two fractions"),

@@ -184,7 +184,7 @@ def test_a_link_is_not_replaced(folder, tmp_path):
         (lambda d: (d / "dataset.json").write_text("[]"), "format: expected"),
         (
             lambda d: (d / "dataset.json").write_text('{"format": FORMAT}'.replace("FORMAT", str(FORMAT))),
-            "splits: expec",
+            "phrases: expec",
         ),
     ],
 )

@@ -12,6 +12,7 @@ from instdiff_jax.errors import InputError
 VALUES = dict(
     steps=7,
     sampler="ddim",
+    sigmas="trailing",
     guidance_scale=3.5,
     guidance_interval=(0.1, 0.8),
     alpha=(0.5, 0.25, 0.25),
@@ -63,5 +64,5 @@ def test_presets_are_valid_settings():
         SamplingConfig.from_dict(values, name)
         assert with_preset(name, {}) == values
     assert with_preset(None, {"steps": 3}) == {"steps": 3}
-    with pytest.raises(InputError, match="preset: expected one of quality, fast, got 'slow'"):
+    with pytest.raises(InputError, match="preset: expected one of quality, fast, turbo, got 'slow'"):
         with_preset("slow", {})
