@@ -3,11 +3,9 @@
 import argparse
 import io
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 
@@ -15,6 +13,7 @@ from instdiff_jax.buckets import is_bucket
 from instdiff_jax.cli.box import default_layouts
 from instdiff_jax.coco import Coco
 from instdiff_jax.copies import local_copy
+from instdiff_jax.data.arrays import DAMAGED_ZIP
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import json_files
 from instdiff_jax.images import open_image, read_repaint_mask
@@ -99,7 +98,7 @@ def _read_image(flag: str, path: Path) -> np.ndarray:
 def _read_noise(path: Path) -> np.ndarray:
     try:
         noise = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, zipfile.BadZipFile, TokenError) as error:
+    except DAMAGED_ZIP as error:
         raise InputError(f"--noise: {path}: expected a float32 .npy file ({error})") from error
     if not isinstance(noise, np.ndarray):
         raise InputError(f"--noise: {path}: expected a float32 .npy file, got several arrays")

@@ -1,6 +1,8 @@
 """Arrays on disk that are filled bit by bit."""
 
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -11,6 +13,8 @@ from instdiff_jax.errors import FULL_DISK
 
 # What numpy raises for a damaged .npy file; parsing the text of its header may raise the last three.
 DAMAGED = (OSError, ValueError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError, TokenError)
+# And reading an .npz: a zip may also lack a member, be encrypted, or be packed in a way that is not supported.
+DAMAGED_ZIP = (*DAMAGED, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def new_array(file: str | Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,13 +5,13 @@ compared with each other.
 """
 
 import io
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from instdiff_jax.data.arrays import DAMAGED_ZIP
 from instdiff_jax.errors import InputError
 from instdiff_jax.paths import read_file
 
@@ -72,7 +72,7 @@ def fid_of_file(path: str | Path) -> tuple[float, list[str]]:
             drawn, real = (array.astype(np.float64) for array in found.values())
             if drawn.ndim != 2:
                 raise ValueError(f"generated has shape {drawn.shape}, not [n, d]")
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except DAMAGED_ZIP as error:
         raise InputError(f"--features: {path}: expected an .npz with arrays generated and real ({error})") from error
     gaussian = fit_gaussian(real, f"--features: {path}: real")
     return distance_to(drawn, gaussian, min(len(drawn), len(real)))

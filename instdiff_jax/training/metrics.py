@@ -105,8 +105,8 @@ class MetricsWriter:
         }
         with write_errors(self._path):
             self._append((json.dumps(line) + "\n").encode())
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.write(step, numbers)
 
@@ -151,8 +151,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Closes the files."""
         if self._active:
-            self._file.close()
-            self._board.close()
+            with write_errors(self._path.parent):
+                self._file.close()
+                self._board.close()
             if self._wandb is not None:
                 self._wandb.close()
 

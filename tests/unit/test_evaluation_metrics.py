@@ -318,6 +318,17 @@ def test_an_upper_bound_of_no_numbers(tmp_path, change):
         check_same_images("report.json", read_report(tmp_path / "report.json", "a"), [1])
 
 
+def test_features_packed_in_an_unknown_way(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, generated=np.zeros((3, 2)), real=np.zeros((3, 2)))
+    data = bytearray(path.read_bytes())
+    start = data.index(b"PK\x01\x02")
+    data[start + 10] = 99  # the method of compression
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="x.npz: expected an .npz with arrays generated and real .*not supported"):
+        fid_of_file(path)
+
+
 def test_features_of_other_widths():
     rng = np.random.default_rng(3)
     with pytest.raises(InputError, match="expected the same number in both sets, got 3 and 4"):
