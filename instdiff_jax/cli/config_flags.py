@@ -100,7 +100,7 @@ def _config_errors(overrides: list[str]) -> Iterator[None]:
         _check_keys(overrides, str(error))
         # absl quotes the whole traceback of what a config file raises; its last line says what happened.
         raise InputError(f"--config: {(str(error).strip().splitlines() or [repr(error)])[-1].strip()}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"--config: {type(error).__name__}: {error}") from error
 
 

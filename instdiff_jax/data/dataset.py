@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from instdiff_jax.checkpoint.verify import check_intact
 from instdiff_jax.copies import local_copy
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import InputError, short
 from instdiff_jax.files import read_json, recover_folder
 from instdiff_jax.paths import check_regular
 
@@ -127,7 +127,11 @@ class InstanceDataset:
         return self._source
 
     def __getitem__(self, index: int) -> Record:
-        row = self._open()[int(index)]
+        try:
+            row = self._open()[int(index)]
+        except (RuntimeError, ValueError) as error:  # array_record's checksums
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            raise InputError(f"{self.data_dir / RECORDS}: record {index} is damaged: {short(reason)}") from error
         columns = row["instances"]
         instances = tuple(
             AnnotatedInstance(

@@ -49,6 +49,7 @@ class Tokenizer:
         check_regular(name)
         try:
             self._tokenizer = CLIPTokenizer.from_pretrained(str(name), local_files_only=True)
+            self._tokenizer("a word", verbose=False)  # some damage shows only here
         except Exception as error:  # The Rust library raises bare Exceptions for broken files.
             raise InputError(
                 f"tokenizer {name}: expected a folder with vocab.json and merges.txt, or a name in the hub's local"

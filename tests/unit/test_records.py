@@ -4,14 +4,17 @@ import json
 
 import numpy as np
 import pytest
+from coco_fixture import build, make_coco
 
 from instdiff_jax.checkpoint.run import read_run
+from instdiff_jax.cli.config_flags import read_settings
 from instdiff_jax.config import ModelConfig
-from instdiff_jax.data.dataset import FORMAT
+from instdiff_jax.data.dataset import FORMAT, InstanceDataset
 from instdiff_jax.data.phrases import PhraseTable, phrase_table, read_phrases
 from instdiff_jax.errors import InputError
 from instdiff_jax.sampling.outputs import OutputFolder, read_record
 from instdiff_jax.training.metrics import MetricsWriter
+from instdiff_jax.training.settings import RunSettings
 
 GOOD_ENTRY = {"layout": "x", "seeds": [0], "latents": True}
 BAD_RECORDS = [[], {}, {"layouts": None}, {"layouts": {"x": 1}}, {"layouts": [3]}, {"layouts": [{"seeds": [0]}]}]
@@ -91,3 +94,21 @@ def test_foreign_lines_of_metrics_do_not_stop_a_run_that_goes_on(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     MetricsWriter(tmp_path, start_step=3, total_steps=9).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines[0] + b"\n"
+
+
+def test_a_config_file_that_ends_the_program_is_named(tmp_path):
+    (tmp_path / "config.py").write_text("raise SystemExit(3)\n")
+    with pytest.raises(InputError, match="--config: .*SystemExit: 3"):
+        read_settings([f"--config={tmp_path / 'config.py'}"], RunSettings)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    make_coco(tmp_path / "coco", train=6, val=2, broken=False)
+    build(tmp_path / "coco", tmp_path / "data")
+    (file,) = (tmp_path / "data" / "instances" / "1.0.0").glob("*train*.array_record*")
+    data = bytearray(file.read_bytes())
+    data[data.rindex(b"JFIF") + 300] ^= 1  # in the last image
+    file.write_bytes(data)
+    dataset = InstanceDataset(tmp_path / "data", "train")
+    with pytest.raises(InputError, match=r"instances: record \d is damaged: .*Corrupted"):
+        [dataset[i] for i in range(len(dataset))]
