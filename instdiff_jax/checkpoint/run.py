@@ -146,7 +146,7 @@ def _restore_averaged(workdir: Path, step: int | None, verify: bool) -> tuple[in
     options = ocp.CheckpointManagerOptions(create=False, read_only=True)
     # Without handlers orbax does not tell what a state that it has not saved itself consists of.
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "facts": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+    with open_manager(folder, options, item_handlers=handlers) as manager:
         steps = sorted(manager.all_steps())
         if not steps or (step is not None and step not in steps):
             raise InputError(f"{folder}: no checkpoint {'' if step is None else f'of step {step} '}there: {steps}")
@@ -159,6 +159,17 @@ def _restore_averaged(workdir: Path, step: int | None, verify: bool) -> tuple[in
                     raise InputError(problem) from error
                 warnings.warn(f"{problem}; taking the one before it", stacklevel=2)
     raise AssertionError("unreachable: the last step tried returns or raises")
+
+
+def open_manager(folder: Path, options: ocp.CheckpointManagerOptions, **items: Any) -> ocp.CheckpointManager:
+    """orbax's manager of a run's checkpoints; InputError where its own notes of when each was written are damaged."""
+    try:
+        return ocp.CheckpointManager(folder, options=options, **items)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        if isinstance(error, ValueError) and not str(error).startswith("Object must be"):
+            raise
+        problem = f"one of its _CHECKPOINT_METADATA files is damaged ({damage(error)}); remove that file"
+        raise InputError(f"{folder}: {problem}") from error
 
 
 def _read_averaged(manager: ocp.CheckpointManager, step: int, verify: bool) -> tuple[dict[str, Any], dict[str, Any]]:

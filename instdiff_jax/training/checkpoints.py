@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from instdiff_jax.buckets import Owner, absolute, is_bucket, move_folder
 from instdiff_jax.checkpoint.quiet import say_errors_once
-from instdiff_jax.checkpoint.run import CHECKPOINTS, checked_sums, checksums, damage, leaf_paths
+from instdiff_jax.checkpoint.run import CHECKPOINTS, checked_sums, checksums, damage, leaf_paths, open_manager
 from instdiff_jax.checkpoint.verify import signed
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import remove_folder, write_errors
@@ -71,7 +71,7 @@ class Checkpoints:
             read_only=read_only,
         )
         with write_errors(self.folder):
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "facts"))
+            self._manager = open_manager(self.folder, options, item_names=("state", "facts"))
         if not read_only:
             self._remove_unfinished()  # of a run that was killed
 

@@ -141,6 +141,17 @@ def test_reading_a_run_takes_the_checkpoint_before_a_damaged_one(tmp_path, damag
         intact_step(tmp_path)
 
 
+def test_orbaxs_own_damaged_notes_are_named(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    (note,) = (tmp_path / CHECKPOINTS / "2").glob("_CHECKPOINT_METADATA")
+    note.write_text(note.read_text().replace('"commit_timestamp_nsecs": ', '"commit_timestamp_nsecs": "x", "y": '))
+    for read in (restore, intact_step):
+        with pytest.raises(InputError, match="checkpoints: one of its _CHECKPOINT_METADATA files is damaged"):
+            read(tmp_path)
+    note.unlink()
+    assert intact_step(tmp_path) == 2
+
+
 def test_a_run_trained_anew_is_another_model(tmp_path):
     """Its newest step counts, by the checksums of its arrays; older steps may go."""
     write_json(tmp_path / "a" / "config.json", {})
