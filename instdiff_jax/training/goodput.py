@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from instdiff_jax.paths import read_file
+
 # steps: computing, or waiting for a step's numbers. restart: from the last line in metrics.jsonl that a later process
 # kept to that process's first step. compile: a process's first step. data_wait: the loop has no batch; the devices may
 # still compute the step before.
@@ -39,11 +41,12 @@ class Goodput:
 
         Call before the first step. None, or a line of a version without these numbers, changes nothing.
         """
-        if line is None or "time" not in line or f"{_PREFIX}steps" not in line:
+        if line is None or not _is_number(line.get("time")) or f"{_PREFIX}steps" not in line:
             return
         self.switch("restart")
         started = sum(self._seconds.values())
-        self._seconds = {cause: line.get(f"{_PREFIX}{cause}") or 0.0 for cause in CAUSES}
+        values = {cause: line.get(f"{_PREFIX}{cause}") for cause in CAUSES}
+        self._seconds = {cause: float(value) if _is_number(value) else 0.0 for cause, value in values.items()}
         self._seconds["restart"] += started + max(self._began - line["time"], 0.0)
 
     def switch(self, cause: str) -> str:
@@ -77,11 +80,20 @@ class Goodput:
         return f"goodput: steps took {values['goodput']:.1%} of {wall:.0f} s; {rest or 'nothing else took time'}"
 
 
-def line_at(path: Path, step: int) -> dict[str, Any] | None:
-    """The last line of a metrics.jsonl up to a step; None if there is none."""
-    found = None
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # an incomplete line of a killed run
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a metrics.jsonl as text and as values, without what is none of a run's or was cut by a kill."""
+    for text in read_file(path).decode("utf-8", "replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
-            found = line if line["step"] <= step and "goodput" in line else found
-    return found
+            if isinstance(line, dict) and _is_number(line.get("step")):
+                yield text, line
+
+
+def line_at(path: Path, step: int) -> dict[str, Any] | None:
+    """The last line of a metrics.jsonl up to a step that has a goodput; None if there is none."""
+    found = [line for _, line in read_lines(path) if line["step"] <= step and "goodput" in line]
+    return found[-1] if found else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

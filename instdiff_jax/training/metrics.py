@@ -17,8 +17,7 @@ from instdiff_jax.buckets import as_path, check_writable, is_bucket, upload_fold
 from instdiff_jax.data.loader import DevicePrefetch
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import write_errors, write_text
-from instdiff_jax.paths import read_file
-from instdiff_jax.training.goodput import Goodput
+from instdiff_jax.training.goodput import Goodput, read_lines
 from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.training.wandb_run import WandbRun
 
@@ -179,16 +178,8 @@ class _BucketLines:
 
 
 def _drop_later_lines(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in read_file(path).decode("utf-8", "replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue  # an incomplete line of a killed run, or none of ours
-    write_text(path, "".join(kept))
+    if path.exists():
+        write_text(path, "".join(f"{text}\n" for text, line in read_lines(path) if line["step"] <= step))
 
 
 def _duration(seconds: float) -> str:

@@ -83,6 +83,30 @@ def test_a_restart_takes_the_time_since_the_last_line_that_is_kept(tmp_path):
     )
 
 
+def test_lines_that_are_none_of_a_runs_do_no_harm(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = {"step": 2, "time": 5.0} | Goodput().values()
+    foreign = [
+        b"3",
+        b"[1]",
+        b"{}",
+        b'{"step": "x"}',
+        b'{"step": [2]}',
+        b'{"step": null}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"",
+    ]
+    path.write_bytes(b"\n".join([*foreign, json.dumps(good).encode(), *foreign, b'{"step": 3, "time"']))
+    assert line_at(path, 2) == good
+    for odd in ({"time": "x"}, {"time": None}, {"seconds/steps": "x"}, {"seconds/compile": []}):
+        goodput = Goodput()
+        goodput.resume(good | odd)
+        assert all(np.isfinite(list(goodput.values().values())))
+    MetricsWriter(tmp_path, 2, 4).close()
+    assert path.read_text() == json.dumps(good) + "\n"
+
+
 def test_clocks_that_disagree_and_lines_of_older_versions_do_no_harm():
     clock = Clock(1000.0)
     goodput = Goodput(clock)

@@ -58,7 +58,8 @@ def attention(
 
 @jax.custom_vjp
 def _flash(q, k, v, query_bits, key_bits) -> Float[Array, "b n h d"]:
-    assert is_available()
+    if not is_available():
+        raise RuntimeError("the CPU's attention kernel could not be built; `supports` says so")
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     return jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")(q, k, v, query_bits, key_bits)
 
