@@ -204,10 +204,16 @@ def _default_alphas(lora: Lora) -> Any:
     def alpha(module: str, rank: int) -> float:
         settings = next((found for start, found in groups.items() if module.startswith(start)), {})
         inner = re.sub(f"^{_PREFIX}", "", module)
-        pattern = settings.get("alpha_pattern") or {}
-        value = next((a for name, a in pattern.items() if re.search(rf"(^|\.){name}$", inner)), None)
-        value = settings.get("lora_alpha", rank) if value is None else value
-        return float(value) * (rank**0.5 if settings.get("use_rslora") else 1)
+        try:
+            pattern = settings.get("alpha_pattern") or {}
+            value = next((a for name, a in pattern.items() if re.search(rf"(^|\.){name}$", inner)), None)
+            value = settings.get("lora_alpha", rank) if value is None else value
+            found = float(value) * (rank**0.5 if settings.get("use_rslora") else 1)
+        except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+            raise InputError(f"{lora.path}: lora_alpha, alpha_pattern: expected PEFT's settings ({error})") from error
+        if not np.isfinite(found):
+            raise InputError(f"{lora.path}: lora_alpha: expected a finite number, got {short(value)}")
+        return found
 
     return alpha
 

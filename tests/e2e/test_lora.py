@@ -124,6 +124,20 @@ def test_a_folder_of_peft_has_its_alpha_beside_it(pipeline, tmp_path):
         np.testing.assert_allclose(scaled[path], 2 * delta, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [[], {"lora_alpha": "x"}, {"lora_alpha": float("inf")}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 1}}],
+    ids=str,
+)
+def test_wrong_settings_of_peft_are_named(settings, pipeline, tmp_path):
+    key = "base_model.model."
+    state = {key + name.removeprefix("unet."): value for name, value in random_lora(pipeline, "peft").items()}
+    torch_file.write_safetensors(tmp_path / "adapter_model.safetensors", state)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="lora_alpha"):
+        read_lora(Lora(tmp_path), TINY)
+
+
 def test_two_loras_add_up_and_the_other_names_are_the_same(pipeline, base, tmp_path):
     files = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for seed, file in enumerate(files):
