@@ -53,6 +53,7 @@ def start(inputs: Path, folder: Path, kills: int, commands: str, seed: int = 0) 
 
 def fork(act: Callable[[], object], log: Path) -> int:
     """Runs `act` in a child with a session of its own; what it says goes to a file."""
+    log.write_bytes(b"")  # nobody reads what the one before it said
     pid = os.fork()
     if pid:
         return pid
