@@ -221,7 +221,8 @@ def _write_run_config(rng, folder: Path) -> None:
 
 def _read_run_config(folder: Path) -> None:
     run = read_run(folder / "run")
-    assert type(run.train["seed"]) is int and isinstance(run.train["start"], str) and run.model.unet.num_heads > 0
+    assert type(run.train["seed"]) is int and isinstance(run.train.get("start", ""), str)
+    assert run.model.unet.num_heads > 0
 
 
 def kinds(folder: Path) -> list[Kind]:

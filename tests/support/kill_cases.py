@@ -298,11 +298,15 @@ def main() -> None:
     import instdiff_jax.training.loop  # noqa: F401
 
     inputs, folder, kills, rng = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), random.Random(int(sys.argv[5]))
-    for name in sys.argv[4].split(","):
-        if name == "train":
-            kill_training(inputs, folder, kills, rng)
-        else:
-            kill_writer(inputs, folder, name, kills, rng)
+    try:
+        for name in sys.argv[4].split(","):
+            if name == "train":
+                kill_training(inputs, folder, kills, rng)
+            else:
+                kill_writer(inputs, folder, name, kills, rng)
+    finally:
+        for pid in orphans():  # of a case that failed
+            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
