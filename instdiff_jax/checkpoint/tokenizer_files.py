@@ -4,6 +4,8 @@ import operator
 from pathlib import Path
 from typing import Any
 
+from instdiff_jax.checkpoint.clip_tokenizer import clip_tokenizer
+from instdiff_jax.config import TextEncoderConfig
 from instdiff_jax.copies import local_copy
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json
@@ -17,6 +19,7 @@ def find_tokenizer(name: str, vocab_size: int | None = None) -> Path:
 
     Args:
         name: a folder (one in a bucket is copied), or a name on the hub whose files are in the hub's local cache.
+            CLIP's own comes from the package if the cache does not have it.
         vocab_size: of the text encoder; the tokenizer's ids must be below it.
 
     Raises:
@@ -68,6 +71,8 @@ def _cached_tokenizer(name: str) -> Path:
     except ValueError:  # not a possible name on the hub
         found = None
     if not isinstance(found, str):
+        if name == TextEncoderConfig.tokenizer:
+            return clip_tokenizer()
         raise InputError(
             f"config.model.text_encoder.tokenizer: {name}: neither a folder here nor in the hub's cache; "
             "give a folder with --config.model.text_encoder.tokenizer=DIR"

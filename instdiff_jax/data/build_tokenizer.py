@@ -9,14 +9,12 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from instdiff_jax.checkpoint.clip_tokenizer import END, START, SUFFIX, write_tokenizer_files
 from instdiff_jax.data.dataset import InstanceDataset, read_meta
 from instdiff_jax.data.phrases import read_phrases
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import replace_folder, write_json, write_text
+from instdiff_jax.files import replace_folder
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's mark of the end of a word.
-_SUFFIX = "</w>"
 # CLIP's word pattern; each digit is a word.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -25,7 +23,7 @@ def learn_merges(texts: Iterable[str], most: int) -> list[tuple[str, str]]:
     """The merges of byte-pair encoding, the most frequent pair first; at most `most`."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_SUFFIX))
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=SUFFIX))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -39,7 +37,7 @@ def learn_merges(texts: Iterable[str], most: int) -> list[tuple[str, str]]:
         vocab_size=most + 2 * len(alphabet),
         min_frequency=2,
         initial_alphabet=alphabet,
-        end_of_word_suffix=_SUFFIX,
+        end_of_word_suffix=SUFFIX,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -66,7 +64,7 @@ def write_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int = 
 
     output = Path(output)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spelled = [*alphabet, *(letter + _SUFFIX for letter in alphabet)]
+    spelled = [*alphabet, *(letter + SUFFIX for letter in alphabet)]
     if vocab_size < len(spelled) + 2:
         raise InputError(f"vocab_size: expected at least {len(spelled) + 2}, which spell every byte, got {vocab_size}")
     if output.exists():
@@ -75,19 +73,8 @@ def write_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int = 
     tokens = [*spelled, *("".join(pair) for pair in merges), START, END]
     # Two merges can give the same token.
     tokens = list(dict.fromkeys(tokens))
-    settings = dict(
-        tokenizer_class="CLIPTokenizer",
-        model_max_length=max_length,
-        bos_token=START,
-        eos_token=END,
-        unk_token=END,
-        pad_token=END,
-        do_lower_case=True,
-    )
     with replace_folder(output) as folder:
-        write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)}, indent=None)
-        write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
-        write_json(folder / "tokenizer_config.json", settings)
+        write_tokenizer_files(folder, tokens, merges, max_length)
     return len(tokens)
 
 
