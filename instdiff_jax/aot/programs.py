@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -154,20 +155,31 @@ def sample_program(
     return Program("sample", denoise, (predict_noise, *args), options, mesh, rows, flops)
 
 
-def compile_program(program: Program, name: str) -> tuple[Any, float]:
-    """Compiles a program; also returns the processor time in seconds.
+def compile_program(program: Program, name: str, dump: Path | None = None) -> tuple[Any, float]:
+    """Compiles a program; also returns the processor time in seconds. The compiler's text of it goes to `dump`.
 
     Raises:
         InputError: if the program does not fit the chips' memory.
     """
-    start = time.process_time()
+    start, options = time.process_time(), {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True} if dump else {}
     try:
-        compiled = program.function.lower(*program.args, **program.options).compile()
+        compiled = program.function.lower(*program.args, **program.options).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise InputError(f"{program.name} on {name}: {does_not_fit(str(error))}") from error
     return compiled, time.process_time() - start
+
+
+def program_text(compiled: Any, dump: Path) -> str:
+    """The compiled program as text. What jax cannot read back (v6e's programs) is taken from the compiler's dump."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        written = sorted(dump.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        if not written:
+            raise
+        return written[-1].read_text()
 
 
 def does_not_fit(message: str) -> str:

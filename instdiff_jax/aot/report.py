@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,19 +26,40 @@ def memory_table(stats: Any) -> dict[str, int]:
     return table | dict(total=total)
 
 
+def xla_counts(compiled: Any) -> Mapping[str, float]:
+    """The compiler's counts of operations and bytes; empty where jax cannot read the program back."""
+    try:
+        return compiled.cost_analysis()
+    except jax.errors.JaxRuntimeError:
+        return {}
+
+
 # Evaluations of a row, with guidance, for one image of 50 PLMS steps (docs/sampling.md, "What they cost").
 _EVALUATIONS = {"images_per_second": 51, "images_per_second_mis": 165}
 
 
-def make_report(
-    program: Program, topology: str, compiled: Any, seconds: float, kernel_cycles: Mapping[str, float] | None = None
-) -> dict[str, Any]:
-    """Everything about a compiled program as plain values: bytes, FLOPs and seconds of one chip.
+class Outcome(NamedTuple):
+    """What the compiler made of a program.
 
-    `kernel_cycles` are those of Pallas kernels, see `hlo.analyze`.
+    Attributes:
+        text: the compiled program.
+        memory: bytes a chip, see `memory_table`.
+        xla: the compiler's own counts; empty where jax cannot read the program back.
+        seconds: processor time of compiling.
+        kernel_cycles: those of Pallas kernels, see `hlo.analyze`.
     """
-    chip, xla = chip_of(topology), compiled.cost_analysis()
-    costs = analyze(compiled.as_text(), kernel_cycles)
+
+    text: str
+    memory: dict[str, int]
+    xla: Mapping[str, float]
+    seconds: float
+    kernel_cycles: Mapping[str, float]
+
+
+def make_report(program: Program, topology: str, outcome: Outcome) -> dict[str, Any]:
+    """Everything about a compiled program as plain values: bytes, FLOPs and seconds of one chip."""
+    chip, xla = chip_of(topology), outcome.xla
+    costs = analyze(outcome.text, outcome.kernel_cycles)
     prediction = predict(chip, program.flops, costs)
     mesh = dict(program.mesh.shape)
     rows = scaling(chip, prediction, costs.collectives, mesh, program.batch)
@@ -51,13 +72,13 @@ def make_report(
         topology=topology,
         mesh=mesh,
         batch=program.batch,
-        compile_seconds=seconds,
+        compile_seconds=outcome.seconds,
         optimization_level=jax.config.jax_optimization_level,
-        memory=memory_table(compiled.memory_analysis()),
+        memory=outcome.memory,
         flops=program.flops,
-        xla_flops=xla["flops"],
+        xla_flops=xla.get("flops"),
         memory_bytes=costs.memory_bytes,
-        xla_memory_bytes=xla["bytes accessed"],
+        xla_memory_bytes=xla.get("bytes accessed"),
         collectives=[dataclasses.asdict(collective) for collective in costs.collectives],
         open_loops=costs.open_loops,
         pallas_seconds=costs.pallas_cycles / chip.clock,
@@ -70,11 +91,9 @@ def make_report(
     )
 
 
-def make_block_report(
-    kind: Kind, program: Program, topology: str, compiled: Any, seconds: float, kernel_cycles: Mapping[str, float]
-) -> dict[str, Any]:
+def make_block_report(kind: Kind, program: Program, topology: str, outcome: Outcome) -> dict[str, Any]:
     """One kind of block's pass as plain values: the estimate and its arithmetic, in seconds, and bytes of memory."""
-    chip, costs = chip_of(topology), analyze(compiled.as_text(), kernel_cycles)
+    chip, costs = chip_of(topology), analyze(outcome.text, outcome.kernel_cycles)
     estimate, compute = (costs.cycles + costs.pallas_cycles) / chip.clock, program.flops / chip.flops
     return dict(
         block=kind.label,
@@ -85,12 +104,16 @@ def make_block_report(
         unscheduled_kernels=costs.unscheduled_kernels,
         compute=compute,
         ratio=estimate / compute if compute else None,
-        temporary=compiled.memory_analysis().temp_size_in_bytes,
-        compile_seconds=seconds,
+        temporary=outcome.memory["temporary"],
+        compile_seconds=outcome.seconds,
         modules=module_rows(
             {path: cycles / chip.clock for path, cycles in costs.modules.items()}, program.module_flops, chip.flops
         ),
     ) | {"pass": program.name}
+
+
+def _scaled(count: float | None, unit: float) -> str:
+    return "none" if count is None else f"{count / unit:.2f}"
 
 
 def chip_of(topology: str) -> Chip:
@@ -107,9 +130,9 @@ def format_report(values: dict[str, Any]) -> str:
         "  memory per chip, GB: "
         + ", ".join(f"{key} {size / 1e9:.2f}" for key, size in values["memory"].items())
         + f" ({values['memory']['total'] / 2**30:.2f} GiB)",
-        f"  TFLOP per chip: {values['flops'] / 1e12:.2f} (XLA's count: {values['xla_flops'] / 1e12:.2f})",
+        f"  TFLOP per chip: {values['flops'] / 1e12:.2f} (XLA's count: {_scaled(values['xla_flops'], 1e12)})",
         f"  memory traffic per chip: {values['memory_bytes'] / 1e9:.1f} GB "
-        f"(XLA's count: {values['xla_memory_bytes'] / 1e9:.1f}); loops of unknown length: {values['open_loops']}",
+        f"(XLA's count: {_scaled(values['xla_memory_bytes'], 1e9)}); loops of unknown length: {values['open_loops']}",
     ]
     kernels = (
         f'  Pallas kernels, by the compiler\'s schedule: {values["pallas_seconds"] * 1e3:.1f} ms of "kernels" below'

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from instdiff_jax.analysis.kernel_schedule import DUMP_FLAGS, read_dump
 from instdiff_jax.cli.config_flags import names_config, read_settings
@@ -23,6 +23,7 @@ from instdiff_jax.files import scratch_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from instdiff_jax.aot.programs import Program
+    from instdiff_jax.aot.report import Outcome
     from instdiff_jax.training.settings import RunSettings
 
 # What configs/coco.py sets for a TPU pod: the defaults where no config file is named.
@@ -98,8 +99,7 @@ def compile_whole(run: "RunSettings", args: argparse.Namespace, devices: list, d
     for name in makers if args.what == "both" else [args.what]:
         print(f"compiling {name} for {args.topology}", flush=True)
         program = makers[name]()
-        compiled, seconds, kernel_cycles = compile_one(program, args, dump, name)
-        reports.append(make_report(program, args.topology, compiled, seconds, kernel_cycles))
+        reports.append(make_report(program, args.topology, compile_one(program, args, dump, name)))
         print(format_report(reports[-1]), flush=True)
         # After each program: the next one takes as long again, or may not fit.
         if args.output:
@@ -116,23 +116,23 @@ def compile_blocks(run: "RunSettings", args: argparse.Namespace, devices: list, 
     reports = []
     for kind, program in block_programs(run.model, run.train, mesh, rows, args.image_size, args.blocks):
         print(f"compiling {kind.label}, {program.name}", file=sys.stderr, flush=True)
-        compiled, seconds, kernel_cycles = compile_one(program, args, dump, f"{kind.names[0]}_{program.name}")
-        reports.append(make_block_report(kind, program, args.topology, compiled, seconds, kernel_cycles))
+        outcome = compile_one(program, args, dump, f"{kind.names[0]}_{program.name}")
+        reports.append(make_block_report(kind, program, args.topology, outcome))
         if args.output:
             write_json(args.output, reports)
     print(f"blocks for {args.topology}, {rows} latents, on one chip:\n\n{format_blocks(reports)}", flush=True)
 
 
-def compile_one(
-    program: "Program", args: argparse.Namespace, dump: Path, name: str
-) -> tuple[Any, float, dict[str, float]]:
-    """The compiled program, the seconds it took, and the cycles of its Pallas kernels; its text goes to `--hlo`."""
-    from instdiff_jax.aot.programs import compile_program
+def compile_one(program: "Program", args: argparse.Namespace, dump: Path, name: str) -> "Outcome":
+    """What the compiler made of a program; its text goes to `--hlo` too."""
+    from instdiff_jax.aot.programs import compile_program, program_text
+    from instdiff_jax.aot.report import Outcome, memory_table, xla_counts
 
-    compiled, seconds = compile_program(program, args.topology)
+    compiled, seconds = compile_program(program, args.topology, dump)
+    text = program_text(compiled, dump)
     if args.hlo:
-        write_text(args.hlo / f"{args.topology.replace(':', '_')}_{name}.hlo", compiled.as_text())
+        write_text(args.hlo / f"{args.topology.replace(':', '_')}_{name}.hlo", text)
     kernel_cycles = {name: schedule.cycles() for name, schedule in read_dump(dump)}
     for path in dump.iterdir():
         path.unlink()  # names may come again in the next program
-    return compiled, seconds, kernel_cycles
+    return Outcome(text, memory_table(compiled.memory_analysis()), xla_counts(compiled), seconds, kernel_cycles)
