@@ -65,7 +65,7 @@ def count_names(names: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CocoImage:
-    """An image of the file; `file_name` is None where the file has none, and sides are in pixels."""
+    """An image of the file; sides are in pixels, `file_name` is None where there is no `coco_url` either."""
 
     id: int
     width: int
@@ -118,10 +118,13 @@ class CocoAnnotation:
     @property
     def caption(self) -> str:
         """Its own caption; its category without one."""
+        return self.own_caption or self.category
+
+    @property
+    def own_caption(self) -> str:
+        """Its own caption; "" without one."""
         own = self.values.get("caption")
-        if own is None or isinstance(own, str) and not own.strip():
-            return self.category
-        return read_text(own, f"{self.where}.caption")
+        return "" if own is None else read_text(own, f"{self.where}.caption", empty=True).strip() and own
 
 
 class Unused(NamedTuple):
@@ -184,6 +187,9 @@ class Coco:
         file_name = row.get("file_name")
         if file_name is not None:
             read_text(file_name, f"{where}.file_name")
+        elif isinstance(address := row.get("coco_url"), str):
+            # LVIS names images so: http://images.cocodataset.org/train2017/000000391895.jpg.
+            file_name = "/".join(address.split("/")[-2:])
         return CocoImage(image_id, width, height, file_name)
 
     def annotations(self, image_id: int) -> list[CocoAnnotation]:

@@ -77,15 +77,18 @@ class InstancesBuilder(tfds.core.GeneratorBasedBuilder):
             yield key, example
 
 
-def check_output(data_dir: Path, overwrite: bool) -> None:
-    """Raises InputError unless a dataset may be written to `data_dir`. Call it before any long work."""
+def check_output(data_dir: Path, overwrite: bool, mark: str = "dataset.json") -> None:
+    """Raises InputError unless a dataset may be written to `data_dir`. Call it before any long work.
+
+    `mark` is the file by which a dataset of this kind is known.
+    """
     remove_leftovers(data_dir.absolute().parent, data_dir.name)
     if data_dir.is_symlink() or os.path.ismount(data_dir):
         raise InputError(f"{data_dir}: expected a folder that can be replaced, found a link or a mount point")
     if data_dir.exists() and not data_dir.is_dir():
         raise InputError(f"{data_dir}: expected a folder for the dataset, found a file")
     if data_dir.exists() and any(data_dir.iterdir()) and not _holds_failed_report(data_dir):
-        if not (data_dir / "dataset.json").exists():
+        if not (data_dir / mark).exists():
             raise InputError(f"{data_dir}: expected an empty or new folder, found one that holds other files")
         if not overwrite:
             raise InputError(f"{data_dir}: already holds a dataset; pass --overwrite to replace it")

@@ -216,8 +216,6 @@ def test_text_that_jax_cannot_read_is_the_compilers_own(tmp_path):
         def cost_analysis(self):
             return self.as_text()
 
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        programs.program_text(Unreadable(), tmp_path)
     compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile()
     (tmp_path / "module_0001.f.after_codegen.txt").write_text(compiled.as_text())
     (tmp_path / "module_0002.f.after_codegen.txt").write_text("HloModule")
