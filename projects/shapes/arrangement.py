@@ -6,15 +6,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from instdiff_jax.geometry.masks import box_from_mask
+from projects.common.crowd import Crowd
 from projects.shapes.drawing import COLOURS, TEXTURES, Stamp, make_stamp
 from projects.shapes.worlds import SceneSettings
 
 # Shapes with enough room in the middle for a part.
 _HOSTS = ("circle", "square", "heart", "hexagon", "triangle")
 _PART_SIDE = 0.42
-# Training drops boxes smaller than 1% of the image.
-_MIN_BOX = 0.01
 _POSITIONS = 32
 _SHRINKS = 5
 _RESTARTS = 8
@@ -106,15 +104,13 @@ def arrange_shapes(size: int, settings: SceneSettings, rng: np.random.Generator)
     return best
 
 
-class _Crowd:
-    """The shapes placed so far, and how many pixels of each are visible."""
+class _Crowd(Crowd):
+    """The shapes placed so far."""
 
     def __init__(self, size: int, settings: SceneSettings, hidden: float, rng: np.random.Generator):
-        self.size, self.settings, self.hidden, self.rng = size, settings, hidden, rng
+        super().__init__(size, hidden)
+        self.settings, self.rng = settings, rng
         self.placed: list[Placed] = []
-        self.visible: list[int] = []
-        self.owner = np.full((size, size), -1, np.int16)
-        self.covers: list[tuple[int, int]] = []
 
     def add(self, plan: Plan, side: float) -> bool:
         """Places one more shape, shrinking it if necessary; False if there is no room."""
@@ -161,32 +157,7 @@ class _Crowd:
 
     def _put(self, plan: Plan, stamp: Stamp, corner: tuple[int, int]) -> bool:
         """Places a stamp in front of the others, unless it hides too much of one or covers its own colour."""
-        mask = stamp.mask
-        if not mask.any():  # too small to cover half of any pixel
+        if not self.put(stamp.mask, corner, lambda k: self.placed[k].plan.colour == plan.colour, plan.inside):
             return False
-        area = np.s_[corner[1] : corner[1] + mask.shape[0], corner[0] : corner[0] + mask.shape[1]]
-        window = self.owner[area]
-        hides = np.bincount(window[mask] + 1, minlength=len(self.placed) + 1)
-        below = [int(k) for k in np.flatnonzero(hides[1:])]
-        if plan.inside is not None:
-            if hides[0] or below != [plan.inside]:
-                return False
-        else:
-            for k in below:
-                left = self.visible[k] - hides[k + 1]
-                if self.placed[k].plan.colour == plan.colour or left < (1 - self.hidden) * self.placed[k].area:
-                    return False
-                rest = self.owner == k
-                rest[area][mask] = False
-                x0, y0, x1, y1 = box_from_mask(rest)
-                if (x1 - x0) * (y1 - y0) < _MIN_BOX * self.size**2:
-                    return False
-        for k in below:
-            self.visible[k] -= hides[k + 1]
-            if k != plan.inside:
-                self.covers.append((len(self.placed), k))
-        window[mask] = len(self.placed)
-        pixels = int(np.count_nonzero(mask))
-        self.placed.append(Placed(plan, stamp, corner, pixels))
-        self.visible.append(pixels)
+        self.placed.append(Placed(plan, stamp, corner, self.areas[-1]))
         return True

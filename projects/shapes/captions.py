@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from projects.common.words import OPENINGS, article, direction, joined, number, pick, plural
+
 # Longest list: ten entries and a background stay below CLIP's 77 tokens.
 _MAX_LISTED = 10
-_COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _PATTERNS = {"striped": "stripes", "dotted": "dots", "checkered": "checks"}
-_OPENINGS = ("", "", "a picture of ", "a drawing of ", "an image of ", "a scene with ", "you can see ")
 
 
 class Thing(NamedTuple):
@@ -41,14 +41,14 @@ def instance_caption(thing: Thing, rng: np.random.Generator) -> str:
         forms = [f"a {colour} {texture} {shape}", f"a {texture} {colour} {shape}", f"{colour} {texture} {shape}"]
         forms.append(f"a {colour} {shape} with {_PATTERNS[texture]}")
         forms.append(f"a {shape} that is {colour} and {texture}")
-    return _pick(forms, rng)
+    return pick(forms, rng)
 
 
 def background_words(kind: str, names: tuple[str, str]) -> str:
     """Names a background, for example "a grey background" or "a background fading from grey to teal"."""
     first, second = names
     if kind == "plain":
-        return f"{_article(first)} {first} background"
+        return f"{article(first)} {first} background"
     if kind == "cloudy":
         return f"a cloudy background of {first} and {second}"
     return f"a background fading from {first} to {second}"
@@ -80,23 +80,23 @@ def image_captions(
     if any(thing.inside is not None for thing in things):
         forms += ["inside", "inside"]
     for _ in range(count - 1):
-        form = _pick(forms, rng)
+        form = pick(forms, rng)
         if form == "list":
             text = _listing(things, True, True, rng)
         elif form == "shapes":
             text = _listing(things, bool(rng.integers(2)), False, rng)
         elif form == "count":
-            text = "one shape" if len(things) == 1 else f"{_number(len(things))} {_pick(('shapes', 'things'), rng)}"
+            text = "one shape" if len(things) == 1 else f"{number(len(things))} {pick(('shapes', 'things'), rng)}"
         elif form == "place":
             text = _placing(things, rng)
         elif form == "front":
             i, j = covers[rng.integers(len(covers))]
             text = f"{_name(things[i])} in front of {_name(things[j])}"
         else:
-            part = _pick([thing for thing in things if thing.inside is not None], rng)
+            part = pick([thing for thing in things if thing.inside is not None], rng)
             text = f"{_name(things[part.inside])} with {_name(part)} inside"
-        ending = _pick(("", f" on {background}", f" against {background}"), rng)
-        captions.append(_pick(_OPENINGS, rng) + text + ending)
+        ending = pick(("", f" on {background}", f" against {background}"), rng)
+        captions.append(pick(OPENINGS, rng) + text + ending)
     return tuple(captions)
 
 
@@ -106,43 +106,22 @@ def _listing(things: Sequence[Thing], colours: bool, textures: bool, rng: np.ran
         " ".join([thing.colour] * colours + [thing.texture] * (textures and thing.texture != "plain") + [thing.shape])
         for thing in things
     )
-    names = [f"a {name}" if number == 1 else f"{_number(number)} {_plural(name)}" for name, number in groups.items()]
+    names = [f"a {name}" if count == 1 else f"{number(count)} {plural(name)}" for name, count in groups.items()]
     names = [names[i] for i in rng.permutation(len(names))]
     if len(names) > _MAX_LISTED:
         names = names[: _MAX_LISTED - 1] + ["more shapes"]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return joined(names)
 
 
 def _placing(things: Sequence[Thing], rng: np.random.Generator) -> str:
     """Where one thing is relative to another, along the axis on which they are further apart."""
     i, j = rng.choice(len(things), 2, replace=False)
-    dx = things[i].centre[0] - things[j].centre[0]
-    dy = things[i].centre[1] - things[j].centre[1]
-    if things[i].inside == j or things[j].inside == i or max(abs(dx), abs(dy)) < 1.5 * min(abs(dx), abs(dy)) + 1:
-        return f"{_name(things[i])} {_pick(('and', 'with'), rng)} {_name(things[j])}"
-    if abs(dx) > abs(dy):
-        words = ("left of", "to the left of") if dx < 0 else ("right of", "to the right of")
-    else:
-        words = ("above",) if dy < 0 else ("below", "under")
-    return f"{_name(things[i])} {_pick(words, rng)} {_name(things[j])}"
+    words = direction(things[i].centre, things[j].centre)
+    if not words or things[i].inside == j or things[j].inside == i:
+        words = ("and", "with")
+    return f"{_name(things[i])} {pick(words, rng)} {_name(things[j])}"
 
 
 def _name(thing: Thing) -> str:
     texture = "" if thing.texture == "plain" else f"{thing.texture} "
     return f"a {thing.colour} {texture}{thing.shape}"
-
-
-def _number(count: int) -> str:
-    return _COUNTS[count] if count < len(_COUNTS) else str(count)
-
-
-def _plural(name: str) -> str:
-    return name + ("es" if name.endswith("s") else "s")
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def _pick(options: Sequence, rng: np.random.Generator):
-    return options[rng.integers(len(options))]

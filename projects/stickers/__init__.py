@@ -1,0 +1,1 @@
+"""The world of things: Fluent emoji on plain backgrounds."""

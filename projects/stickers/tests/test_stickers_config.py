@@ -1,0 +1,42 @@
+"""The config of the model of things: four stages, one model, each stage trains what it says."""
+
+import pytest
+
+from configs import stickers
+from instdiff_jax.cli.config_flags import read_settings
+from instdiff_jax.errors import InputError
+from instdiff_jax.parallel.mesh import make_mesh
+from instdiff_jax.training.inputs import check_data
+from instdiff_jax.training.settings import RunSettings
+from instdiff_jax.training.state import make_sharding_plan
+
+
+def stage(name):
+    return read_settings([f"--config=configs/stickers.py:{name}"], RunSettings)[0]
+
+
+@pytest.mark.parametrize(
+    "name, start, networks",
+    [
+        ("autoencoder", "", {"autoencoder"}),
+        ("text", "runs/stickers_1", {"text_encoder"}),
+        ("base", "runs/stickers_2", {"unet"}),
+        ("adapters", "runs/stickers_3", {"unet", "unifusion"}),
+    ],
+)
+def test_each_stage_trains_its_networks_from_the_one_before(name, start, networks):
+    run = stage(name)
+    check_data(run)
+    plan = make_sharding_plan(run.model, run.train, run.parallel, make_mesh(run.parallel))
+    assert set(plan.trainable) == networks and run.train.start == start
+    assert f"configs/stickers.py:{name}" in stickers.__doc__ and f"--output {start}" in stickers.__doc__
+    assert run.model == stage("adapters").model
+    # 16x16 latents, as many as the UNet of the shapes has.
+    assert 128 // 2 ** (len(run.model.autoencoder.ch_mult) - 1) == 16
+
+
+def test_an_unknown_stage_is_one_line():
+    with pytest.raises(
+        InputError, match="configs/stickers.py:fusers: expected one of autoencoder, text, base, adapters"
+    ):
+        stage("fusers")
