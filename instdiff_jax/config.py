@@ -269,9 +269,9 @@ class SamplingConfig(Settings):
     1. `mis` is the fraction of steps that the multi-instance sampler takes. `sigmas` are the noise levels of the steps;
     `auto` keeps the solver's own.
 
-    Three options save work: `guidance_interval` gives the fractions of the steps between which guidance is on;
-    `mis_guidance=False` switches it off for the multi-instance sampler's instance rows; `reuse=n` computes the UNet's
-    deep features at every n-th evaluation only.
+    `prompt_weights` and `long_prompts`: see sampling/prompts.py. Three options save work: `guidance_interval` gives the
+    fractions of the steps between which guidance is on; `mis_guidance=False` switches it off for the multi-instance
+    sampler's instance rows; `reuse=n` computes the UNet's deep features at every n-th evaluation only.
     """
 
     steps: int = 50
@@ -284,6 +284,8 @@ class SamplingConfig(Settings):
     mis_guidance: bool = True
     merge: Literal["mean", "crop"] = "mean"
     negative_prompt: str = ""
+    prompt_weights: bool = False
+    long_prompts: bool = False
     masked_attention: Literal["none", "correct", "strict", "official"] = "none"
     reuse: int = 1
 

@@ -95,6 +95,7 @@ class Layout:
     """What a user asks for: a caption, a canvas in pixels, and 1 to 30 instances.
 
     Boxes that stick out of the canvas are clipped to it. `name` labels outputs and does not count in comparisons.
+    `negative_prompt` is what guidance leads away from; None leaves it to the sampling settings.
 
     Raises:
         InputError: on construction, naming the instance and field, for anything that is not valid: NaN, wrong types,
@@ -106,10 +107,13 @@ class Layout:
     height: int
     instances: tuple[Instance, ...]
     name: str = dataclasses.field(default="layout", compare=False)
+    negative_prompt: str | None = None
 
     def __post_init__(self):
         where = f"{self.name}: instances"
         width, height = _check_canvas(self.caption, self.width, self.height, self.name)
+        if self.negative_prompt is not None:
+            read_text(self.negative_prompt, f"{self.name}: negative_prompt", empty=True)
         if not isinstance(self.instances, (list, tuple)):
             raise InputError(f"{where}: expected a list of instances, got {short(self.instances)}")
         for i, instance in enumerate(self.instances):
@@ -141,8 +145,9 @@ class Layout:
 
         `{"caption", "width", "height", "annos": [{"caption", "category_name", "bbox": [x, y, w, h], "mask": COCO RLE or
         polygons, "point": [x, y], "scribble": [x1, y1, x2, y2, ...] or pairs}]}`, all in pixels. A location may be
-        missing, null or []; other keys are ignored. An instance without a caption takes its category_name. An instance
-        with no location but a box of no size off the canvas, as in one official demo, is left out with a warning.
+        missing, null or []; other keys are ignored, but for our own `negative_prompt`. An instance without a caption
+        takes its category_name. An instance with no location but a box of no size off the canvas, as in one official
+        demo, is left out with a warning.
 
         Args:
             values: the object.
@@ -155,7 +160,7 @@ class Layout:
         """
         if not isinstance(values, Mapping):
             raise InputError(f"{where}: expected an object, a layout, got {describe(values)}")
-        _check_spelling(values, _LAYOUT_KEYS, where)
+        _check_spelling(values, (*_LAYOUT_KEYS, "negative_prompt"), where)
         for key in _LAYOUT_KEYS:
             if key not in values:
                 raise InputError(f"{where}: {key}: missing")
@@ -166,7 +171,10 @@ class Layout:
         if are_normalised(anno.get("bbox") for anno in annos if isinstance(anno, Mapping)):
             _logger.warning("%s: annos[].bbox: %s", where, NORMALISED)
         found = [_read_instance(anno, width, height, f"{where}: annos[{i}]", _OFFICIAL) for i, anno in enumerate(annos)]
-        return cls(caption, width, height, _limited(found, max_instances, f"{where}: annos"), name)
+        negative = values.get("negative_prompt")
+        if negative is not None:
+            read_text(negative, f"{where}: negative_prompt", empty=True)
+        return cls(caption, width, height, _limited(found, max_instances, f"{where}: annos"), name, negative)
 
     @classmethod
     def from_coco(
@@ -225,7 +233,8 @@ class Layout:
             if (rle := instance.rle) is not None:
                 anno["mask"] = rle.to_dict()
             annos.append(anno)
-        return {"caption": self.caption, "width": self.width, "height": self.height, "annos": annos}
+        values = {"caption": self.caption, "width": self.width, "height": self.height, "annos": annos}
+        return values if self.negative_prompt is None else values | {"negative_prompt": self.negative_prompt}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The layout as the text of an official JSON file, also written to `path` if given.

@@ -17,7 +17,9 @@ HELP = {
     "mis": "fraction of the steps of the multi-instance sampler; 0 turns it off",
     "mis_guidance": "guidance for instances that are denoised on their own",
     "merge": "how the multi-instance sampler merges",
-    "negative_prompt": "what guidance leads away from",
+    "negative_prompt": "what guidance leads away from; a layout's own comes first",
+    "prompt_weights": "read weights in captions: (word:1.3), (word), [word]",
+    "long_prompts": "use up to 300 tokens of a caption, not 75",
     "masked_attention": "keep instances apart in the fusers",
     "reuse": "compute the UNet's deep features only in every n-th evaluation",
 }

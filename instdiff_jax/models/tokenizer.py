@@ -26,6 +26,7 @@ class Tokenizer:
 
     Attributes:
         max_length: ids in a row, start and end token included.
+        start_id: id of the start token.
         eos_id: id of the end token, which also pads. It is the highest id, so that argmax finds the end of a text.
     """
 
@@ -59,7 +60,7 @@ class Tokenizer:
         if len(self._tokenizer) < _SMALLEST_VOCABULARY:
             raise InputError(f"tokenizer {name}: no vocabulary there; expected vocab.json and merges.txt")
         highest = max(self._tokenizer.get_vocab().values())
-        self.eos_id = self._tokenizer.eos_token_id
+        self.start_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         if highest >= vocab_size:
             raise InputError(f"tokenizer {name}: expected ids below the text encoder's {vocab_size}, got {highest}")
         self._words: dict[str, list[int]] = {}
@@ -96,21 +97,25 @@ class Tokenizer:
             ids[row, : len(known[text])] = known[text]
         return ids
 
+    def encode_words(self, text: str, kind: str = "prompt") -> list[int]:
+        """Ids of a text of any length, without start and end token; InputError if it is no valid Unicode."""
+        return self._ids(text, kind)[1:-1]
+
     def _encode_one(self, text: str, kind: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"{kind} {ascii(text)[:80]}: expected valid Unicode text") from error
-        ids = self._ids(text)
+        ids = self._ids(text, kind)
         if len(ids) > self.max_length:
             _logger.warning(
-                "%s of %d tokens cut to %d, its end is not used: %r", kind, len(ids), self.max_length, _shortened(text)
+                "%s of %d tokens cut to %d, its end is not used: %r", kind, len(ids), self.max_length, shortened(text)
             )
             ids = [*ids[: self.max_length - 1], self.eos_id]
         return ids
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, kind: str) -> list[int]:
         """Ids of a text, with start and end token, and of any length."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{kind} {ascii(text)[:80]}: expected valid Unicode text") from error
         if not self._words:
             return self._tokenizer(text, verbose=False)["input_ids"]
         names = "|".join(re.escape(word) for word in sorted(self._words, key=len, reverse=True))
@@ -122,5 +127,6 @@ class Tokenizer:
         return [*ids, end]
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """The begin and the end of a text, for a message."""
     return text if len(text) <= 80 else f"{text[:50]} ... {text[-25:]}"

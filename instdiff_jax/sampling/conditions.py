@@ -25,7 +25,7 @@ class ConditionInput(NamedTuple):
 
 
 class ConditionList(NamedTuple):
-    """Unique texts, phrases and conditions (the null one last), and the rows of each layout, by its number."""
+    """Unique texts, phrases and conditions (the null ones last), and the rows of each layout, by its number."""
 
     texts: list[str]
     phrases: list[str]
@@ -61,15 +61,21 @@ def list_conditions(
 ) -> ConditionList:
     """Lists each layout's conditions: its own, and one for each instance in the slots that `choose_slots` returns.
 
+    A layout's own negative prompt goes before `negative_prompt`.
     `format` and `drop` are those of `grounding.make_grounding`.
     """
     slots = {number: choose_slots(layout) for number, layout in layouts.items()}
     phrases = sorted({instance.caption for layout in layouts.values() for instance in layout.instances})
     captions = {layout.caption for layout in layouts.values()}
     own = {layout.instances[slot].caption for number, layout in layouts.items() for slot in slots[number]}
-    texts = sorted({*captions, negative_prompt, *own})
+    negatives = {
+        number: negative_prompt if layout.negative_prompt is None else layout.negative_prompt
+        for number, layout in layouts.items()
+    }
+    unique_negatives = sorted(set(negatives.values()))
+    texts = sorted({*captions, *unique_negatives, *own})
     text_index, phrase_index = ({text: i for i, text in enumerate(column)} for column in (texts, phrases))
-    negative = sum(1 + len(chosen) for chosen in slots.values())
+    count = sum(1 + len(chosen) for chosen in slots.values())
     conditions, rows = [], {}
     for number, layout in layouts.items():
         whole = groundings.make_grounding(layout, config, format, drop)
@@ -81,9 +87,10 @@ def list_conditions(
             conditions.append(ConditionInput(each[slot], text_index[phrases[indices[slot]]], [indices[slot]]))
         rows[number] = ImageRows(
             layout=first - 1,
-            negative=negative,
+            negative=count + unique_negatives.index(negatives[number]),
             instances=tuple(range(first, len(conditions))),
             boxes=[tuple(each[slot]["boxes"][0]) for slot in slots[number]],
         )
     null = groundings.null_grounding(config.unifusion.map_size, config.unet.context_dim)
-    return ConditionList(texts, phrases, [*conditions, ConditionInput(null, text_index[negative_prompt])], rows)
+    conditions += [ConditionInput(null, text_index[text]) for text in unique_negatives]
+    return ConditionList(texts, phrases, conditions, rows)

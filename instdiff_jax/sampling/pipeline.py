@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from instdiff_jax.checkpoint.embeddings import Embedding
 from instdiff_jax.checkpoint.lora import Lora
 from instdiff_jax.config import ModelConfig, Sampler, SamplingConfig, Sigmas, with_preset
-from instdiff_jax.diffusion.loop import Inpaint, noise_key
+from instdiff_jax.diffusion.loop import noise_key
 from instdiff_jax.diffusion.multi_instance import Placement, ProgressEvent, SamplerInputs, sample_rows
 from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.errors import InputError
@@ -33,11 +33,12 @@ from instdiff_jax.models.unet import Conditions
 from instdiff_jax.parallel.rows import device_of
 from instdiff_jax.sampling import programs
 from instdiff_jax.sampling.conditions import list_conditions
+from instdiff_jax.sampling.first_latents import start_latents
 from instdiff_jax.sampling.loading import DTYPES, Process, choose_dtype, load_model
 from instdiff_jax.sampling.memory import MemoryLimits
+from instdiff_jax.sampling.prompts import read_phrases, read_prompts
 from instdiff_jax.sampling.request import ImageRequest, Request, SamplingOptions, make_request
 from instdiff_jax.sampling.results import PendingBatch, Result, one_ahead
-from instdiff_jax.sampling.start import any_in_cell, initial_noise
 
 _SETTINGS = [field.name for field in dataclasses.fields(SamplingConfig)]
 _OPTIONS = [field.name for field in dataclasses.fields(SamplingOptions)]
@@ -135,6 +136,8 @@ class Pipeline:
         mis_guidance: bool | None = None,
         merge: Literal["mean", "crop"] | None = None,
         negative_prompt: str | None = None,
+        prompt_weights: bool | None = None,
+        long_prompts: bool | None = None,
         masked_attention: Literal["none", "correct", "strict", "official"] | None = None,
         reuse: int | None = None,
         preset: str | None = None,
@@ -155,7 +158,8 @@ class Pipeline:
             layouts: one or several.
             seeds: one or several. An image depends on its own seed only, not on the others of its batch.
             steps, sampler, sigmas, guidance_scale, guidance_interval, alpha, mis, mis_guidance, merge, negative_prompt,
-                masked_attention, reuse: sampling settings, see `SamplingConfig`; None keeps the checkpoint's.
+                prompt_weights, long_prompts, masked_attention, reuse: sampling settings, see `SamplingConfig`; None
+                keeps the checkpoint's.
             preset: a named set of settings from `config.PRESETS`. Precedence: keyword > preset > checkpoint.
             format: which locations of an instance count, see `grounding.make_grounding`.
             drop: formats to leave out, for ablations.
@@ -189,6 +193,8 @@ class Pipeline:
         mis_guidance: bool | None = None,
         merge: Literal["mean", "crop"] | None = None,
         negative_prompt: str | None = None,
+        prompt_weights: bool | None = None,
+        long_prompts: bool | None = None,
         masked_attention: Literal["none", "correct", "strict", "official"] | None = None,
         reuse: int | None = None,
         preset: str | None = None,
@@ -265,7 +271,7 @@ class Pipeline:
         keys = np.stack([noise_key(seed) for seed in seeds])
         with jax.default_matmul_precision(self.matmul_precision):
             conditions, rows = self.make_conditions(request, layouts, request.latent_shape(canvas)[:2])
-            first, inpaint = self._start_latents(request, batch)
+            first, inpaint = start_latents(request, batch, self.encode)
             latents = sample_rows(
                 self.predict_noise,
                 self.params["unet"],
@@ -286,36 +292,21 @@ class Pipeline:
         listed = list_conditions(
             layouts, settings.negative_prompt, self.config, options.format, options.drop, request.separate_instances
         )
-        ids = self._tokenizer.encode_prompts(listed.texts), self._tokenizer.encode_phrases(listed.phrases)
+        prompts = read_prompts(self._tokenizer, listed.texts, settings)
+        ids = prompts.ids, read_phrases(self._tokenizer, listed.phrases, settings)
         (hidden, _), (_, pooled) = (
             programs.encode_text(self.networks.text_encoder, params["text_encoder"], column, self.sharding)
             for column in ids
         )
-        conditions = programs.make_conditions(self.networks, params, listed.conditions, hidden, pooled, self.sharding)
+        if prompts.weights is not None:
+            hidden = programs.weigh_texts(hidden, prompts.weights, self.sharding)
+        encoded = hidden, pooled, self.sharding, prompts.rows
+        conditions = programs.make_conditions(self.networks, params, listed.conditions, *encoded)
         if settings.masked_attention != "none":
             bits = [region_bits(entry.grounding, *grid, settings.masked_attention) for entry in listed.conditions]
             visual, tokens = (np.stack(column) for column in zip(*bits, strict=True))
             conditions["regions"] = {"visual": visual, "tokens": tokens}
         return conditions, listed.rows
-
-    def _start_latents(self, request: Request, batch: Sequence[ImageRequest]) -> tuple[Array, Inpaint | None]:
-        """Where each image starts, and the region to keep."""
-        shape, given = request.latent_shape(batch[0].canvas), request.options.noise
-        indices = [image.seed_index for image in batch]
-        drawn = {i: initial_noise(request.seeds[i], shape) if given is None else given[i] for i in set(indices)}
-        noise = jnp.asarray(np.stack([drawn[i] for i in indices]), jnp.float32)
-        if request.start is None:
-            return noise, None
-        known = jnp.broadcast_to(self.encode(request.start.image), noise.shape)
-        first, inpaint = noise, None
-        if not request.from_noise:
-            signal, sigma = request.plan.table.first_roots
-            first = signal * known + sigma * noise
-        if request.start.repaint is not None:
-            paint = any_in_cell(request.start.repaint, self.config.latent_stride).astype(np.float32)
-            keep = jnp.broadcast_to(1.0 - paint[None, :, :, None], (*noise.shape[:3], 1))
-            inpaint = Inpaint(known, keep, noise)
-        return first, inpaint
 
     def encode(self, image: UInt8[np.ndarray, "H W 3"]) -> Float[Array, "1 h w z"]:
         """An image to mean latents."""

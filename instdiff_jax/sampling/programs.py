@@ -77,6 +77,29 @@ def encode_text(
     return _join(parts, sharding)
 
 
+def weigh_texts(
+    hidden: Float[Array, "t length e"], weights: Float[np.ndarray, "n length"], sharding: NamedSharding | None
+) -> Float[Array, "t length e"]:
+    """States of texts times the weights of their tokens; texts beyond the weights are padding. See `_weigh`."""
+    padded = np.concatenate([weights, np.ones((len(hidden) - len(weights), weights.shape[1]), np.float32)])
+    return settled(_weigh(hidden, spread(padded, sharding), sharding), sharding)
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _weigh(
+    hidden: Float[Array, "t length e"], weights: Float[Array, "t length"], sharding: NamedSharding | None
+) -> Float[Array, "t length e"]:
+    """States of texts times the weights of their tokens, each text scaled back to the mean that it had."""
+
+    def run(hidden, weights):
+        wide = hidden.astype(jnp.float32)
+        weighed = wide * weights[..., None]
+        before, after = (x.mean(axis=(1, 2), keepdims=True) for x in (wide, weighed))
+        return (weighed * jnp.where(after == 0, 1, before / after)).astype(hidden.dtype)
+
+    return on_each_device(run, sharding)(hidden, weights)
+
+
 def make_conditions(
     networks: SamplingNetworks,
     params: dict[str, Any],
@@ -84,6 +107,7 @@ def make_conditions(
     hidden: Float[Array, "t length e"],
     pooled: Float[Array, "p e"],
     sharding: NamedSharding | None,
+    rows: Int[np.ndarray, "texts parts"] | None = None,
 ) -> Conditions:
     """Keys and values of conditions, padded to whole chunks.
 
@@ -94,8 +118,9 @@ def make_conditions(
         hidden: of the texts that `inputs` index.
         pooled: of the phrases that `inputs` index.
         sharding: how they are split over a mesh.
+        rows: the entries of `hidden` that make up each text; None: one each, in order.
     """
-    texts = np.array([entry.text for entry in inputs])
+    texts = np.array([[entry.text] if rows is None else rows[entry.text] for entry in inputs])
     phrases = np.full((len(inputs), groundings.MAX_INSTANCES), -1)
     for row, entry in zip(phrases, inputs, strict=True):
         row[: len(entry.phrases)] = entry.phrases
@@ -107,7 +132,7 @@ def make_conditions(
         if not use_maps:
             del batch["maps"]
         arrays = spread((batch, phrases[chunk]), sharding)
-        context = take(hidden, texts[chunk], sharding)
+        context = take(hidden, texts[chunk].reshape(-1), sharding)
         embeddings = take(pooled, np.maximum(phrases[chunk], 0), sharding)
         trees = params["unifusion"], params["unet"]
         made = make_conditions_chunk(networks, sharding, use_maps, trees, *arrays, embeddings, context)
@@ -182,11 +207,12 @@ def make_conditions_chunk(
     grounding: dict[str, Array],
     phrases: Int[Array, "u 30"],
     embeddings: Float[Array, "u 30 e"],
-    context: Float[Array, "u length e"],
+    context: Float[Array, "u*parts length e"],
 ) -> Conditions:
     """The program of `make_conditions` for one chunk. A phrase of −1 is an empty slot."""
 
     def run(params, grounding, phrases, embeddings, context):
+        context = context.reshape(len(phrases), -1, context.shape[-1])
         given = jnp.where(phrases[..., None] >= 0, embeddings, 0.0)
         grounding = grounding | {"phrase_embeddings": given}
         tokens = networks.unifusion.apply({"params": params[0]}, grounding, use_maps)

@@ -20,6 +20,8 @@ VALUES = dict(
     mis_guidance=False,
     merge="crop",
     negative_prompt="ugly",
+    prompt_weights=True,
+    long_prompts=True,
     masked_attention="correct",
     reuse=3,
 )
