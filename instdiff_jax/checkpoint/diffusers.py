@@ -238,7 +238,7 @@ def _check_vae(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> 
 
 def _read_part(folder: Path, stem: str, part: str, config: ModelConfig, verify: bool) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
-    for file in _weight_files(folder, stem):
+    for file in weight_files(folder, stem):
         content = read_file(file, verify)
         if twice := tensors.keys() & content.keys():
             raise InputError(f"{file}: {first_few(sorted(twice))}: already given by another file of {folder}")
@@ -249,7 +249,7 @@ def _read_part(folder: Path, stem: str, part: str, config: ModelConfig, verify: 
         raise InputError(f"{folder}: {error}") from error
 
 
-def _weight_files(folder: Path, stem: str) -> list[Path]:
+def weight_files(folder: Path, stem: str) -> list[Path]:
     """The files of a part's weights: .safetensors before .bin, whole before several, full before half precision."""
     names = [(stem, "safetensors"), ("pytorch_model" if stem == "model" else stem, "bin")]
     for name, end in names:

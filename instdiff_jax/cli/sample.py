@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from instdiff_jax.cli.box import default_checkpoint
 from instdiff_jax.cli.parser import any_path, command_parser
-from instdiff_jax.cli.sampling_flags import add_addon_flags, add_sampling_flags, read_addons, read_overrides
+from instdiff_jax.cli.sampling_flags import (
+    add_addon_flags,
+    add_picture_flags,
+    add_sampling_flags,
+    read_addons,
+    read_overrides,
+    read_picture_flags,
+)
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.sampling.shards import Shard
@@ -50,6 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--height", type=int, help="of the images in pixels (default: the layout's)")
     add_sampling_flags(parser)
     add_addon_flags(parser)
+    add_picture_flags(parser)
     add("--format", default="auto", choices=("auto", "box", "point", "scribble", "mask"), help="which locations count")
     add("--init_image", type=any_path, help="an image to start from, as large as the canvas")
     add("--inpaint_mask", type=any_path, help="an image that is white where --init_image is to be painted anew")
@@ -75,14 +83,14 @@ def run(args: argparse.Namespace) -> None:
     from instdiff_jax.cli.sample_inputs import find_layouts, read_arrays
     from instdiff_jax.sampling.outputs import SHEET_LAYOUTS, OutputFolder, fingerprint_inputs
 
-    layouts, arrays, addons = find_layouts(args), read_arrays(args), read_addons(args)
+    layouts, arrays, addons = find_layouts(args), read_arrays(args), read_additions(args)
     seeds = [args.seed + i for i in range(args.num_images)]
     output = OutputFolder(args.output, seeds, args.save_latents, fingerprint_inputs(arrays, addons))
     shard, processes = start_process(args.shard)
     mine = list(shard.of(list(layouts)))
     finished, changed = output.finished(mine, layouts) if args.resume else (set(), set())
     if changed:
-        inputs = "layout, --init_image, --inpaint_mask, --noise, --lora or --embedding"
+        inputs = "layout, --init_image, --inpaint_mask, --noise, --lora, --embedding, --taesd, --tile or --upscale"
         print(f"made again, as their {inputs} changed: {', '.join(sorted(changed)[:5])}{', ...' * (len(changed) > 5)}")
     waiting = {name: layouts[name] for name in mine if name not in finished}
     with output.opened(mine):
@@ -149,6 +157,7 @@ def generate(
             bar.update(done - bar.n)
 
         options = dict(format=args.format, width=args.width, height=args.height, strength=args.strength)
+        options |= dict(upscale=args.upscale, upscale_strength=args.upscale_strength)
         results = pipeline.stream(
             list(layouts.values()), output.seeds, progress=progress, **options, **arrays, **overrides
         )
@@ -167,11 +176,17 @@ def open_pipeline(args: argparse.Namespace) -> "Pipeline":
 
     mesh = make_mesh(ParallelSettings(), jax.local_devices()) if jax.local_device_count() > 1 else None
     try:
-        return Pipeline.from_checkpoint(
+        pipeline = Pipeline.from_checkpoint(
             args.checkpoint, args.dtype, mesh, args.max_rows, not args.no_verify, args.lora, args.embedding
         )
+        return pipeline.with_decoder(args.taesd, args.tile)
     except OSError as error:
         raise InputError(f"--checkpoint: {args.checkpoint}: {error.strerror or error}") from error
+
+
+def read_additions(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """What changes images beside layouts, checkpoint and settings, as a record has it."""
+    return read_addons(args) | read_picture_flags(args)
 
 
 def describe_run(
@@ -196,7 +211,7 @@ def describe_run(
             name: {"file": str(getattr(args, name)), "fingerprint": fingerprint}
             for name, fingerprint in fingerprint_arrays(arrays).items()
         },
-        **read_addons(args),
+        **read_additions(args),
         dtype=pipeline.dtype,
         devices=[device.device_kind for device in jax.local_devices()],
         jax=jax.__version__,

@@ -5,6 +5,7 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
+from instdiff_jax.cli.parser import local_path
 from instdiff_jax.config import PRESETS, SamplingConfig, with_preset
 
 HELP = {
@@ -56,6 +57,29 @@ def add_addon_flags(parser: argparse._ActionsContainer) -> None:
         metavar="FILE[:TOKEN]",
         help="a textual inversion embedding, and the word for it (default: the file's); may be repeated",
     )
+
+
+def add_picture_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds --taesd, --tile, --upscale and --upscale_strength."""
+    add = parser.add_argument
+    add("--taesd", type=local_path, metavar="FILE", help="decode with TAESD: a file, or a diffusers folder")
+    add("--tile", type=int, help="decode in tiles of so many pixels a side, which needs less memory")
+    add("--upscale", type=float, help="make the sides so many times larger, in a second pass with the same layout")
+    add("--upscale_strength", type=float, default=0.4, help="fraction of the steps of the second pass (default: 0.4)")
+
+
+def read_picture_flags(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """These flags as a record has them; {} without any. InputError for a file that is not there."""
+    from instdiff_jax.sampling.loading import file_fingerprint
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    if args.taesd is not None:
+        found["taesd"] = [{"file": str(args.taesd), "fingerprint": file_fingerprint(args.taesd)}]
+    if args.tile is not None:
+        found["tile"] = [{"pixels": args.tile}]
+    if args.upscale is not None:
+        found["upscale"] = [{"factor": args.upscale, "strength": args.upscale_strength}]
+    return found
 
 
 def read_addons(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

@@ -186,6 +186,16 @@ def addon_fingerprints(
     return {name: entries for name, entries in found.items() if entries}
 
 
+def file_fingerprint(path: Path) -> str:
+    """A hash of a file, or of the weights in a folder; InputError if it cannot be read."""
+    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) if path.is_dir() else [path]
+    try:
+        hashes = [_hash(file) for file in files]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:32]
+
+
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]

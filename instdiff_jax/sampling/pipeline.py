@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from instdiff_jax.checkpoint.embeddings import Embedding
 from instdiff_jax.checkpoint.lora import Lora
+from instdiff_jax.checkpoint.taesd import read_taesd
 from instdiff_jax.config import ModelConfig, Sampler, SamplingConfig, Sigmas, with_preset
 from instdiff_jax.diffusion.loop import noise_key
 from instdiff_jax.diffusion.multi_instance import Placement, ProgressEvent, SamplerInputs, sample_rows
@@ -27,18 +28,19 @@ from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.errors import InputError
 from instdiff_jax.grounding import Format
 from instdiff_jax.layout import Layout
-from instdiff_jax.models.regions import region_bits
+from instdiff_jax.models.tiny_decoder import TinyDecoder
 from instdiff_jax.models.tokenizer import Tokenizer
 from instdiff_jax.models.unet import Conditions
-from instdiff_jax.parallel.rows import device_of
+from instdiff_jax.parallel.rows import device_of, replicated
 from instdiff_jax.sampling import programs
-from instdiff_jax.sampling.conditions import list_conditions
+from instdiff_jax.sampling.encode import encode_layouts
 from instdiff_jax.sampling.first_latents import start_latents
 from instdiff_jax.sampling.loading import DTYPES, Process, choose_dtype, load_model
 from instdiff_jax.sampling.memory import MemoryLimits
-from instdiff_jax.sampling.prompts import read_phrases, read_prompts
 from instdiff_jax.sampling.request import ImageRequest, Request, SamplingOptions, make_request
 from instdiff_jax.sampling.results import PendingBatch, Result, one_ahead
+from instdiff_jax.sampling.tiles import check_tile
+from instdiff_jax.sampling.upscale import Progress, Upscale, both_passes
 
 _SETTINGS = [field.name for field in dataclasses.fields(SamplingConfig)]
 _OPTIONS = [field.name for field in dataclasses.fields(SamplingOptions)]
@@ -83,10 +85,11 @@ class Pipeline:
         """
         self.config, self.sampling, self.dtype, self._tokenizer = config, sampling, choose_dtype(dtype), tokenizer
         self.sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._process = Process()
+        self._process, self._tile, self._taesd = Process(), None, None
         # Bound to its device in any case: see `parallel.rows.beside`.
-        device = device_of(params) or jax.local_devices()[0]
-        self.params = jax.device_put(params, device if mesh is None else NamedSharding(mesh, PartitionSpec()))
+        one = device_of(params) or jax.local_devices()[0]
+        self._place = one if self.sharding is None else replicated(self.sharding)
+        self.params = jax.device_put(params, self._place)
         self.networks = programs.make_networks(config, DTYPES[self.dtype])
         itemsize, devices = jnp.dtype(DTYPES[self.dtype]).itemsize, 1 if mesh is None else mesh.size
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
@@ -150,6 +153,8 @@ class Pipeline:
         init_image: UInt8[np.ndarray, "H W 3"] | None = None,
         inpaint_mask: Bool[np.ndarray, "H W"] | None = None,
         strength: float | None = None,
+        upscale: float | None = None,
+        upscale_strength: float = 0.4,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Result]:
         """Generates an image of each layout with each seed: layout by layout, and seed by seed within a layout.
@@ -170,6 +175,8 @@ class Pipeline:
             inpaint_mask: paint only where this is True, and keep `init_image` elsewhere.
             strength: fraction of the steps that run, on `init_image` noised to the first of them; 1 starts from noise
                 alone. None: 1 with an `inpaint_mask` and 0.75 without.
+            upscale, upscale_strength: make the sides so many times larger: each image is enlarged, and denoised again
+                with its layout in this fraction of the steps.
             progress: called with the number of UNet evaluations that are done, and of all.
 
         Raises:
@@ -207,6 +214,8 @@ class Pipeline:
         init_image: UInt8[np.ndarray, "H W 3"] | None = None,
         inpaint_mask: Bool[np.ndarray, "H W"] | None = None,
         strength: float | None = None,
+        upscale: float | None = None,
+        upscale_strength: float = 0.4,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Result]:
         """Generates what `__call__` does, batch by batch: results come in order, as soon as their batch is done.
@@ -224,11 +233,12 @@ class Pipeline:
         settings = self.settings(preset, **{name: keywords[name] for name in _SETTINGS if keywords[name] is not None})
         options = SamplingOptions(**{name: keywords[name] for name in _OPTIONS})
         request = make_request(self.config, settings, options)
-        return self._stream(request, [layouts] if isinstance(layouts, Layout) else layouts, progress)
+        layouts = [layouts] if isinstance(layouts, Layout) else layouts
+        if upscale is None:
+            return self._stream(request, layouts, progress)
+        return both_passes(self._stream, request, layouts, Upscale(upscale, upscale_strength), progress)
 
-    def _stream(
-        self, request: Request, layouts: Iterable[Layout], progress: Callable[[int, int], None] | None
-    ) -> Iterator[Result]:
+    def _stream(self, request: Request, layouts: Iterable[Layout], progress: Progress | None) -> Iterator[Result]:
         once = iter(layouts) is layouts
         done, total = 0, 0 if once else request.check(layouts)
         batches = request.batches(layouts, self.limits)
@@ -251,9 +261,21 @@ class Pipeline:
         """This pipeline with ScaleU's b and s zero, so that it changes nothing: for ablations. Programs are shared."""
         self._process.check()
         unet = self.params["unet"]
-        off = {name: jax.tree.map(jnp.zeros_like, part) for name, part in unet.items() if name.startswith("scaleu_")}
         other = copy.copy(self)
+        off = {name: jax.tree.map(jnp.zeros_like, part) for name, part in unet.items() if name.startswith("scaleu_")}
         other.params = self.params | {"unet": unet | off}
+        return other
+
+    def with_decoder(self, taesd: str | Path | None = None, tile: int | None = None) -> Self:
+        """This pipeline with another way to decode.
+
+        `taesd` is a file or folder of TAESD's decoder: much faster, a little less sharp. `tile` is the side in pixels of
+        tiles that overlap: large images then need less memory.
+        """
+        other = copy.copy(self)
+        if taesd is not None:
+            other._taesd = TinyDecoder(), jax.device_put(read_taesd(Path(taesd), self.config), self._place)
+        other._tile = check_tile(tile, self.config.latent_stride)
         return other
 
     def start_batch(self, request: Request, batch: Sequence[ImageRequest], watched: bool = False) -> PendingBatch:
@@ -268,14 +290,19 @@ class Pipeline:
         events: list[ProgressEvent] | None = [] if watched else None
         layouts = {image.number: image.layout for image in batch}
         seeds = [request.seeds[image.seed_index] for image in batch]
-        keys = np.stack([noise_key(seed) for seed in seeds])
         with jax.default_matmul_precision(self.matmul_precision):
             conditions, rows = self.make_conditions(request, layouts, request.latent_shape(canvas)[:2])
             first, inpaint = start_latents(request, batch, self.encode)
             latents = sample_rows(
                 self.predict_noise,
                 self.params["unet"],
-                SamplerInputs(first, conditions, [rows[image.number] for image in batch], inpaint, keys),
+                SamplerInputs(
+                    first,
+                    conditions,
+                    [rows[image.number] for image in batch],
+                    inpaint,
+                    np.stack(list(map(noise_key, seeds))),
+                ),
                 request.plan,
                 Placement(self.limits.row_limit(canvas, request.masked), self.sharding),
                 events,
@@ -288,25 +315,7 @@ class Pipeline:
         self, request: Request, layouts: Mapping[int, Layout], grid: tuple[int, int]
     ) -> tuple[Conditions, dict[int, ImageRows]]:
         """The unique conditions of some layouts on a latent grid (height, width), and each layout's rows."""
-        settings, options, params = request.settings, request.options, self.params
-        listed = list_conditions(
-            layouts, settings.negative_prompt, self.config, options.format, options.drop, request.separate_instances
-        )
-        prompts = read_prompts(self._tokenizer, listed.texts, settings)
-        ids = prompts.ids, read_phrases(self._tokenizer, listed.phrases, settings)
-        (hidden, _), (_, pooled) = (
-            programs.encode_text(self.networks.text_encoder, params["text_encoder"], column, self.sharding)
-            for column in ids
-        )
-        if prompts.weights is not None:
-            hidden = programs.weigh_texts(hidden, prompts.weights, self.sharding)
-        encoded = hidden, pooled, self.sharding, prompts.rows
-        conditions = programs.make_conditions(self.networks, params, listed.conditions, *encoded)
-        if settings.masked_attention != "none":
-            bits = [region_bits(entry.grounding, *grid, settings.masked_attention) for entry in listed.conditions]
-            visual, tokens = (np.stack(column) for column in zip(*bits, strict=True))
-            conditions["regions"] = {"visual": visual, "tokens": tokens}
-        return conditions, listed.rows
+        return encode_layouts(self.networks, self.params, self._tokenizer, request, layouts, grid, self.sharding)
 
     def encode(self, image: UInt8[np.ndarray, "H W 3"]) -> Float[Array, "1 h w z"]:
         """An image to mean latents."""
@@ -316,7 +325,6 @@ class Pipeline:
 
     def decode(self, latents: Float[Array, "b h w z"]) -> UInt8[np.ndarray, "b H W 3"]:
         """Latents to pixels: clamped to [−1, 1] (InputError for NaN), × 0.5 + 0.5, × 255, truncated (as released)."""
-        self._process.check()
         pixels, finite = zip(*self.decode_parts(jnp.asarray(latents)), strict=True)
         if not all(np.asarray(part).all() for part in finite):
             raise InputError("decode: an image is not finite: its latents are not, or a weight of the autoencoder")
@@ -325,10 +333,11 @@ class Pipeline:
     def decode_parts(self, latents: Float[Array, "b h w z"]) -> list[tuple[UInt8[Array, "n H W 3"], Bool[Array, "n"]]]:
         """Like `decode`, and whether each image was finite, in parts that fit the memory; the last one is padded."""
         self._process.check()
-        height, width = (side * self.config.latent_stride for side in latents.shape[1:3])
-        autoencoder, most = self.networks.autoencoder, self.limits.decode_limit((width, height))
+        height, width = (min(side, self._tile or side) * self.config.latent_stride for side in latents.shape[1:3])
+        decoder = self._taesd or (self.networks.autoencoder, self.params["autoencoder"])
         with jax.default_matmul_precision(self.matmul_precision):
-            return programs.decode(autoencoder, self.params["autoencoder"], latents, most, self.sharding)
+            most = self.limits.decode_limit((width, height))
+            return programs.decode(*decoder, latents, most, self.sharding, self._tile)
 
     @property
     def predict_noise(self) -> programs.NoisePredictor:

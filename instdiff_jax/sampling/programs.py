@@ -21,10 +21,12 @@ from instdiff_jax import grounding as groundings
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
+from instdiff_jax.models.tiny_decoder import TinyDecoder
 from instdiff_jax.models.unet import Conditions, UNet
 from instdiff_jax.models.unifusion import UniFusion
 from instdiff_jax.parallel.rows import count_devices, on_each_device, settled, spread, take
 from instdiff_jax.sampling.conditions import ConditionInput
+from instdiff_jax.sampling.tiles import decode_tiles
 
 CHUNK = 4  # texts or groundings per device
 
@@ -141,15 +143,16 @@ def make_conditions(
 
 
 def decode(
-    autoencoder: Autoencoder,
+    autoencoder: Autoencoder | TinyDecoder,
     params: Any,
     latents: Float[Array, "b h w z"],
     most: int,
     sharding: NamedSharding | None,
+    tile: int | None = None,
 ) -> list[tuple[UInt8[Array, "n H W 3"], Bool[Array, "n"]]]:
     """Pixels and whether they were finite, in equal parts of at most `most` images per device; the last is padded.
 
-    See `Pipeline.decode`.
+    In tiles of `tile` latents a side, if given. See `Pipeline.decode`.
     """
     count, devices = len(latents), count_devices(sharding)
     calls = -(-count // (most * devices))
@@ -157,7 +160,7 @@ def decode(
     latents, parts = spread(latents, sharding), []
     for first in range(0, count, size):
         part = take(latents, np.minimum(np.arange(first, first + size), count - 1), sharding)
-        parts.append(settled(decode_chunk(autoencoder, sharding, params, part), sharding))
+        parts.append(settled(decode_chunk(autoencoder, sharding, params, part, tile), sharding))
     return parts
 
 
@@ -221,14 +224,21 @@ def make_conditions_chunk(
     return on_each_device(run, sharding, whole=(0,))(params, grounding, phrases, embeddings, context)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def decode_chunk(
-    autoencoder: Autoencoder, sharding: NamedSharding | None, params: Any, latents: Float[Array, "b h w z"]
+    autoencoder: Autoencoder | TinyDecoder,
+    sharding: NamedSharding | None,
+    params: Any,
+    latents: Float[Array, "b h w z"],
+    tile: int | None = None,
 ) -> tuple[UInt8[Array, "b H W 3"], Bool[Array, "b"]]:
     """The program of `decode` for one part."""
 
     def run(params, latents):
-        image = autoencoder.apply({"params": params}, latents, method="decode")
+        def decode(latents):
+            return autoencoder.apply({"params": params}, latents, method="decode")
+
+        image = decode(latents) if tile is None else decode_tiles(decode, latents, tile)
         pixels = ((jnp.clip(image, -1, 1) * 0.5 + 0.5) * 255).astype(jnp.uint8)
         return pixels, jnp.isfinite(image).all(axis=(1, 2, 3))  # as pixels, NaN would be black
 
