@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from instdiff_jax.checkpoint.others import refuse_other_folder
+from instdiff_jax.checkpoint.others import PREDICTIONS, refuse_other_folder
 from instdiff_jax.checkpoint.rename import first_few
 from instdiff_jax.checkpoint.tables import Entry, rename_table
 from instdiff_jax.checkpoint.torch_file import read_file
@@ -277,6 +277,17 @@ def _indexed(index: Path) -> list[Path]:
         if not file.is_file():
             raise InputError(f"{file}: missing; {index.name} lists it")
     return files
+
+
+def prediction_of(path: Path) -> str | None:
+    """What a diffusers folder says that its UNet predicts, as in `ScheduleConfig`; None if it says nothing we know."""
+    if not os.path.exists(path):
+        try:
+            path = cached_folder(path)
+        except InputError:
+            return None
+    found = _settings(path / "scheduler", "scheduler_").get("prediction_type") if os.path.isdir(path) else None
+    return PREDICTIONS.get(found) if isinstance(found, str) else None
 
 
 def tokenizer_of(path: Path) -> Path | None:

@@ -91,7 +91,7 @@ def _settings(config: ModelConfig, tokenizer: Path) -> dict[str, dict[str, Any]]
         "beta_end": schedule.linear_end,
         "beta_schedule": "scaled_linear",
         "num_train_timesteps": schedule.timesteps,
-        "prediction_type": "epsilon",
+        "prediction_type": "epsilon" if schedule.prediction == "epsilon" else "v_prediction",
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
         "steps_offset": 1,

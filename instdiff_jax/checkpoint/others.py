@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from instdiff_jax.config import ModelConfig
-from instdiff_jax.errors import InputError
+from instdiff_jax.errors import InputError, short
 
 # A key of a file -> what the file is.
 _BY_KEY = (
@@ -18,7 +18,6 @@ _BY_KEY = (
     (r"(model\.diffusion_model\.)?joint_blocks\..*", "Stable Diffusion 3"),
     (r"(model\.diffusion_model\.)?(double_blocks|single_transformer_blocks)\..*", "Flux"),
     (r"cond_stage_model\.model\..*", "Stable Diffusion 2"),
-    (r"v_pred", "a v-prediction model"),
     (r"(down_blocks|up_blocks)\..*", "the UNet of a diffusers folder alone; give the whole folder"),
     (r"(text_model|text_projection)\..*", "a text encoder alone; give a whole model"),
     (r"(encoder|decoder)\.(conv_in|conv_out)\..*", "a VAE; give it as --vae beside a model"),
@@ -28,6 +27,9 @@ _IN_CHANNELS = {
     8: "InstructPix2Pix (8 channels)",
     9: "an inpainting model (9 channels)",
 }
+V_KEY = "v_pred"  # an empty tensor that marks models that predict v
+# prediction_type in diffusers' files -> config.model.schedule.prediction
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 _CONTEXT = {1024: "Stable Diffusion 2", 2048: "SDXL", 1280: "the SDXL refiner"}
 _PIPELINES = {
     "StableDiffusionXL": "SDXL",
@@ -44,6 +46,8 @@ def refuse_others(path: Path, content: Mapping[Any, Any], config: ModelConfig) -
     for pattern, name in _BY_KEY:
         if any(re.fullmatch(pattern, key) for key in keys):
             raise InputError(f"{path}: {name}, expected Stable Diffusion 1.5")
+    if V_KEY in content and config.schedule.prediction != "v":
+        raise InputError(f"{path}: a v-prediction model; --config.model.schedule.prediction=v takes it as one")
     sizes = (
         ("input_blocks.0.0.weight", config.unet.in_channels, _IN_CHANNELS),
         ("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", config.unet.context_dim, _CONTEXT),
@@ -76,6 +80,12 @@ def refuse_other_folder(path: Path, config: ModelConfig, settings: Mapping[str, 
     refuse_size(path, unet.get("in_channels"), config.unet.in_channels, _IN_CHANNELS)
     refuse_size(path, unet.get("cross_attention_dim"), config.unet.context_dim, _CONTEXT)
     prediction = settings["scheduler"].get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        kind = "v-prediction" if prediction == "v_prediction" else str(prediction)
-        raise InputError(f"{path}: scheduler: a {kind} model, expected one that predicts the noise (epsilon)")
+    if PREDICTIONS.get(prediction) != config.schedule.prediction:
+        kind = {"v_prediction": "a v-prediction", "epsilon": "an epsilon"}.get(prediction, f"a {short(prediction)}")
+        raise InputError(
+            f"{path}: scheduler: {kind} model, expected config.model.schedule.prediction {config.schedule.prediction}"
+        )
+    if settings["scheduler"].get("rescale_betas_zero_snr"):
+        raise InputError(
+            f"{path}: scheduler: rescale_betas_zero_snr: expected false, zero terminal SNR is not supported"
+        )

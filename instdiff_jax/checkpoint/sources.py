@@ -27,7 +27,7 @@ import numpy as np
 
 from instdiff_jax.checkpoint import diffusers, folder
 from instdiff_jax.checkpoint.buffers import schedule_buffers
-from instdiff_jax.checkpoint.others import refuse_others
+from instdiff_jax.checkpoint.others import V_KEY, refuse_others
 from instdiff_jax.checkpoint.rename import to_state_dict
 from instdiff_jax.checkpoint.shapes import ADAPTERS
 from instdiff_jax.checkpoint.tables import PARTS, rename_table
@@ -42,6 +42,7 @@ SD_PREFIXES = {
     "cond_stage_model.": "text_encoder",
 }
 SD_IGNORED = (
+    V_KEY,
     r"model_ema\..*",
     r"logvar",
     r"lvlb_weights",

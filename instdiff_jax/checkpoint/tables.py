@@ -70,12 +70,12 @@ def rename_table(part: str, config: ModelConfig, absent: Collection[str] = ()) -
         config: the model's sizes.
         absent: those of `shapes.ADAPTERS` to leave out.
     """
-    names = _Names()
+    names = Names()
     if part == "model":
         _unet(names, config.unet)
         _unifusion(names, config.unifusion)
     elif part == "autoencoder":
-        _autoencoder(names, config.autoencoder)
+        autoencoder_names(names, config.autoencoder)
     elif part == "text_encoder":
         _text_encoder(names, config.text_encoder)
     else:
@@ -84,7 +84,7 @@ def rename_table(part: str, config: ModelConfig, absent: Collection[str] = ()) -
     return {key: Entry(path, kind, shapes[path]) for key, (path, kind) in names.found.items() if path in shapes}
 
 
-class _Names:
+class Names:
     """Collects keys. Every method takes a PyTorch module's name and our module's path.
 
     Layers are named with all the parameters they may have: those that a model lacks, such as the biases of q, k and v,
@@ -115,40 +115,40 @@ class _Names:
         self.layer("pointwise", key, path)
 
 
-def _attention(names: _Names, key: str, path: str) -> None:
+def attention_names(names: Names, key: str, path: str) -> None:
     for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "out")):
         names.linear(f"{key}.{theirs}", f"{path}/{ours}")
 
 
-def _feed_forward(names: _Names, key: str, path: str) -> None:
+def ff_names(names: Names, key: str, path: str) -> None:
     names.linear(f"{key}.net.0.proj", f"{path}/in")
     names.linear(f"{key}.net.2", f"{path}/out")
 
 
-def _fuser(names: _Names, key: str, path: str) -> None:
+def _fuser(names: Names, key: str, path: str) -> None:
     names.linear(f"{key}.linear", f"{path}/proj")
     names.norm(f"{key}.norm1", f"{path}/norm1")
-    _attention(names, f"{key}.attn", f"{path}/attn")
+    attention_names(names, f"{key}.attn", f"{path}/attn")
     names.norm(f"{key}.norm2", f"{path}/norm2")
-    _feed_forward(names, f"{key}.ff", f"{path}/ff")
+    ff_names(names, f"{key}.ff", f"{path}/ff")
     names.add(f"{key}.alpha_attn", f"{path}/gate_attn")
     names.add(f"{key}.alpha_dense", f"{path}/gate_ff")
 
 
-def _transformer(names: _Names, key: str, path: str) -> None:
+def _transformer(names: Names, key: str, path: str) -> None:
     names.norm(f"{key}.norm", f"{path}/norm")
     names.pointwise(f"{key}.proj_in", f"{path}/proj_in")
     block = f"{key}.transformer_blocks.0"
     for i in (1, 2, 3):
         names.norm(f"{block}.norm{i}", f"{path}/norm{i}")
-    _attention(names, f"{block}.attn1", f"{path}/self_attn")
+    attention_names(names, f"{block}.attn1", f"{path}/self_attn")
     _fuser(names, f"{block}.fuser", f"{path}/fuser")
-    _attention(names, f"{block}.attn2", f"{path}/cross_attn")
-    _feed_forward(names, f"{block}.ff", f"{path}/ff")
+    attention_names(names, f"{block}.attn2", f"{path}/cross_attn")
+    ff_names(names, f"{block}.ff", f"{path}/ff")
     names.pointwise(f"{key}.proj_out", f"{path}/proj_out")
 
 
-def _unet_res_block(names: _Names, key: str, path: str) -> None:
+def res_block_names(names: Names, key: str, path: str) -> None:
     names.norm(f"{key}.in_layers.0", f"{path}/norm1")
     names.conv(f"{key}.in_layers.2", f"{path}/conv1")
     names.linear(f"{key}.emb_layers.1", f"{path}/time_proj")
@@ -157,7 +157,7 @@ def _unet_res_block(names: _Names, key: str, path: str) -> None:
     names.pointwise(f"{key}.skip_connection", f"{path}/skip")
 
 
-def _unet(names: _Names, config: UNetConfig) -> None:
+def _unet(names: Names, config: UNetConfig) -> None:
     names.linear("time_embed.0", "unet/time_in")
     names.linear("time_embed.2", "unet/time_out")
     names.conv("input_blocks.0.0", "unet/conv_in")
@@ -166,23 +166,23 @@ def _unet(names: _Names, config: UNetConfig) -> None:
     index, last = 1, len(config.channel_mult) - 1
     for level in range(last + 1):
         for i in range(config.num_res_blocks):
-            _unet_res_block(names, f"input_blocks.{index}.0", f"unet/down_{level}_res_{i}")
+            res_block_names(names, f"input_blocks.{index}.0", f"unet/down_{level}_res_{i}")
             if 2**level in config.attention_resolutions:
                 _transformer(names, f"input_blocks.{index}.1", f"unet/down_{level}_attn_{i}")
             index += 1
         if level != last:
             names.conv(f"input_blocks.{index}.0.op", f"unet/down_{level}_downsample")
             index += 1
-    _unet_res_block(names, "middle_block.0", "unet/mid_res_0")
+    res_block_names(names, "middle_block.0", "unet/mid_res_0")
     _transformer(names, "middle_block.1", "unet/mid_attn")
-    _unet_res_block(names, "middle_block.2", "unet/mid_res_1")
+    res_block_names(names, "middle_block.2", "unet/mid_res_1")
     index = 0
     for level in range(last, -1, -1):
         for i in range(config.num_res_blocks + 1):
             key, has_attention = f"output_blocks.{index}", 2**level in config.attention_resolutions
             for leaf in ("b", "s"):
                 names.add(f"scaleu_{leaf}_{index}", f"unet/scaleu_{index}/{leaf}")
-            _unet_res_block(names, f"{key}.0", f"unet/up_{level}_res_{i}")
+            res_block_names(names, f"{key}.0", f"unet/up_{level}_res_{i}")
             if has_attention:
                 _transformer(names, f"{key}.1", f"unet/up_{level}_attn_{i}")
             if level > 0 and i == config.num_res_blocks:
@@ -192,7 +192,7 @@ def _unet(names: _Names, config: UNetConfig) -> None:
     names.conv("out.2", "unet/conv_out")
 
 
-def _trunk(names: _Names, key: str, path: str, depths: tuple[int, ...]) -> None:
+def _trunk(names: Names, key: str, path: str, depths: tuple[int, ...]) -> None:
     for i, depth in enumerate(depths):
         conv, norm = (0, 1) if i == 0 else (1, 0)  # only the stem normalises after its convolution
         names.conv(f"{key}.downsample_layers.{i}.{conv}", f"{path}/downsample_{i}_conv")
@@ -206,7 +206,7 @@ def _trunk(names: _Names, key: str, path: str, depths: tuple[int, ...]) -> None:
             names.linear(f"{block}.pwconv2", f"{name}/pw2")
 
 
-def _unifusion(names: _Names, config: UniFusionConfig) -> None:
+def _unifusion(names: Names, config: UniFusionConfig) -> None:
     key, path = "position_net", "unifusion"
     nulls = {
         "positive": "text",
@@ -226,14 +226,14 @@ def _unifusion(names: _Names, config: UniFusionConfig) -> None:
             names.linear(f"{key}.linears_list.{i}.{layer}", f"{path}/mlp_{name}/{ours}")
 
 
-def _autoencoder_block(names: _Names, key: str, path: str) -> None:
+def _autoencoder_block(names: Names, key: str, path: str) -> None:
     for i in (1, 2):
         names.norm(f"{key}.norm{i}", f"{path}/norm{i}")
         names.conv(f"{key}.conv{i}", f"{path}/conv{i}")
     names.pointwise(f"{key}.nin_shortcut", f"{path}/skip")
 
 
-def _autoencoder_half(names: _Names, half: str) -> None:
+def _autoencoder_half(names: Names, half: str) -> None:
     """What encoder and decoder share: the middle, the first and the last convolution."""
     path = f"autoencoder/{half}"
     names.conv(f"{half}.conv_in", f"{path}/conv_in")
@@ -246,7 +246,7 @@ def _autoencoder_half(names: _Names, half: str) -> None:
     names.conv(f"{half}.conv_out", f"{path}/conv_out")
 
 
-def _autoencoder(names: _Names, config: AutoencoderConfig) -> None:
+def autoencoder_names(names: Names, config: AutoencoderConfig) -> None:
     last = len(config.ch_mult) - 1
     for half in ("encoder", "decoder"):
         _autoencoder_half(names, half)
@@ -263,7 +263,7 @@ def _autoencoder(names: _Names, config: AutoencoderConfig) -> None:
             names.conv(f"decoder.up.{level}.upsample.conv", f"autoencoder/decoder/up_{level}_upsample")
 
 
-def _text_encoder(names: _Names, config: TextEncoderConfig) -> None:
+def _text_encoder(names: Names, config: TextEncoderConfig) -> None:
     root, path = "transformer.text_model", "text_encoder"
     for name in ("token", "position"):
         names.add(f"{root}.embeddings.{name}_embedding.weight", f"{path}/{name}_embedding/embedding")

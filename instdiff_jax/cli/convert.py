@@ -16,6 +16,7 @@ Only writing .pth needs torch.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from instdiff_jax.buckets import is_bucket
 from instdiff_jax.checkpoint import folder, pytorch
-from instdiff_jax.checkpoint.diffusers import tokenizer_of
+from instdiff_jax.checkpoint.diffusers import prediction_of, tokenizer_of
 from instdiff_jax.checkpoint.diffusers_write import check_diffusers_output, save_diffusers
 from instdiff_jax.checkpoint.lora import Lora, merge_loras
 from instdiff_jax.checkpoint.tokenizer_files import find_tokenizer
@@ -75,6 +76,8 @@ def to_folder(args: argparse.Namespace, model: ModelConfig, sampling: SamplingCo
         raise InputError(f"--input: {path}: expected a file on this machine")
     folder.check_output(args.output, args.overwrite)
     loras = [Lora.parse(lora) for lora in args.lora]
+    if "v" in map(prediction_of, args.input):
+        model = dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, prediction="v"))
     text = model.text_encoder
     name = text.tokenizer
     if name == TextEncoderConfig.tokenizer:

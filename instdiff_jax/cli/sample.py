@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
     mine = list(shard.of(list(layouts)))
     finished, changed = output.finished(mine, layouts) if args.resume else (set(), set())
     if changed:
-        inputs = "layout, --init_image, --inpaint_mask, --noise, --lora, --embedding, --taesd, --tile or --upscale"
+        flags = "init_image inpaint_mask noise lora embedding taesd tile upscale".split()
+        inputs = ", ".join(["layout", *(f"--{flag}" for flag in flags)]) + " or --refiner"
         print(f"made again, as their {inputs} changed: {', '.join(sorted(changed)[:5])}{', ...' * (len(changed) > 5)}")
     waiting = {name: layouts[name] for name in mine if name not in finished}
     with output.opened(mine):
@@ -161,10 +162,20 @@ def generate(
         results = pipeline.stream(
             list(layouts.values()), output.seeds, progress=progress, **options, **arrays, **overrides
         )
+        if args.refiner is not None:
+            results = refined(results, args)
         results = itertools.chain([next(results)], results)  # all input is checked by now
         # Perhaps of other settings: a run that goes on must not take them for its own.
         output.remove(changed if args.resume else layouts)
         write_results(results, output, record, began, loaded, len(layouts))
+
+
+def refined(results: Iterator["Result"], args: argparse.Namespace) -> Iterator["Result"]:
+    """The results after SDXL's refiner."""
+    from instdiff_jax.sampling.refiner import Refiner, RefinerSettings, refine_results
+
+    refiner = Refiner.from_file(args.refiner, args.dtype, not args.no_verify)
+    return refine_results(results, refiner, RefinerSettings(strength=args.cascade_strength))
 
 
 def open_pipeline(args: argparse.Namespace) -> "Pipeline":

@@ -60,12 +60,16 @@ def add_addon_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def add_picture_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds --taesd, --tile, --upscale and --upscale_strength."""
+    """Adds --taesd, --tile, --upscale, --upscale_strength, --refiner and --cascade_strength."""
     add = parser.add_argument
     add("--taesd", type=local_path, metavar="FILE", help="decode with TAESD: a file, or a diffusers folder")
     add("--tile", type=int, help="decode in tiles of so many pixels a side, which needs less memory")
     add("--upscale", type=float, help="make the sides so many times larger, in a second pass with the same layout")
     add("--upscale_strength", type=float, default=0.4, help="fraction of the steps of the second pass (default: 0.4)")
+    add(
+        "--refiner", type=local_path, metavar="FILE", help="SDXL's refiner (sd_xl_refiner_1.0.safetensors) goes over it"
+    )
+    add("--cascade_strength", type=float, default=0.35, help="fraction of the refiner's 20 steps (default: 0.35)")
 
 
 def read_picture_flags(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -79,6 +83,9 @@ def read_picture_flags(args: argparse.Namespace) -> dict[str, list[dict[str, Any
         found["tile"] = [{"pixels": args.tile}]
     if args.upscale is not None:
         found["upscale"] = [{"factor": args.upscale, "strength": args.upscale_strength}]
+    if args.refiner is not None:
+        fingerprint = file_fingerprint(args.refiner)
+        found["refiner"] = [{"file": str(args.refiner), "fingerprint": fingerprint, "strength": args.cascade_strength}]
     return found
 
 

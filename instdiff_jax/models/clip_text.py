@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import TextEncoderConfig
-from instdiff_jax.models.layers import LayerNorm
+from instdiff_jax.models.layers import LayerNorm, gelu
 
 
 class CLIPTextEncoder(nn.Module):
@@ -48,7 +48,7 @@ class CLIPTextEncoder(nn.Module):
         x = embed(config.vocab_size, 0.02, "token_embedding")(ids)
         x = x + embed(config.max_length, 0.01, "position_embedding")(jnp.arange(length)[None])
         for i in range(config.num_layers):
-            x = _Layer(config.num_heads, config.intermediate_size, name=f"layer_{i}", dtype=self.dtype)(x)
+            x = Layer(config.num_heads, config.intermediate_size, name=f"layer_{i}", dtype=self.dtype)(x)
         x = LayerNorm(name="final_norm", dtype=self.dtype)(x)
         # The end token has the highest id of its tokenizer, which may have fewer ids than the embedding.
         first_end = jnp.argmax(ids, axis=1)
@@ -56,19 +56,23 @@ class CLIPTextEncoder(nn.Module):
         return x, pooled
 
 
-class _Layer(nn.Module):
-    """One transformer layer: x += attention(norm(x)), then x += mlp(norm(x))."""
+class Layer(nn.Module):
+    """One transformer layer: x += attention(norm(x)), then x += mlp(norm(x)).
+
+    `exact` takes the exact GELU, as OpenCLIP.
+    """
 
     num_heads: int
     intermediate_size: int
     dtype: jnp.dtype
+    exact: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         y = LayerNorm(name="norm1", dtype=self.dtype)(x)
         x = x + _CausalAttention(self.num_heads, name="attn", dtype=self.dtype)(y)
         y = LayerNorm(name="norm2", dtype=self.dtype)(x)
-        return x + _Mlp(self.intermediate_size, name="mlp", dtype=self.dtype)(y)
+        return x + _Mlp(self.intermediate_size, self.exact, name="mlp", dtype=self.dtype)(y)
 
 
 class _CausalAttention(nn.Module):
@@ -92,14 +96,15 @@ class _CausalAttention(nn.Module):
 
 
 class _Mlp(nn.Module):
-    """Linear, quick-GELU, linear."""
+    """Linear, quick-GELU or the exact one, linear."""
 
     intermediate_size: int
+    exact: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         hidden = nn.Dense(self.intermediate_size, name="in", dtype=self.dtype)(x)
         # OpenAI trained CLIP with this approximation of GELU.
-        hidden = hidden * nn.sigmoid(1.702 * hidden)
+        hidden = gelu(hidden) if self.exact else hidden * nn.sigmoid(1.702 * hidden)
         return nn.Dense(x.shape[-1], name="out", dtype=self.dtype)(hidden)

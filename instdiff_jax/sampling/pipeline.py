@@ -269,7 +269,7 @@ class Pipeline:
     def with_decoder(self, taesd: str | Path | None = None, tile: int | None = None) -> Self:
         """This pipeline with another way to decode.
 
-        `taesd` is a file or folder of TAESD's decoder: much faster, a little less sharp. `tile` is the side in pixels of
+        `taesd` is a file or folder of TAESD's decoder: faster, a little less sharp. `tile` is the side in pixels of
         tiles that overlap: large images then need less memory.
         """
         other = copy.copy(self)

@@ -10,10 +10,12 @@ from tiny_checkpoint import TOKENIZER
 
 from common import relative_error
 from instdiff_jax.checkpoint import folder, pytorch, torch_file
+from instdiff_jax.checkpoint import run as runs
 from instdiff_jax.checkpoint.diffusers import diffusers_table
 from instdiff_jax.checkpoint.rename import to_state_dict
 from instdiff_jax.checkpoint.shapes import ADAPTERS, parameter_shapes
 from instdiff_jax.checkpoint.tables import rename_table
+from instdiff_jax.cli import export
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.tree import flatten, unflatten
@@ -167,11 +169,42 @@ def test_another_vae(saved, tmp_path):
         pytorch.load_pytorch([saved], TINY, vae=tmp_path / "none.safetensors")
 
 
+def test_a_run_is_exported_to_diffusers(saved, tmp_path, monkeypatch, capsys):
+    params, _ = pytorch.load_pytorch([saved], TINY)
+    loaded = TINY, SamplingConfig(), params, 7
+    monkeypatch.setattr(runs, "read_run", lambda workdir: runs.RunConfig(*loaded[:2], {}))
+    monkeypatch.setattr(runs, "run_tokenizer", lambda workdir: TOKENIZER)
+    monkeypatch.setattr(runs, "load_run", lambda workdir, step: loaded)
+    export.main(["--workdir", str(tmp_path / "run"), "--to_diffusers", str(tmp_path / "theirs")])
+    assert f"wrote {tmp_path / 'theirs'}: the averaged parameters of step 7" in capsys.readouterr().out
+    assert_same(pytorch.load_pytorch([tmp_path / "theirs"], TINY)[0], params)
+    diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "theirs" / "unet")
+    for flags in ([], ["--output", "a", "--to_diffusers", "b"]):
+        with pytest.raises(SystemExit) as stop:
+            export.main(["--workdir", str(tmp_path / "run"), *flags])
+        assert stop.value.code == 2 and "give one of --output and --to_diffusers" in capsys.readouterr().err
+
+
+def test_a_folder_that_predicts_v(saved, copy, tmp_path):
+    edit(copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    run("--input", copy, "--output", tmp_path / "ours", *SIZES)
+    config, _, _ = folder.read_config(tmp_path / "ours")
+    assert config.schedule.prediction == "v"
+    run("--input", tmp_path / "ours", "--to_diffusers", tmp_path / "back")
+    written = json.loads((tmp_path / "back" / "scheduler" / "scheduler_config.json").read_text())
+    assert written["prediction_type"] == "v_prediction"
+    assert_same(pytorch.load_pytorch([tmp_path / "back"], config)[0], pytorch.load_pytorch([copy], config)[0])
+    with pytest.raises(InputError, match="an epsilon model, expected config.model.schedule.prediction v"):
+        pytorch.load_pytorch([saved], config)
+
+
 FOLDERS = {
     "SDXL \\(StableDiffusionXLPipeline\\)": ("model_index.json", dict(_class_name="StableDiffusionXLPipeline")),
     "an inpainting model \\(9 channels\\)": ("unet/config.json", dict(in_channels=9)),
     "Stable Diffusion 2": ("unet/config.json", dict(cross_attention_dim=1024)),
     "a v-prediction model": ("scheduler/scheduler_config.json", dict(prediction_type="v_prediction")),
+    "a 'sample' model": ("scheduler/scheduler_config.json", dict(prediction_type="sample")),
+    "rescale_betas_zero_snr: expected false": ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True)),
     "attention_head_dim: expected 2, got 4": ("unet/config.json", dict(attention_head_dim=4)),
     "hidden_act: expected 'quick_gelu', got 'gelu'": ("text_encoder/config.json", dict(hidden_act="gelu")),
     "scaling_factor: expected 0.18215, got 0.13025": ("vae/config.json", dict(scaling_factor=0.13025)),

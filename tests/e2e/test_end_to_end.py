@@ -70,6 +70,13 @@ def test_a_coco_folder_becomes_a_model_that_draws(tmp_path, capsys):
     for path, leaf in ours.items():
         np.testing.assert_array_equal(leaf, back[path], err_msg="/".join(path))
 
+    export.main([f"--workdir={run}", f"--to_diffusers={tmp_path / 'diffusers'}"])
+    convert.main([CONFIG, "--input", str(tmp_path / "diffusers"), "--output", str(tmp_path / "again")])
+    again = flatten(restore_params(tmp_path / "again", as_numpy=True))
+    assert again.keys() == ours.keys()
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, again[path], err_msg="/".join(path))
+
     layout = tmp_path / "scene.json"
     layout.write_text(json.dumps(LAYOUT))
     picture = draw(tmp_path / "back", layout, tmp_path / "from_folder")

@@ -184,9 +184,10 @@ def test_masked_attention_in_training():
         tiny_settings(masked_attention="correct", grounding=False).validate()
 
 
-@pytest.mark.parametrize("weight", ["epsilon", "velocity"])
-def test_the_loss_is_the_mean_squared_error_of_what_its_weight_names(weight):
+@pytest.mark.parametrize(("weight", "predicts"), [("epsilon", "epsilon"), ("velocity", "epsilon"), ("epsilon", "v")])
+def test_the_loss_is_the_mean_squared_error_of_what_its_weight_names(weight, predicts):
     rng, model = np.random.default_rng(0), tiny_model()
+    model = dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, prediction=predicts))
     latents, noise = rng.standard_normal((2, 5, 8, 8, 4), np.float32)
     timesteps = np.array([0, 17, 400, 800, 999], np.int32)
     settings = tiny_settings(grounding=False, loss_weight=weight)
@@ -200,7 +201,7 @@ def test_the_loss_is_the_mean_squared_error_of_what_its_weight_names(weight):
     )
     noisy = signal * latents + sigma * noise
     predicted = 0.6 * noisy + 1e-3 * timesteps[:, None, None, None]
-    error = predicted - noise
+    error = predicted - (noise if predicts == "epsilon" else signal * noise - sigma * latents)
     if weight == "velocity":
         clean = (noisy - sigma * predicted) / signal
         error = (signal * predicted - sigma * clean) - (signal * noise - sigma * latents)

@@ -1,13 +1,16 @@
 """Every sampling setting has a flag, in both programs that sample; what presets are, and that flags go before them."""
 
 import dataclasses
+import hashlib
 
 import pytest
 
 from instdiff_jax.cli import evaluate, sample
-from instdiff_jax.cli.sampling_flags import read_overrides
-from instdiff_jax.config import PRESETS, SamplingConfig, with_preset
+from instdiff_jax.cli.sampling_flags import read_overrides, read_picture_flags
+from instdiff_jax.config import PRESETS, ModelConfig, SamplingConfig, with_preset
+from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.errors import InputError
+from instdiff_jax.sampling.request import SamplingOptions, make_request
 
 VALUES = dict(
     steps=7,
@@ -66,5 +69,41 @@ def test_presets_are_valid_settings():
         SamplingConfig.from_dict(values, name)
         assert with_preset(name, {}) == values
     assert with_preset(None, {"steps": 3}) == {"steps": 3}
+
+
+def test_turbo_is_eight_steps_of_lcm():
+    settings = SamplingConfig.from_dict(with_preset("turbo", {}))
+    assert (settings.sampler, settings.steps, settings.guidance_scale) == ("lcm", 8, 1.5)
+    request = make_request(ModelConfig(), settings, SamplingOptions())
+    assert request.plan.table.steps == request.plan.table.evaluations == 8
+    assert request.plan.table.coefficients.timestep[0] == 999
+    images = [ImageRows(0, 1), ImageRows(0, 1, (2, 3, 4))]
+    # MIS takes 2 of the steps; guidance is on, so each row has two entries.
+    assert request.plan.settings.mis_steps == 2
+    assert request.plan.evaluations(images) == 2 * (8 + 8 + 2 * 3)
+    tcd = make_request(
+        ModelConfig(), SamplingConfig.from_dict(with_preset("turbo", dict(sampler="tcd"))), SamplingOptions()
+    )
+    assert tcd.plan.table.evaluations == 8
+
+
+def test_an_unknown_preset_is_named():
     with pytest.raises(InputError, match="preset: expected one of quality, fast, turbo, got 'slow'"):
         with_preset("slow", {})
+
+
+def test_flags_of_pictures_are_in_the_record(tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"weights")
+    parse = PROGRAMS["sample"]
+    assert read_picture_flags(parse([])) == {}
+    found = read_picture_flags(parse(["--taesd", str(file), "--tile", "512", "--upscale", "2", "--refiner", str(file)]))
+    fingerprint = hashlib.sha256(b"weights").hexdigest()[:32]
+    assert found == {
+        "taesd": [{"file": str(file), "fingerprint": fingerprint}],
+        "tile": [{"pixels": 512}],
+        "upscale": [{"factor": 2.0, "strength": 0.4}],
+        "refiner": [{"file": str(file), "fingerprint": fingerprint, "strength": 0.35}],
+    }
+    with pytest.raises(InputError, match="none.safetensors: cannot be read"):
+        read_picture_flags(parse(["--taesd", str(tmp_path / "none.safetensors")]))
