@@ -12,7 +12,6 @@ from instdiff_jax.checkpoint.taesd import read_taesd
 from instdiff_jax.checkpoint.torch_file import write_safetensors
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.tiny_decoder import TinyDecoder
-from instdiff_jax.sampling.tiles import check_tile, decode_tiles
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -56,20 +55,6 @@ def test_images_equal_those_of_diffusers(theirs, files, decode):
             np.testing.assert_array_equal(a, b)
 
 
-def test_tiles_meet_without_a_seam(decode):
-    """A pixel depends on near latents only: away from a tile's edges, tiles have the pixels of the whole image."""
-    latents = np.random.default_rng(1).standard_normal((1, 24, 40, 4), dtype=np.float32)
-    whole = np.asarray(decode(latents))
-    tiled = np.asarray(jax.jit(lambda x: decode_tiles(decode, x, 16))(latents))
-    assert tiled.shape == whole.shape == (1, 192, 320, 3)
-    error = np.abs(tiled - whole).max(axis=(0, 3)) / np.abs(whole).max()
-    assert np.median(error) <= 1e-6
-    steps = {axis: np.abs(np.diff(whole, axis=axis)).max() for axis in (1, 2)}
-    assert all(np.abs(np.diff(tiled, axis=axis)).max() <= 1.5 * step for axis, step in steps.items())
-    for tile in (24, 40):
-        assert relative_error(decode_tiles(decode, latents[:, :, :24], tile), decode(latents[:, :, :24])) == 0
-
-
 def test_what_is_no_taesd_is_named(files, tmp_path):
     with pytest.raises(
         InputError, match="TAESD decodes 4 channels of 8×8 pixels, and this model's latents have 4 of 2×2"
@@ -80,6 +65,3 @@ def test_what_is_no_taesd_is_named(files, tmp_path):
     write_safetensors(tmp_path / "other.safetensors", {"1.weight": np.zeros((3, 4, 3, 3), np.float32)})
     with pytest.raises(InputError, match="other.safetensors: keys do not match"):
         read_taesd(tmp_path / "other.safetensors", model_config())
-    for tile in (63, 12, 0, 64.0):
-        with pytest.raises(InputError, match="tile: expected a multiple of 8 pixels, at least 64"):
-            check_tile(tile, 8)
