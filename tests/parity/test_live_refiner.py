@@ -123,7 +123,7 @@ def theirs(tensors):
     return pipe
 
 
-@pytest.mark.parametrize(("strength", "steps"), [(0.35, 20), (0.5, 6)])
+@pytest.mark.parametrize(("strength", "steps"), [pytest.param(0.35, 20, marks=pytest.mark.slow), (0.5, 6)])
 def test_the_cascade_equals_diffusers(refiner, theirs, strength, steps):
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     shape = (1, 4, SIDE // 2, SIDE // 2)
@@ -159,6 +159,7 @@ def test_wrong_files_and_sizes_are_named(refiner, tensors, tmp_path):
         refiner(np.zeros((32, 32, 3), np.uint8), "a dog", settings=settings)
 
 
+@pytest.mark.slow
 def test_the_released_sizes():
     """Numbers of the released UNet and text encoder, from their published sizes."""
     table = refiner_table(RefinerConfig())
