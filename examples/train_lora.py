@@ -41,7 +41,7 @@ from projects.shapes.segmenter import Segmenter  # noqa: E402
 from projects.shapes.worlds import WORLDS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE, RANK, BATCH = 64, 8, 8
+SIDE, RANK, BATCH, MOST = 64, 8, 8, 10
 TRAINING_SEED, HELD_OUT_SEED = 91, 92
 
 Factors = dict[str, dict[str, jax.Array]]  # diffusers' name of a layer -> A [rank, in] and B [out, rank]
@@ -77,20 +77,21 @@ def merged(params: Any, factors: Factors, layers: dict[str, tuple[str, ...]]) ->
     return unflatten(leaves)
 
 
-def training_batch(pipeline: Pipeline, numbers: Sequence[int]) -> dict[str, Any]:
+def training_data(pipeline: Pipeline, count: int) -> dict[str, Any]:
     """Scenes in the style, with their captions and boxes, as the loss takes them."""
-    config, rows = pipeline.config, []
-    for number in numbers:
+    config, side = pipeline.config, SIDE // pipeline.config.latent_stride
+    encode = jax.jit(lambda params, ids: pipeline.networks.text_encoder.apply({"params": params}, ids))
+    rows = []
+    for number in range(count):
         scene = render_scene(TRAINING_SEED, number, SIDE, WORLDS["calm"])
         things = [(one.caption, one.box) for one in scene.instances]
         instances = tuple(Instance(caption, box=(x, y, x + w, y + h)) for caption, (x, y, w, h) in things)
-        layout = Layout(scene.caption, SIDE, SIDE, instances)
-        arrays = grounding.make_grounding(layout, config, "box")
-        visual, tokens = region_bits(arrays, SIDE // config.latent_stride, SIDE // config.latent_stride, "strict")
-        texts = [scene.caption, *(one.caption for one in instances)]
-        ids = pipeline._tokenizer.encode_prompts(texts)
-        hidden, pooled = pipeline.networks.text_encoder.apply({"params": pipeline.params["text_encoder"]}, ids)
-        arrays["phrase_embeddings"][: len(instances)] = np.asarray(pooled)[1:]
+        arrays = grounding.make_grounding(Layout(scene.caption, SIDE, SIDE, instances), config, "box")
+        visual, tokens = region_bits(arrays, side, side, "strict")
+        # One shape for every scene: one program.
+        texts = [scene.caption, *(one.caption for one in instances), *[""] * (MOST - len(instances))]
+        hidden, pooled = encode(pipeline.params["text_encoder"], pipeline._tokenizer.encode_prompts(texts))
+        arrays["phrase_embeddings"][: len(instances)] = np.asarray(pooled)[1 : 1 + len(instances)]
         rows.append(
             {
                 "latents": np.asarray(pipeline.encode(dusk(scene.image)))[0],
@@ -118,7 +119,7 @@ def train(pipeline: Pipeline, scenes: int, steps: int) -> Factors:
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(factors, updates), state, value
 
-    data, rng = training_batch(pipeline, range(scenes)), np.random.default_rng(0)
+    data, rng = training_data(pipeline, scenes), np.random.default_rng(0)
     factors = init_factors(pipeline, layers)
     state, losses = optimizer.init(factors), []
     for step in range(steps):
@@ -126,8 +127,8 @@ def train(pipeline: Pipeline, scenes: int, steps: int) -> Factors:
         batch = jax.tree.map(lambda leaf, rows=chosen: leaf[rows], data)
         factors, state, value = update(factors, state, pipeline.params, batch, jnp.int32(step))
         losses.append(float(value))
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1}: loss {np.mean(losses[-50:]):.4f}", flush=True)
+        if (step + 1) % 25 == 0:
+            print(f"step {step + 1}: loss {np.mean(losses[-25:]):.4f}", flush=True)
     return factors
 
 
@@ -163,9 +164,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "shapes")
     parser.add_argument("--output", type=Path, required=True, help="the LoRA's folder")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--scenes", type=int, default=256, help="training scenes")
-    parser.add_argument("--count", type=int, default=64, help="held-out layouts to measure")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--scenes", type=int, default=128, help="training scenes")
+    parser.add_argument("--count", type=int, default=48, help="held-out layouts to measure")
     args = parser.parse_args(argv)
 
     base = Pipeline.from_checkpoint(args.checkpoint)

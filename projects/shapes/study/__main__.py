@@ -7,6 +7,10 @@ The scenes have seeds that no training data has. Images and numbers are kept in 
 one with more images, seeds or sections, does only what is missing. The most important tables come first, and the first
 seed of every table before the second of any. `--minutes` stops early and writes the page from what is done.
 `study/sections.py` lists the tables.
+
+A run of some sections writes its own page; `--into docs` puts its tables into the complete one:
+
+    python -m projects.shapes.study --sections solvers --small_count 64 --into docs
 """
 
 import argparse
@@ -18,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
+from instdiff_jax.files import read_json
 from projects.shapes.study.rows import Task
 from projects.shapes.study.sections import COST, FEWER, NAMES, SECTIONS, Sizes, make_tasks, row_keys
 
@@ -41,6 +46,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         type=Path,
         help="folder for results.md, results.json, figures/results_*.png (default: docs; WORKDIR/page with --sections)",
     )
+    add("--into", type=Path, help="with --sections: the folder of a complete page that takes these tables")
     add("--sections", default=",".join(NAMES), help="tables, separated by commas (default: all)")
     add("--count", type=int, default=500, help="images per row and seed in the main tables (default 500)")
     add("--seeds", type=int, default=3, help="seeds in the main tables (default 3)")
@@ -84,7 +90,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     from instdiff_jax.parallel.runtime import set_up_compilation
     from instdiff_jax.sampling.loading import choose_dtype
     from projects.shapes.study.cost import known_cost, measure_cost, option_costs
-    from projects.shapes.study.report import write_study
+    from projects.shapes.study.report import merge_tables, write_study
     from projects.shapes.study.results import make_results
     from projects.shapes.study.runs import Study, StudySettings, TimeUp
 
@@ -123,7 +129,10 @@ def run(args: argparse.Namespace, command: str) -> None:
         for key in row_keys(row, SECTIONS[FEWER], sizes, study.sampling):
             if key in numbers:
                 numbers[key]["metrics"] |= option_costs(study, Task(row, *key[1:]), numbers)
-    write_study(make_results(study, sections, sizes, numbers, cost, command), args.docs)
+    results = make_results(study, sections, sizes, numbers, cost, command)
+    if args.into is not None:
+        args.docs, results = args.into, merge_tables(read_json(args.into / "results.json"), results)
+    write_study(results, args.docs)
     print(f"written: {args.docs / 'results.md'}")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.report import label, lower_is_better, show, table_line
 from instdiff_jax.files import write_file, write_json, write_text
 from projects.shapes.study.plots import draw_plots
@@ -30,6 +31,15 @@ def write_study(results: Mapping[str, Any], docs: Path) -> None:
     for name, png in figures.items():
         write_file(docs / "figures" / f"results_{name}.png", lambda file, png=png: file.write(png))
     write_text(docs / "results.md", page(results, list(figures)))
+
+
+def merge_tables(results: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The results with the tables of another run of the same checkpoint, which then say where they come from."""
+    made = other["made"]
+    if made["checkpoint"] != results["made"]["checkpoint"]:
+        raise InputError("results.json: expected results of the same checkpoint")
+    apart = {"command": made["command"], "device": made["machine"]["device"]}
+    return {**results, "tables": results["tables"] | {name: table | apart for name, table in other["tables"].items()}}
 
 
 def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:
@@ -95,7 +105,8 @@ def _sizes(table: Mapping[str, Any]) -> str:
     images = " or ".join(str(number) for number in sorted({images for images, _ in done}))
     generated = [row for row in table["rows"] if row["settings"]["pictures"] != "real"]
     seeds = " or ".join(str(number) for number in sorted({row["seeds"] for row in generated}))
-    return f"Images per row and seed: {images}. Seeds: {seeds}."
+    own = f" Measured apart: `{table['command']}`, on {table['device']}." if "command" in table else ""
+    return f"Images per row and seed: {images}. Seeds: {seeds}.{own}"
 
 
 def show_metric(name: str, metric: Mapping[str, Any] | None) -> str:

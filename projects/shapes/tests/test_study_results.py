@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from instdiff_jax.config import SamplingConfig
+from instdiff_jax.errors import InputError
 from projects.shapes.study import cost as study_cost
-from projects.shapes.study.report import page, write_study
+from projects.shapes.study.report import merge_tables, page, write_study
 from projects.shapes.study.results import TARGETS, make_results, paired_difference
 from projects.shapes.study.runs import StudySettings
 from projects.shapes.study.sections import NAMES, SECTIONS, Sizes, make_tasks
@@ -130,6 +131,22 @@ def test_results_are_written_whole(tmp_path):
     before = (tmp_path / "figures" / "results_mis.png").read_bytes()
     write_study(results, tmp_path)
     assert (tmp_path / "figures" / "results_mis.png").read_bytes() == before
+
+
+def test_tables_of_another_run_say_where_they_come_from():
+    results, other = results_of(right_of), results_of(right_of, sizes=Sizes(40, 2, 24, 1))
+    other["made"] |= {"command": "python -m other", "machine": other["made"]["machine"] | {"device": "another one"}}
+    other["tables"] = {"solvers": other["tables"]["solvers"]}
+    merged = merge_tables(results, other)
+    assert merged["tables"].keys() == results["tables"].keys() and merged["made"] == results["made"]
+    assert {row["images"] for row in merged["tables"]["solvers"]["rows"]} == {24}
+    text = page(merged, [])
+    assert text.count("Measured apart: `python -m other`, on another one.") == 1
+    assert "Images per row and seed: 24. Seeds: 1. Measured apart" in text
+    assert "Measured apart" not in page(results, [])
+    other["made"]["checkpoint"] = "g"
+    with pytest.raises(InputError, match="expected results of the same checkpoint"):
+        merge_tables(results, other)
 
 
 def test_a_cost_of_other_settings_or_another_machine_is_measured_again(tmp_path, monkeypatch):
