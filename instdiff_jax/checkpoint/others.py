@@ -47,7 +47,8 @@ def refuse_others(path: Path, content: Mapping[Any, Any], config: ModelConfig) -
         if any(re.fullmatch(pattern, key) for key in keys):
             raise InputError(f"{path}: {name}, expected Stable Diffusion 1.5")
     if V_KEY in content and config.schedule.prediction != "v":
-        raise InputError(f"{path}: a v-prediction model; --config.model.schedule.prediction=v takes it as one")
+        hint = "--config.model.schedule.prediction=v takes it"
+        raise InputError(f"{path}: a v-prediction model ({hint}), expected Stable Diffusion 1.5")
     sizes = (
         ("input_blocks.0.0.weight", config.unet.in_channels, _IN_CHANNELS),
         ("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", config.unet.context_dim, _CONTEXT),

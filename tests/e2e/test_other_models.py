@@ -1,5 +1,7 @@
 """Single files as found in the wild: extra keys, and other models, which are named in one line."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from convert_cases import TINY, TINY_FLAGS, assert_params, run_and_fail, sd_file, tiny_state
@@ -24,6 +26,16 @@ def test_extra_keys_are_listed_and_dropped_only_if_asked(tmp_path, caplog):
     assert_params(params, state, absent)
     assert absent == ADAPTERS and "3 extra keys dropped" in caplog.text
     assert all(key in caplog.text for key in ("embedding_manager.x", SHORT, "model: extra.weight"))
+
+
+def test_a_file_that_predicts_v_is_taken_if_asked(tmp_path):
+    state = tiny_state()
+    path = sd_file(state, tmp_path / "v.ckpt", extra={"v_pred": torch.zeros(0)})
+    with pytest.raises(InputError, match="a v-prediction model"):
+        pytorch.load_pytorch([path], TINY)
+    predicts_v = dataclasses.replace(TINY, schedule=dataclasses.replace(TINY.schedule, prediction="v"))
+    params, absent = pytorch.load_pytorch([path], predicts_v)
+    assert_params(params, state, absent)
 
 
 def test_two_text_encoders_and_missing_keys_stay_errors(tmp_path):
