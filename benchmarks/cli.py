@@ -55,7 +55,8 @@ def sides(args: argparse.Namespace, model: Model, dtype: str) -> dict[str, Worke
         wanted = "float32" if on_cpu() else "bfloat16"
         if dtype != wanted:
             raise InputError(f"--dtype {dtype}: expected {wanted} with --reference, as the official code uses here")
-    found = {"ours": Worker("benchmarks.ours:Ours", model, dtype, cores=args.cores)}
+    cached = getattr(args, "cached", False)
+    found = {"ours": Worker("benchmarks.ours:Ours", model, dtype, cached, cores=args.cores)}
     if args.reference is not None:
         for name, compiled in (("official", False), ("compiled", True))[: 1 + args.compile]:
             found[name] = Worker("benchmarks.official:Official", args.reference, model, compiled, cores=args.cores)

@@ -70,8 +70,21 @@ def find_model(name: str, canvas: int | None = None) -> Model:
     return Model(name if name == "box" else folder.name, config, canvas or config.unifusion.map_size, folder)
 
 
+# Larger arrays repeat this many numbers: drawing every weight of the full model takes a minute. No axis is a multiple.
+_DRAWN = (1 << 20) - 3
+
+
+def make_weights(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The parity tests' deterministic array of a key; large ones repeat the numbers of a smaller one."""
+    size = int(np.prod(shape))
+    if size <= _DRAWN:
+        return make_array(key, shape)
+    drawn = make_array(key, (_DRAWN, 1)) / np.float32(np.sqrt(np.prod(shape[1:])))
+    return np.resize(drawn, shape)
+
+
 def make_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
-    """The deterministic parameters of the parity tests, on the device. The official code can load the same ones.
+    """Deterministic parameters, on the device (`make_weights`). The official code can load the same ones.
 
     As in `loading.load_model`, they have `dtype` if they have two axes or more and are not the autoencoder's.
     """
@@ -84,7 +97,7 @@ def make_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
     for part in PARTS:
         for key, entry in rename_table(part, config).items():
             wide = part == "autoencoder" or len(entry.torch_shape) < 2
-            leaf = entry.to_ours(make_array(key, entry.torch_shape))
+            leaf = entry.to_ours(make_weights(key, entry.torch_shape))
             leaves[entry.path] = jnp.asarray(leaf, jnp.float32 if wide else dtype)
     return unflatten(leaves)
 

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.models import Model, make_layout, random_grounding
+from benchmarks.models import Model, make_layout, make_weights, random_grounding
 from benchmarks.official_code import (
     alphas,
     build_autoencoder,
@@ -38,8 +38,8 @@ class Official:
         torch.set_num_threads(cores())
         torch.manual_seed(0)
         options = dict(use_checkpoint=True, efficient_attention=True)
-        self._unet = build_unet(official, model.config, ("boxes", "points"), **options).to(self.device)
-        self._autoencoder = build_autoencoder(official, model.config.autoencoder).to(self.device)
+        self._unet = build_unet(official, model.config, ("boxes", "points"), make_weights, **options).to(self.device)
+        self._autoencoder = build_autoencoder(official, model.config.autoencoder, make_weights).to(self.device)
         self._text_encoder = build_text_encoder(model.config.text_encoder).to(self.device)
         schedule = model.config.schedule
         self._diffusion = official.LatentDiffusion(

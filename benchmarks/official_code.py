@@ -9,11 +9,12 @@ import contextlib
 import importlib
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 # Imported before the stubs below replace modules that transformers looks for.
@@ -67,13 +68,21 @@ def official_classes(clone: str | Path) -> Iterator[types.SimpleNamespace]:
         yield types.SimpleNamespace(**found)
 
 
-def _load_made_up(network: torch.nn.Module) -> None:
+# Makes an array for a key and a shape.
+MakeWeights = Callable[[str, tuple[int, ...]], np.ndarray]
+
+
+def _load_made_up(network: torch.nn.Module, weights: MakeWeights) -> None:
     for key, value in network.state_dict().items():
-        value.copy_(torch.from_numpy(make_array(key, value.shape)))
+        value.copy_(torch.from_numpy(weights(key, tuple(value.shape))))
 
 
 def build_unet(
-    official: types.SimpleNamespace, model: ModelConfig, kept: tuple[str, ...], **options: Any
+    official: types.SimpleNamespace,
+    model: ModelConfig,
+    kept: tuple[str, ...],
+    weights: MakeWeights = make_array,
+    **options: Any,
 ) -> torch.nn.Module:
     """The official UNet with deterministic weights.
 
@@ -81,6 +90,7 @@ def build_unet(
         official: the classes.
         model: sizes.
         kept: formats that are used; the others are dropped as in the official configs.
+        weights: makes them.
         options: `use_checkpoint` and `efficient_attention`; off by default here, on in the released configs.
     """
     unet = model.unet
@@ -103,14 +113,16 @@ def build_unet(
         grounding_tokenizer=dict(target="ldm.modules.diffusionmodules.text_grounding_net.UniFusion", params=tokenizer),
         **options,
     ).eval()
-    _load_made_up(network)
+    _load_made_up(network, weights)
     network.grounding_tokenizer_input = official.GroundingNetInput()
     # It would read a file that is not in the repository, for a layer that is frozen.
     network.restore_first_conv_from_SD = lambda: None
     return network
 
 
-def build_autoencoder(official: types.SimpleNamespace, sizes: AutoencoderConfig) -> torch.nn.Module:
+def build_autoencoder(
+    official: types.SimpleNamespace, sizes: AutoencoderConfig, weights: MakeWeights = make_array
+) -> torch.nn.Module:
     """The official autoencoder with deterministic weights."""
     details = dict(
         double_z=True,
@@ -125,7 +137,7 @@ def build_autoencoder(official: types.SimpleNamespace, sizes: AutoencoderConfig)
         dropout=0.0,
     )
     network = official.AutoencoderKL(ddconfig=details, embed_dim=sizes.z_channels, scale_factor=sizes.scale_factor)
-    _load_made_up(network)
+    _load_made_up(network, weights)
     return network.eval()
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.kernels import find_kernels
 from benchmarks.models import TOKENIZER, Model, make_layout, make_params, random_grounding
 from benchmarks.parts import record_layers, time_layers
 from benchmarks.processes import HostMemory, seconds
@@ -38,9 +39,9 @@ from instdiff_jax.training.step import compile_step, make_train_step
 class Ours:
     """The pipeline and its UNet in one dtype."""
 
-    def __init__(self, model: Model, dtype: str):
+    def __init__(self, model: Model, dtype: str, cached: bool = False):
         spare_compiler_memory()
-        jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured
+        jax.config.update("jax_enable_compilation_cache", cached)  # off where compile time is measured
         jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else "default")
         self.model, self.dtype, self._memory = model, dtype, HostMemory()
         self._unet, self._unifusion = (
@@ -61,10 +62,11 @@ class Ours:
 
     # ------------------------------------------------------------ sampling
 
-    def sample(self, images: int, instances: int, mis: float, steps: int, alpha: float) -> float:
-        """Seconds from a layout to the pixels of all its images."""
+    def sample(self, images: int, instances: int, mis: float, steps: int, alpha: float, **others: Any) -> float:
+        """Seconds from a layout to the pixels of all its images; a preset comes with its own settings."""
         layout = make_layout(instances, self.model.canvas)
         settings = dict(steps=steps, mis=mis, alpha=alpha, sampler="plms", guidance_scale=7.5)
+        settings = others if "preset" in others else settings | others
         return seconds(lambda: self._pipeline([layout], seeds=range(images), **settings))
 
     def compile_seconds(self, function: str, *args: Any) -> float:
@@ -120,6 +122,11 @@ class Ours:
         """Seconds of the prepared evaluation, with or without fusers."""
         alpha = 1.0 if fusers else None
         return seconds(lambda: jax.block_until_ready(self._forward(alpha)))
+
+    def kernels(self, top: int = 15) -> dict[str, Any]:
+        """The kernels of the prepared evaluation that take longest; see kernels.py."""
+        self.time_forward()
+        return find_kernels(self.time_forward, top)
 
     def parts(self) -> dict[str, float]:
         """Seconds of the prepared evaluation by kind of layer, each timed alone; see parts.py."""

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ class Worker:
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return lambda *args, **options: self._pool.submit(_call, method, args, options).result()
+
+    def start(self) -> Future[int]:
+        """Starts the process now; the result is there when its object is made."""
+        return self._pool.submit(int)
 
     def close(self) -> None:
         """Ends the process."""
@@ -115,5 +120,6 @@ class HostMemory:
 
 
 def failure(error: RuntimeError) -> str:
-    """What a table says about a side that failed, for example of memory or in a compiler."""
+    """What a table says about a side that failed, for example of memory or in a compiler; stderr has its traceback."""
+    traceback.print_exception(error)
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"

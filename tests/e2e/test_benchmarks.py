@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_checkpoint import make_tiny_checkpoint
 
-from benchmarks import cli, memory, models, processes, sampling, startup, tables, train_step, unet
+from benchmarks import cli, gpu, memory, models, processes, sampling, startup, tables, train_step, unet
 from benchmarks.processes import Worker
 from benchmarks.tables import Column
 from instdiff_jax.errors import InputError
@@ -192,3 +192,30 @@ def test_a_side_that_fails_is_left_out_and_named():
 def test_flags_that_would_do_nothing_are_refused(module):
     with pytest.raises(InputError, match="--repeats: this benchmark has no baseline"):
         module.parse_args(["--repeats", "7"])
+
+
+def run_dry(tmp_path, *flags: str) -> dict:
+    gpu.main(["--dry", "--output", str(tmp_path / "out"), *flags])
+    rows = json.loads((tmp_path / "out" / "gpu.json").read_text())["rows"]
+    assert {name: (row["state"], row["log"]) for name, row in rows.items() if row["state"] != "done"} == {}
+    return rows
+
+
+def test_a_dry_run_finds_the_kernels(tmp_path):
+    """The whole way of one row: its process and its worker's, the profiler, both files."""
+    rows = run_dry(tmp_path, "--model", "tiny", "--minutes", "3", "--rows", "kernels")
+    (raw,) = rows["kernels"]["raw"]
+    assert 3 <= len(raw["kernels"]) <= 15 and raw["milliseconds"] > 0
+    assert sum(kernel["share"] for kernel in raw["kernels"]) <= 1 + 1e-6
+    assert [k["milliseconds"] for k in raw["kernels"]] == sorted(
+        (k["milliseconds"] for k in raw["kernels"]), reverse=True
+    )
+    assert rows["kernels"]["machine"]["jax"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_all_rows(tmp_path):
+    flags = ["--reference", REFERENCE] if REFERENCE else []
+    rows = run_dry(tmp_path, "--model", "tiny", "--minutes", "30", *flags)
+    assert list(rows) == [row.name for row in gpu.ROWS]
+    assert all(row["lines"] for row in rows.values())

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from pictures import end_to_end, official_pixels
 
 import common
@@ -66,6 +65,8 @@ def add(file: str, entry: str, how: str, tolerance: float, measure: Callable, *a
 
 def params_of(*files: str) -> Iterator[Any]:
     """The checks of these files for `pytest.mark.parametrize`; those that cost much are marked slow."""
+    import pytest  # benchmarks/gpu_checks.py runs checks where there is none
+
     for check in CHECKS:
         if check.file in files:
             marks = () if check.cost == "fast" else pytest.mark.slow
