@@ -22,7 +22,6 @@ torch = pytest.importorskip("torch")
 STEPS, ROWS = 4, 2
 
 
-@pytest.mark.slow
 def test_training_steps_equal_those_of_pytorch():
     """Four steps of the fusers: losses, how far each parameter and its average moved, where the rest stays."""
     tiny = tiny_model()
@@ -31,6 +30,8 @@ def test_training_steps_equal_those_of_pytorch():
         unet=dataclasses.replace(ONE_LEVEL, context_dim=tiny.unet.context_dim),
     )
     settings = tiny_settings(batch_size=ROWS, trainable=((r"unet/.*fuser.*", "train"), (r".*", "freeze")))
+    # With Adam's small epsilon, gradients that are nearly 0 move a parameter by their rounding's sign.
+    settings = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, eps=1e-4))
     run = make_run(model, settings)
     _, rest = run.start()
     leaves = flatten(our_params(model)[0])
@@ -63,7 +64,7 @@ def test_training_steps_equal_those_of_pytorch():
             before = table[key].to_torch(start[path])
             moved = table[key].to_torch(np.asarray(ours[path])) - before
             assert np.abs(expected - before).max() > 1e-4, key
-            assert relative_error(moved, expected - before) <= 2e-3, (name, key)
+            assert relative_error(moved, expected - before) <= 1e-3, (name, key)
 
 
 def pytorch_steps(model, settings, given: dict, tokens: np.ndarray) -> dict:
