@@ -46,7 +46,7 @@ def open_detector(name: str, split: Split) -> Detector | Predictions:
     if kind == "predictions":
         return Predictions(rest, split)
     if kind == "python":
-        found = _import_plug("--detector", name)
+        found = import_plug("--detector", name)
         found = found() if isinstance(found, type) else found
         return found if isinstance(found, Detector) else FunctionDetector(found)
     module, cls, constructor = _PLUGS[kind]
@@ -79,10 +79,10 @@ def open_features(name: str | None, detector: Detector | Predictions | None) -> 
         return own
     if not name.startswith("python:"):
         raise InputError(f"--features: expected detector, none, npz:FILE or python:MODULE:FUNCTION, got {name!r}")
-    return _import_plug("--features", name)
+    return import_plug("--features", name)
 
 
-def _import_plug(flag: str, name: str) -> Any:
+def import_plug(flag: str, name: str) -> Any:
     """What `python:MODULE:FUNCTION` names."""
     module, _, function = name.removeprefix("python:").partition(":")
     if not module or not function:

@@ -34,8 +34,8 @@ class HubDetector:
     @classmethod
     def from_name(cls, name: str) -> Self:
         """Loads a model; InputError if it is not on this machine or is not a detector."""
-        transformers = _transformers("--detector")
-        with _Loading("--detector", name):
+        transformers = require_transformers("--detector")
+        with loading_model("--detector", name):
             config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
             architecture = (config.architectures or [""])[0]
             has_masks = "Segmentation" in architecture
@@ -106,8 +106,8 @@ class Clip:
     @classmethod
     def from_name(cls, name: str) -> Self:
         """Loads a model; InputError if it is not on this machine or is not a CLIP model."""
-        transformers = _transformers("--clip")
-        with _Loading("--clip", name):
+        transformers = require_transformers("--clip")
+        with loading_model("--clip", name):
             model = transformers.CLIPModel.from_pretrained(name, local_files_only=True)
             processor = transformers.CLIPImageProcessor.from_pretrained(name, local_files_only=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
@@ -134,7 +134,7 @@ class Clip:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _transformers(flag: str) -> Any:
+def require_transformers(flag: str) -> Any:
     try:
         import torch  # noqa: F401
         import transformers
@@ -143,7 +143,7 @@ def _transformers(flag: str) -> Any:
     return transformers
 
 
-class _Loading:
+class loading_model:  # noqa: N801 (used as a function)
     """Turns any error of loading a model into one line."""
 
     def __init__(self, flag: str, name: str):

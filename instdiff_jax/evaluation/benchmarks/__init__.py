@@ -1,0 +1,1 @@
+"""The field's benchmarks: their files read as people download them, their rules, their published rows."""

@@ -1,0 +1,148 @@
+"""Opens the judges that flags name: models of the transformers library, or functions of the user's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+from instdiff_jax.errors import InputError
+from instdiff_jax.evaluation.benchmarks.case import Found, Judges, Pixels
+from instdiff_jax.evaluation.detectors import import_plug
+from instdiff_jax.evaluation.hub import loading_model, require_transformers
+
+# Grounding DINO's thresholds of COCO-MIG's scorer.
+BOX_THRESHOLD = TEXT_THRESHOLD = 0.25
+
+
+class HubGrounder:
+    """A model for zero-shot object detection, such as Grounding DINO."""
+
+    def __init__(self, model: Any, processor: Any):
+        self._model, self._processor = model.eval(), processor
+
+    @classmethod
+    def from_name(cls, flag: str, name: str) -> Self:
+        transformers = require_transformers(flag)
+        with loading_model(flag, name):
+            model = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(name, local_files_only=True)
+            return cls(model, transformers.AutoProcessor.from_pretrained(name, local_files_only=True))
+
+    def ground(self, image: Pixels, phrase: str) -> Found:
+        """Boxes of what the phrase names, highest score first."""
+        import torch
+
+        text = f"{phrase.lower().strip().rstrip('.')}."  # the model was trained on such captions
+        inputs = self._processor(images=Image.fromarray(image), text=text, return_tensors="pt")
+        with torch.no_grad():
+            outputs = self._model(**inputs)
+        (found,) = self._processor.post_process_grounded_object_detection(
+            outputs,
+            inputs["input_ids"],
+            threshold=BOX_THRESHOLD,
+            text_threshold=TEXT_THRESHOLD,
+            target_sizes=[image.shape[:2]],
+        )
+        boxes, scores = (np.asarray(found[key], np.float64) for key in ("boxes", "scores"))
+        order = np.argsort(-scores, kind="stable")
+        return Found(boxes.reshape(-1, 4)[order], scores[order])
+
+
+class HubSegmenter:
+    """A model that segments what a box is around: SAM."""
+
+    def __init__(self, model: Any, processor: Any):
+        self._model, self._processor = model.eval(), processor
+
+    @classmethod
+    def from_name(cls, flag: str, name: str) -> Self:
+        transformers = require_transformers(flag)
+        with loading_model(flag, name):
+            model = transformers.SamModel.from_pretrained(name, local_files_only=True)
+            return cls(model, transformers.SamProcessor.from_pretrained(name, local_files_only=True))
+
+    def segment(self, image: Pixels, box: Sequence[float]) -> Bool[np.ndarray, "H W"]:
+        """Of the masks that the model proposes, the one that it rates highest."""
+        import torch
+
+        inputs = self._processor(
+            images=Image.fromarray(image), input_boxes=[[[float(edge) for edge in box]]], return_tensors="pt"
+        )
+        with torch.no_grad():
+            outputs = self._model(**inputs)
+        (masks,) = self._processor.image_processor.post_process_masks(
+            outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        )
+        best = int(outputs.iou_scores.reshape(-1).argmax())
+        return np.asarray(masks).reshape(-1, *image.shape[:2])[best].astype(bool)
+
+
+class HubAnswerer:
+    """A vision language model that chats: it takes the most likely word at each step."""
+
+    def __init__(self, model: Any, processor: Any, max_tokens: int = 1024):
+        self._model, self._processor, self._max_tokens = model.eval(), processor, max_tokens
+
+    @classmethod
+    def from_name(cls, flag: str, name: str) -> Self:
+        transformers = require_transformers(flag)
+        with loading_model(flag, name):
+            model = transformers.AutoModelForImageTextToText.from_pretrained(name, local_files_only=True)
+            return cls(model, transformers.AutoProcessor.from_pretrained(name, local_files_only=True))
+
+    def answer(self, image: Pixels, question: str) -> str:
+        """The answer's text."""
+        import torch
+
+        content = [{"type": "image", "image": Image.fromarray(image)}, {"type": "text", "text": question}]
+        inputs = self._processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            tokens = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+        return self._processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+
+class _Function:
+    """A judge that is one function."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.ground = self.segment = self.answer = function
+
+
+_KINDS = {
+    "grounder": ("--detector", "ground", HubGrounder),
+    "segmenter": ("--segmenter", "segment", HubSegmenter),
+    "answerer": ("--vlm", "answer", HubAnswerer),
+}
+
+
+def open_judges(needed: Sequence[str], names: dict[str, str | None]) -> Judges:
+    """The judges that a benchmark needs.
+
+    Args:
+        needed: fields of `Judges`.
+        names: field to `transformers:NAME`, a folder or a name in the hub's cache, or `python:MODULE:FUNCTION`, a
+            function of an image and a phrase, box or question, or a class or object with the method.
+
+    Raises:
+        InputError: for one that is missing or cannot be opened.
+    """
+    opened: dict[str, Any] = {}
+    for field in needed:
+        flag, method, hub = _KINDS[field]
+        kind, _, rest = (names.get(field) or "").partition(":")
+        if kind == "transformers" and rest:
+            opened[field] = hub.from_name(flag, rest)
+        elif kind == "python" and rest:
+            found = import_plug(flag, f"python:{rest}")
+            found = found() if isinstance(found, type) else found
+            opened[field] = found if hasattr(found, method) else _Function(found)
+        else:
+            raise InputError(f"{flag}: this benchmark needs transformers:NAME or python:MODULE:FUNCTION")
+    return Judges(**opened)
