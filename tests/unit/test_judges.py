@@ -30,7 +30,7 @@ def save_grounding_dino(folder):
     torch.manual_seed(0)
     transformers.GroundingDinoForObjectDetection(config).save_pretrained(folder)
     tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
-    images = transformers.GroundingDinoImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
+    images = transformers.GroundingDinoImageProcessor(size={"shortest_edge": 96, "longest_edge": 128})
     transformers.GroundingDinoProcessor(images, tokenizer).save_pretrained(folder)
 
 
