@@ -4,7 +4,8 @@
     python -m benchmarks.startup --model full --steps 2 # the released size with deterministic weights: 6 GB on disk
     python -m benchmarks.startup --loading              # with and without comparing checksums; no image
 
-Runs `sample.py` twice, the first time with an empty compilation cache. Memory is the peak resident set of the process;
+Runs `sample.py` three times: with an empty compilation cache, from the cache that this filled, and with an empty cache
+and `--compiled`, a folder that `instdiff compile` made before. Memory is the peak resident set of the process;
 on a CPU this includes everything. `--loading` loads the checkpoint alone, with and without `--no_verify` in turn, each
 time in a process of its own; its files have been read before, so that they come from memory and not from the disk.
 """
@@ -57,6 +58,22 @@ def run(command: list[str], output: Path, cache: Path) -> dict[str, float]:
     if status:
         raise InputError(f"sample.py ended with status {os.waitstatus_to_exitcode(status)}; see its error above")
     return dict(first=found or end, end=end, peak=usage.ru_maxrss * 1024 / 1e9)
+
+
+def make_programs(command: list[str], rows: int, canvas: tuple[int, int], folder: Path) -> Path:
+    """Runs `instdiff compile` with the checkpoint, type and steps of a command."""
+    wanted = ("--checkpoint", "--dtype", "--steps")
+    kept = [part for name in wanted if name in command for part in (name, command[command.index(name) + 1])]
+    programs = folder / "programs"
+    size = ["--width", str(canvas[0]), "--height", str(canvas[1])]
+    compiling = [sys.executable, "-m", "instdiff_jax", "compile", *kept, *size, "--rows", str(rows)]
+    environment = dict(os.environ, XDG_CACHE_HOME=str(folder / "third"))
+    done = subprocess.run(
+        [*compiling, "--output", str(programs)], cwd=models.ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise InputError(f"instdiff compile ended with {done.stderr.splitlines()[-1:]}")
+    return programs
 
 
 _LOAD = """
@@ -119,9 +136,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         layout.write_text(given.to_json())
         command = [sys.executable, "sample.py", "--checkpoint", str(checkpoint.resolve()), "--layout", str(layout)]
         command += ["--dtype", dtype, *(["--steps", str(args.steps)] if args.steps else [])]
-        for process in ("first, compiles", "second, from the cache"):
-            output = folder / process.split(",")[0]
-            measured = run(command, output, folder / "cache")
+        programs = make_programs(command, args.instances + 1, (model.canvas, model.canvas), folder)
+        for process, more, cache in (
+            ("first, compiles", [], "cache"),
+            ("second, from the cache", [], "cache"),
+            ("first, with instdiff compile's folder", ["--compiled", str(programs)], "other"),
+        ):
+            output = folder / f"output{len(rows)}"
+            measured = run([*command, *more], output, folder / cache)
             rows.append(dict(process=process, **measured, **json.loads((output / "run.json").read_text())["seconds"]))
     columns = [
         Column("process", "process"),

@@ -24,6 +24,7 @@ COMMANDS = {
         "build a training dataset from the official training JSON",
     ),
     "build-tokenizer": ("instdiff_jax.cli.build_tokenizer", "build a CLIP tokenizer from a dataset's captions"),
+    "compile": ("instdiff_jax.cli.compile", "compile a checkpoint's programs ahead of time, to start fast"),
     "aot": ("instdiff_jax.cli.aot", "compile for a TPU without having one; report time and memory"),
 }
 # Packages that are not installed by default -> the extra of pyproject.toml that has them.

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instdiff_jax.cli.parser import OUTSIDE, any_path, command_parser, local_path
-from instdiff_jax.cli.sampling_flags import add_addon_flags, add_sampling_flags, read_addons, read_overrides
+from instdiff_jax.cli.sampling_flags import (
+    DTYPE_HELP,
+    DTYPES,
+    add_addon_flags,
+    add_sampling_flags,
+    read_addons,
+    read_overrides,
+)
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.layouts import FORMATS
@@ -52,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_sampling_flags(sampling)
     add_addon_flags(sampling)
     how = sampling.add_argument
-    how("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
+    how("--dtype", choices=DTYPES, help=DTYPE_HELP)
     how("--no_verify", action="store_true", help="do not compare the checkpoint with its checksums")
     how("--max_rows", type=int, help="latents denoised at a time on one device; fewer need less memory")
     measures = parser.add_argument_group("measures").add_argument

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from instdiff_jax.cli.box import default_checkpoint
 from instdiff_jax.cli.parser import any_path, command_parser
 from instdiff_jax.cli.sampling_flags import (
+    DTYPE_HELP,
+    DTYPES,
     add_addon_flags,
     add_picture_flags,
     add_sampling_flags,
@@ -64,8 +66,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--strength", type=float, help="fraction of the steps that run on --init_image")
     add("--noise", type=any_path, help="initial noise: a float32 .npy of shape [num_images, h, w, z]")
     add("--save_latents", action="store_true", help="also write OUT/x/latents.npy")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
+    add("--dtype", choices=DTYPES, help=DTYPE_HELP)
     add("--no_verify", action="store_true", help="do not compare the checkpoint with its checksums")
+    add("--compiled", type=any_path, help="a folder of instdiff compile's for this kind of machine; only one you made")
     add("--max_rows", type=int, help="latents denoised at a time per device; fewer need less memory")
     return parser.parse_args(argv)
 
@@ -87,6 +90,10 @@ def run(args: argparse.Namespace) -> None:
     seeds = [args.seed + i for i in range(args.num_images)]
     output = OutputFolder(args.output, seeds, args.save_latents, fingerprint_inputs(arrays, addons))
     shard, processes = start_process(args.shard)
+    if args.compiled is not None:
+        from instdiff_jax.sampling.compiled import use_compiled
+
+        use_compiled(args.compiled)
     mine = list(shard.of(list(layouts)))
     finished, changed = output.finished(mine, layouts) if args.resume else (set(), set())
     if changed:

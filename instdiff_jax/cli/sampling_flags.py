@@ -8,6 +8,8 @@ from typing import Any, Literal
 from instdiff_jax.cli.parser import local_path
 from instdiff_jax.config import PRESETS, SamplingConfig, with_preset
 
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPE_HELP = "default: float32 on a CPU, else bfloat16; int8: the UNet's projections in 8-bit integers, else bfloat16"
 HELP = {
     "steps": "solver steps",
     "sampler": "the solver",

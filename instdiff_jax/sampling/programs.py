@@ -6,11 +6,13 @@ is one device without a mesh. Everything returns before it is ready.
 Axes: t texts, u unique conditions, b batch, h and w latent height and width, H and W pixels.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from instdiff_jax import grounding as groundings
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
+from instdiff_jax.models.int8 import products
 from instdiff_jax.models.tiny_decoder import TinyDecoder
 from instdiff_jax.models.unet import Conditions, UNet
 from instdiff_jax.models.unifusion import UniFusion
@@ -52,20 +55,28 @@ def make_networks(config: ModelConfig, dtype: Any) -> SamplingNetworks:
 
 @dataclasses.dataclass(frozen=True)
 class NoisePredictor:
-    """The UNet as diffusion/loop.py takes it; equal for equal networks, so that programs are shared."""
+    """The UNet as diffusion/loop.py takes it; equal for equal networks, so that programs are shared.
+
+    With `int8` its projections are products of 8-bit integers, see models/int8.py.
+    """
 
     unet: UNet
+    int8: bool = False
 
-    def __call__(self, params, latents, timesteps, conditions, alpha):
-        return self.unet.apply({"params": params}, latents, timesteps, conditions, alpha)
+    def __call__(self, params, *inputs):
+        return self._apply(params, inputs)
 
     def deep(self, params, *inputs):
         """The part whose result may be reused in the next evaluations."""
-        return self.unet.apply({"params": params}, *inputs, method="deep_features")
+        return self._apply(params, inputs, "deep_features")
 
     def finish(self, params, *inputs):
         """The rest, given that result."""
-        return self.unet.apply({"params": params}, *inputs, method="finish")
+        return self._apply(params, inputs, "finish")
+
+    def _apply(self, params, inputs, method=None):
+        with nn.intercept_methods(products) if self.int8 else contextlib.nullcontext():
+            return self.unet.apply({"params": params}, *inputs, method=method)
 
 
 def encode_text(

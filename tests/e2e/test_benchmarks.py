@@ -144,7 +144,7 @@ def test_startup(checkpoint, tmp_path):
         ["--model", checkpoint, "--canvas", "32", "--instances", "2", "--steps", "2", "--output", str(tmp_path)]
     )
     rows = read(tmp_path, "startup")
-    assert len(rows) == 2
+    assert len(rows) == 3
     assert finite(rows, "first", "end", "loading", "sampling", "peak")
     assert all(row["first"] <= row["end"] for row in rows)
     startup.main(["--model", checkpoint, "--loading", "--output", str(tmp_path)])

@@ -103,7 +103,7 @@ def build(compiler: str, folder: Path) -> Path:
     Raises:
         OSError, subprocess.SubprocessError: if it cannot be built.
     """
-    made_from = [SOURCE.read_bytes(), *(text.encode() for text in (compiler, jax.__version__, _processor(), *FLAGS))]
+    made_from = [SOURCE.read_bytes(), *(text.encode() for text in (compiler, jax.__version__, processor(), *FLAGS))]
     path = folder / f"flash_cpu_{hashlib.sha256(b'|'.join(made_from)).hexdigest()[:16]}.so"
     if path.exists():
         return path
@@ -116,7 +116,7 @@ def build(compiler: str, folder: Path) -> Path:
     return path
 
 
-def _processor() -> str:
+def processor() -> str:
     """What a library built for this processor depends on: a folder may be shared by several machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
