@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     SamplingConfig.from_dict(overrides, "sampling")
     shard = Shard() if args.shard is None else Shard.parse(args.shard)
 
-    from instdiff_jax.evaluation.benchmarks.judges import open_judges
-    from instdiff_jax.evaluation.benchmarks.run import BENCHMARKS, read_cases, undrawn
+    from instdiff_jax.evaluation.benchmarks.run import BENCHMARKS, open_judges, read_cases, undrawn
 
     benchmark = BENCHMARKS[args.name]
     cases = read_cases(benchmark, args.data, args.count)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from instdiff_jax.data.plugs import import_plug
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detect import Detection, Detector, Featurizer
 from instdiff_jax.evaluation.predictions import Predictions
@@ -46,7 +47,7 @@ def open_detector(name: str, split: Split) -> Detector | Predictions:
     if kind == "predictions":
         return Predictions(rest, split)
     if kind == "python":
-        found = import_plug("--detector", name)
+        found = _import_plug("--detector", name)
         found = found() if isinstance(found, type) else found
         return found if isinstance(found, Detector) else FunctionDetector(found)
     module, cls, constructor = _PLUGS[kind]
@@ -79,18 +80,12 @@ def open_features(name: str | None, detector: Detector | Predictions | None) -> 
         return own
     if not name.startswith("python:"):
         raise InputError(f"--features: expected detector, none, npz:FILE or python:MODULE:FUNCTION, got {name!r}")
-    return import_plug("--features", name)
+    return _import_plug("--features", name)
 
 
-def import_plug(flag: str, name: str) -> Any:
-    """What `python:MODULE:FUNCTION` names."""
-    module, _, function = name.removeprefix("python:").partition(":")
-    if not module or not function:
-        raise InputError(f"{flag}: expected python:MODULE:FUNCTION, got {name!r}")
-    try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{flag}: {name}: cannot be imported: {error}") from error
+def _import_plug(flag: str, name: str) -> Any:
+    """What `python:MODULE:FUNCTION` names; InputError unless it can be called or is a detector."""
+    found = import_plug(flag, name)
     if not callable(found) and not isinstance(found, Detector):
         raise InputError(f"{flag}: {name}: expected a function, got {type(found).__name__}")
     return found

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from instdiff_jax.errors import InputError
+from instdiff_jax.data.plugs import loading_model, require_transformers
 from instdiff_jax.evaluation.detect import Detection, xywh_of_mask
 
 
@@ -132,28 +132,3 @@ class Clip:
         # Newer releases of the library wrap the vectors in an object.
         vectors = np.asarray(getattr(vectors, "pooler_output", vectors), np.float64)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def require_transformers(flag: str) -> Any:
-    try:
-        import torch  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise InputError(f"{flag}: expected PyTorch and transformers to be installed ({error})") from error
-    return transformers
-
-
-class loading_model:  # noqa: N801 (used as a function)
-    """Turns any error of loading a model into one line."""
-
-    def __init__(self, flag: str, name: str):
-        self._flag, self._name = flag, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # Exception: safetensors raises its own class for a broken file.
-        if isinstance(error, Exception) and not isinstance(error, MemoryError):
-            reason = str(error).split("\n")[0][:200]
-            raise InputError(f"{self._flag}: {self._name}: cannot be loaded from this machine: {reason}") from error

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from instdiff_jax.cli import benchmark as command
+from instdiff_jax.data.vision import Found, keep_best
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.benchmarks import coco_mig, layoutsam, overlaybench
-from instdiff_jax.evaluation.benchmarks.case import Case, Found, Judges, Thing, keep_best
-from instdiff_jax.evaluation.benchmarks.judges import open_judges
-from instdiff_jax.evaluation.benchmarks.run import BENCHMARKS, picture_path, read_cases
+from instdiff_jax.evaluation.benchmarks.case import Case, Judges, Thing
+from instdiff_jax.evaluation.benchmarks.run import BENCHMARKS, open_judges, picture_path, read_cases
 from instdiff_jax.evaluation.files import write_image
 from instdiff_jax.files import read_json
 
@@ -109,8 +109,7 @@ def test_a_fifth_of_the_mask_must_have_the_colour():
 
 def test_of_boxes_on_one_thing_the_best_stays():
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10.0]])
-    kept = keep_best(Found(boxes, np.array([0.5, 0.9, 0.1])), 0.8)
-    assert kept.boxes.tolist() == [[0, 0, 10, 9], [20, 0, 30, 10]] and kept.scores.tolist() == [0.9, 0.1]
+    assert keep_best(Found(boxes, np.array([0.5, 0.9, 0.1])), 0.8) == [1, 2]
 
 
 LAYOUTSAM = {
@@ -264,7 +263,7 @@ def test_a_run_judges_each_picture_once_and_prints_the_table(tmp_path, capsys):
 
 
 def test_a_missing_judge_is_one_line():
-    with pytest.raises(InputError, match="--segmenter: this benchmark needs transformers:NAME"):
+    with pytest.raises(InputError, match="--segmenter: expected transformers:NAME"):
         open_judges(("segmenter",), {})
     with pytest.raises(InputError, match="--vlm: .*cannot be loaded from this machine"):
         open_judges(("answerer",), {"answerer": "transformers:/nowhere"})

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from instdiff_jax.evaluation.benchmarks.case import BoxSegmenter, Grounder
-from instdiff_jax.evaluation.benchmarks.judges import HubGrounder, HubSegmenter, open_judges
+from instdiff_jax.data.vision import BoxSegmenter, Grounder
+from instdiff_jax.data.vision_hub import HubGrounder, HubSegmenter
+from instdiff_jax.evaluation.benchmarks.run import open_judges
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -50,7 +51,7 @@ def save_sam(folder):
 
 def test_a_grounder_gives_boxes_on_the_image_best_first(tmp_path, monkeypatch):
     save_grounding_dino(tmp_path)
-    monkeypatch.setattr("instdiff_jax.evaluation.benchmarks.judges.BOX_THRESHOLD", 0.0)
+    monkeypatch.setattr("instdiff_jax.data.vision_hub.BOX_THRESHOLD", 0.0)
     judges = open_judges(("grounder",), {"grounder": f"transformers:{tmp_path}"})
     assert isinstance(judges.grounder, Grounder) and isinstance(judges.grounder, HubGrounder)
     found = judges.grounder.ground(IMAGE, "Cat")

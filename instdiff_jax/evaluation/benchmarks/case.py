@@ -2,16 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Bool, Float, UInt8
-
+from instdiff_jax.data.vision import Answerer, BoxSegmenter, Grounder, Pixels
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry.checks import read_numbers
 from instdiff_jax.layout import Instance, Layout
-
-Pixels = UInt8[np.ndarray, "H W 3"]
 
 
 class Thing(NamedTuple):
@@ -56,34 +52,6 @@ class Case(NamedTuple):
             for thing in self.things
         )
         return Layout(self.caption, side, side, instances, name=self.key)
-
-
-class Found(NamedTuple):
-    """Boxes that a detector found: x0, y0, x1, y1 in pixels, and scores, highest first."""
-
-    boxes: Float[np.ndarray, "n 4"]
-    scores: Float[np.ndarray, " n"]
-
-
-@runtime_checkable
-class Grounder(Protocol):
-    """Finds what a phrase names, such as Grounding DINO."""
-
-    def ground(self, image: Pixels, phrase: str) -> Found: ...
-
-
-@runtime_checkable
-class BoxSegmenter(Protocol):
-    """The mask of what a box is around, such as SAM."""
-
-    def segment(self, image: Pixels, box: Sequence[float]) -> Bool[np.ndarray, "H W"]: ...
-
-
-@runtime_checkable
-class Answerer(Protocol):
-    """Answers questions about pictures: a vision language model."""
-
-    def answer(self, image: Pixels, question: str) -> str: ...
 
 
 class Judges(NamedTuple):
@@ -132,23 +100,3 @@ def read_unit_box(values: Any, where: str) -> tuple[float, float, float, float]:
     if x1 <= x0 or y1 <= y0:
         raise InputError(f"{where}: expected x0 < x1 and y0 < y1 in parts of the sides, got {values}")
     return x0, y0, x1, y1
-
-
-def box_ious(boxes: Float[np.ndarray, "n 4"], box: Sequence[float]) -> Float[np.ndarray, " n"]:
-    """Intersection over union of each box with one, all x0, y0, x1, y1."""
-    x0, y0, x1, y1 = box
-    wide = np.maximum(np.minimum(boxes[:, 2], x1) - np.maximum(boxes[:, 0], x0), 0.0)
-    high = np.maximum(np.minimum(boxes[:, 3], y1) - np.maximum(boxes[:, 1], y0), 0.0)
-    inside = wide * high
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return inside / (areas + (x1 - x0) * (y1 - y0) - inside)
-
-
-def keep_best(found: Found, threshold: float) -> Found:
-    """Non-maximum suppression: of boxes whose IoU is above the threshold, the one with the highest score."""
-    order = np.argsort(-found.scores, kind="stable")
-    kept: list[int] = []
-    for i in order:
-        if not kept or box_ious(found.boxes[kept], found.boxes[i]).max() <= threshold:
-            kept.append(int(i))
-    return Found(found.boxes[kept], found.scores[kept])

@@ -13,18 +13,9 @@ import yaml
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
+from instdiff_jax.data.vision import Pixels, box_ious, keep_best
 from instdiff_jax.errors import InputError, short
-from instdiff_jax.evaluation.benchmarks.case import (
-    Benchmark,
-    Case,
-    Judges,
-    Pixels,
-    Published,
-    Thing,
-    box_ious,
-    keep_best,
-    read_unit_box,
-)
+from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges, Published, Thing, read_unit_box
 from instdiff_jax.files import read_json
 from instdiff_jax.geometry.checks import read_text
 from instdiff_jax.paths import read_file
@@ -115,8 +106,9 @@ def judge(case: Case, image: Pixels, judges: Judges) -> dict[str, Any]:
     rows = []
     for thing in case.things:
         box = np.array(thing.box) * SIDE
-        found = keep_best(judges.grounder.ground(image, thing.category), NMS)
-        iou = float(box_ious(found.boxes, box).max()) if len(found.boxes) else 0.0
+        found = judges.grounder.ground(image, thing.category)
+        kept = keep_best(found, NMS)
+        iou = float(box_ious(found.boxes[kept], box).max()) if kept else 0.0
         placed = iou >= MIN_IOU
         coloured = placed and colour_share(image, judges.segmenter.segment(image, box), thing.detail) >= MIN_SHARE
         # An instance in place but of another colour counts as IoU 0; one out of place keeps its IoU below 0.5.

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from instdiff_jax.data.vision import Pixels
 from instdiff_jax.errors import InputError, short
-from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges, Pixels, Thing, read_unit_box
+from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges, Thing, read_unit_box
 from instdiff_jax.files import read_json
 from instdiff_jax.geometry.checks import plain_integer, read_numbers, read_text
 from instdiff_jax.paths import read_file

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from instdiff_jax.data.vision import Pixels
 from instdiff_jax.errors import InputError, short
-from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges, Pixels, Thing, read_unit_box
+from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges, Thing, read_unit_box
 from instdiff_jax.evaluation.benchmarks.layoutsam import read_literal
 from instdiff_jax.files import json_files, read_json
 from instdiff_jax.geometry.checks import read_numbers, read_text

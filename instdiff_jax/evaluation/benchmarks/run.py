@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from instdiff_jax.data.vision import Pixels
+from instdiff_jax.data.vision_hub import open_model
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.benchmarks import coco_mig, layoutsam, overlaybench
-from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges, Pixels
+from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges
 from instdiff_jax.evaluation.files import write_image
 from instdiff_jax.evaluation.generate import image_seed
 from instdiff_jax.files import read_json, write_json, write_text
@@ -20,6 +22,15 @@ from instdiff_jax.sampling.pipeline import Pipeline
 
 BATCH = 128  # layouts in memory at a time
 BENCHMARKS = {one.BENCHMARK.name: one.BENCHMARK for one in (coco_mig, layoutsam, overlaybench)}
+
+
+# Field of `Judges` -> the flag that names it.
+_FLAGS = {"grounder": "--detector", "segmenter": "--segmenter", "answerer": "--vlm"}
+
+
+def open_judges(needed: Sequence[str], names: Mapping[str, str | None]) -> Judges:
+    """The judges that a benchmark needs, by fields of `Judges`; see `vision_hub.open_model` for the names."""
+    return Judges(**{field: open_model(_FLAGS[field], names.get(field)) for field in needed})
 
 
 def picture_path(folder: Path, case: Case) -> Path:

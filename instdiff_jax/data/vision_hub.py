@@ -1,4 +1,4 @@
-"""Opens the judges that flags name: models of the transformers library, or functions of the user's."""
+"""Models of the transformers library that find, mask, caption and answer; or functions of the user's in their place."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -7,10 +7,9 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
+from instdiff_jax.data.plugs import import_plug, loading_model, require_transformers
+from instdiff_jax.data.vision import Found, Pixels
 from instdiff_jax.errors import InputError
-from instdiff_jax.evaluation.benchmarks.case import Found, Judges, Pixels
-from instdiff_jax.evaluation.detectors import import_plug
-from instdiff_jax.evaluation.hub import loading_model, require_transformers
 
 # Grounding DINO's thresholds of COCO-MIG's scorer.
 BOX_THRESHOLD = TEXT_THRESHOLD = 0.25
@@ -108,41 +107,62 @@ class HubAnswerer:
         return self._processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 
 
+class HubCaptioner:
+    """A model that describes pictures, such as BLIP, BLIP-2 or GIT: it takes the most likely word at each step."""
+
+    def __init__(self, model: Any, processor: Any, max_tokens: int = 40):
+        self._model, self._processor, self._max_tokens = model.eval(), processor, max_tokens
+
+    @classmethod
+    def from_name(cls, flag: str, name: str) -> Self:
+        transformers = require_transformers(flag)
+        with loading_model(flag, name):
+            model = transformers.AutoModelForImageTextToText.from_pretrained(name, local_files_only=True)
+            return cls(model, transformers.AutoProcessor.from_pretrained(name, local_files_only=True))
+
+    def caption(self, image: Pixels) -> str:
+        """The description, in one line."""
+        import torch
+
+        inputs = self._processor(images=Image.fromarray(image), return_tensors="pt")
+        with torch.no_grad():
+            tokens = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+        return " ".join(self._processor.batch_decode(tokens, skip_special_tokens=True)[0].split())
+
+
 class _Function:
-    """A judge that is one function."""
+    """A model that is one function."""
 
     def __init__(self, function: Callable[..., Any]):
-        self.ground = self.segment = self.answer = function
+        self.ground = self.segment = self.caption = self.answer = function
 
 
+# Flag -> the method that its model needs, and the class for models of the transformers library.
 _KINDS = {
-    "grounder": ("--detector", "ground", HubGrounder),
-    "segmenter": ("--segmenter", "segment", HubSegmenter),
-    "answerer": ("--vlm", "answer", HubAnswerer),
+    "--detector": ("ground", HubGrounder),
+    "--segmenter": ("segment", HubSegmenter),
+    "--captioner": ("caption", HubCaptioner),
+    "--vlm": ("answer", HubAnswerer),
 }
 
 
-def open_judges(needed: Sequence[str], names: dict[str, str | None]) -> Judges:
-    """The judges that a benchmark needs.
+def open_model(flag: str, name: str | None) -> Any:
+    """The model that a flag names.
 
     Args:
-        needed: fields of `Judges`.
-        names: field to `transformers:NAME`, a folder or a name in the hub's cache, or `python:MODULE:FUNCTION`, a
-            function of an image and a phrase, box or question, or a class or object with the method.
+        flag: --detector, --segmenter, --captioner or --vlm.
+        name: `transformers:NAME`, a folder or a name in the hub's cache, or `python:MODULE:FUNCTION`, a function of an
+            image (and a phrase, a box or a question), or a class or object with the method.
 
     Raises:
         InputError: for one that is missing or cannot be opened.
     """
-    opened: dict[str, Any] = {}
-    for field in needed:
-        flag, method, hub = _KINDS[field]
-        kind, _, rest = (names.get(field) or "").partition(":")
-        if kind == "transformers" and rest:
-            opened[field] = hub.from_name(flag, rest)
-        elif kind == "python" and rest:
-            found = import_plug(flag, f"python:{rest}")
-            found = found() if isinstance(found, type) else found
-            opened[field] = found if hasattr(found, method) else _Function(found)
-        else:
-            raise InputError(f"{flag}: this benchmark needs transformers:NAME or python:MODULE:FUNCTION")
-    return Judges(**opened)
+    method, hub = _KINDS[flag]
+    kind, _, rest = (name or "").partition(":")
+    if kind == "transformers" and rest:
+        return hub.from_name(flag, rest)
+    if kind != "python" or not rest:
+        raise InputError(f"{flag}: expected transformers:NAME or python:MODULE:FUNCTION, got {name or 'nothing'}")
+    found = import_plug(flag, f"python:{rest}")
+    found = found() if isinstance(found, type) else found
+    return found if hasattr(found, method) else _Function(found)
