@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("instdiff_jax.cli.export", "make a checkpoint folder from a training run"),
     "evaluate": ("instdiff_jax.cli.evaluate", "measure how well images follow their layouts"),
     "benchmark": ("instdiff_jax.cli.benchmark", "draw and judge one of the field's benchmarks"),
+    "annotate": ("instdiff_jax.cli.annotate", "make a COCO folder of pictures without labels"),
     "import-data": ("instdiff_jax.cli.import_data", "write another tool's dataset as a COCO folder"),
     "build-coco": ("instdiff_jax.cli.build_coco", "build a training dataset from a COCO folder"),
     "build-official-json": (

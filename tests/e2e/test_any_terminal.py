@@ -56,6 +56,7 @@ def place(tmp_path_factory):
     return place
 
 
+DETECTOR = ["--detector", "python:os:getcwd"]
 # Flags that name what is not there.
 MISSING = {
     "sample": ["--layout", f"{NAME}.json"],
@@ -63,6 +64,9 @@ MISSING = {
     "convert": ["--input", "x.pth", "--output", "new", f"--config.model.text_encoder.tokenizer={NAME}"],
     "export": ["--workdir", NAME, "--output", "new"],
     "evaluate": ["--coco_dir", NAME, "--split", "val", "--real", "--output", "new"],
+    "annotate": ["--images", NAME, "--output", "new", "--tags", "x", *DETECTOR],
+    "benchmark": ["coco-mig", "--data", NAME, "--output", "new", "--draw_only"],
+    "import-data": ["--from", "yolo", "--input", NAME, "--output", "new"],
     "build-coco": ["--coco_dir", NAME, "--data_dir", "new"],
     "build-official-json": ["--input", NAME, "--data_dir", "new"],
     "build-tokenizer": ["--data_dir", NAME, "--output", "new"],

@@ -41,7 +41,7 @@ def read_tars(folder: Path, options: Options, report: Report) -> Iterator[tuple[
             except InputError as error:
                 report.skip("image", options.split, name, str(error))
                 continue
-            yield options.split, _scene(parts[suffix], f"{name}.{suffix}", values, captions, where, options)
+            yield options.split, scene_of_values(parts[suffix], f"{name}.{suffix}", values, captions, where, options)
 
 
 def read_folder(folder: Path, options: Options, report: Report) -> Iterator[tuple[str, Scene]]:
@@ -61,7 +61,7 @@ def read_folder(folder: Path, options: Options, report: Report) -> Iterator[tupl
             except InputError as error:
                 report.skip("image", split, f"{path.name}:{i}", str(error))
                 continue
-            yield split, _scene(image, name, values, captions, where, options)
+            yield split, scene_of_values(image, name, values, captions, where, options)
 
 
 def _lines(path: Path) -> Iterator[str | dict]:
@@ -112,7 +112,7 @@ def _captions(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(" ".join(read_text(text, f"{where}: caption").split()) for text in texts)
 
 
-def _scene(
+def scene_of_values(
     image: Path | bytes, name: str, values: Mapping[str, Any], captions: tuple[str, ...], where: str, options: Options
 ) -> Scene:
     sides = (plain_integer(values.get("width")), plain_integer(values.get("height")))

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -57,18 +57,36 @@ def import_data(
     """
     if not source.exists():
         raise InputError(f"{source}: missing")
-    check_output(coco_dir, overwrite, "report.json")
     report = Report()
+    scenes = IMPORTERS[kind](source, options, report)
+    facts = {"kind": kind, "source": str(source.absolute())}
+    return write_scenes(scenes, coco_dir, report, facts, in_place, overwrite), report
+
+
+def write_scenes(
+    scenes: Iterable[tuple[str, Scene]],
+    coco_dir: Path,
+    report: Report,
+    facts: Mapping[str, str],
+    in_place: bool = False,
+    overwrite: bool = False,
+) -> dict[str, tuple[int, int]]:
+    """Writes scenes as a COCO folder with report.json, which has `facts` too; see `import_data`.
+
+    Returns:
+        Images and instances of each split.
+    """
+    check_output(coco_dir, overwrite, "report.json")
     with replace_folder(coco_dir) as folder, write_errors(coco_dir):
         writer = _Writer(folder, report, in_place)
-        for split, scene in tqdm(IMPORTERS[kind](source, options, report), desc=kind, unit="image", disable=None):
+        for split, scene in tqdm(scenes, desc=facts["kind"], unit="image", disable=None):
             writer.add(split, scene)
         counts = writer.finish()
         if not any(instances for _, instances in counts.values()):
             reasons = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in report.skipped[:3])
-            raise InputError(f"{source}: not one instance can be used{': ' * bool(reasons)}{reasons}")
-        write_json(folder / "report.json", {"kind": kind, "source": str(source.absolute())} | report.values())
-    return counts, report
+            raise InputError(f"{facts['source']}: not one instance can be used{': ' * bool(reasons)}{reasons}")
+        write_json(folder / "report.json", dict(facts) | report.values())
+    return counts
 
 
 class _Split(NamedTuple):

@@ -1,0 +1,103 @@
+"""Makes a COCO folder of pictures without labels, with models of the transformers library or your own functions.
+
+    instdiff annotate --images photos --output annotated --tags tags.txt \\
+        --detector transformers:IDEA-Research/grounding-dino-tiny --segmenter transformers:facebook/sam-vit-base \\
+        --captioner transformers:Salesforce/blip-image-captioning-base
+    instdiff build-coco --coco_dir annotated/coco --data_dir datasets/photos
+
+The same command continues an interrupted run; --shard i/n does a part. OUTPUT/page.html shows some pictures.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from instdiff_jax.cli.parser import command_parser, local_path
+from instdiff_jax.errors import InputError
+from instdiff_jax.sampling.shards import Shard
+
+if TYPE_CHECKING:
+    from instdiff_jax.data.annotate import AnnotateSettings, Models
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_parser("annotate", __doc__)
+    add = parser.add_argument
+    add("--images", type=local_path, required=True, help="a folder of pictures")
+    add("--output", type=local_path, required=True, help="folder to write to: records/, coco/, page.html")
+    add("--split", default="train", help="the split's name (default train)")
+    add("--tags", help="what to look for: a text file, one phrase a line, or phrases separated by commas")
+    add("--shard", help="i/n: annotate pictures i, i + n, ... only; then run once without it")
+    models = parser.add_argument_group("models: transformers:NAME or python:MODULE:FUNCTION").add_argument
+    models("--detector", required=True, help="finds what a phrase names: Grounding DINO")
+    models("--segmenter", help="masks what a box is around: SAM; without it, boxes only")
+    models("--captioner", help="describes pictures and crops: BLIP; without it, captions are tags")
+    models("--vlm", help="names what is in a picture, where there are no --tags")
+    keep = parser.add_argument_group("what is kept").add_argument
+    keep("--min_score", type=float, default=0.3, help="of a box (0.3)")
+    keep("--min_area", type=float, default=0.005, help="of a box, in parts of the picture (0.005)")
+    keep("--max_overlap", type=float, default=0.7, help="of two boxes as IoU (0.7)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    for name in ("min_score", "min_area", "max_overlap"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise InputError(f"--{name}: expected a number from 0 to 1, got {getattr(args, name)}")
+    if args.tags is None and args.vlm is None:
+        raise InputError("--tags: expected phrases to look for, or --vlm to name them")
+    shard = Shard() if args.shard is None else Shard.parse(args.shard)
+    from tqdm import tqdm
+
+    from instdiff_jax.cli.import_data import next_command
+    from instdiff_jax.data.annotate import annotate_all, find_pictures, record_path, write_coco, write_page
+    from instdiff_jax.evaluation.files import claim_folder
+
+    pictures = find_pictures(args.images)
+    settings, models = read_settings(args), open_models(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    made_by = {name: getattr(args, name) for name in ("detector", "segmenter", "captioner", "vlm")}
+    claim_folder(args.output, {"images": str(args.images.absolute()), **vars(settings), **made_by})
+    mine = list(shard.of(pictures))
+    with tqdm(total=len(mine), unit="picture", desc="annotated", disable=None) as bar:
+        made = annotate_all(args.images, mine, args.output, models, settings, bar.update)
+    print(f"{made} pictures annotated, {len(mine) - made} were before")
+    if not all(record_path(args.output, args.images, picture).exists() for picture in pictures):
+        print("other shards have not annotated all pictures yet; run once more without --shard for the COCO folder")
+        return
+    counts, report = write_coco(args.images, pictures, args.output, args.split)
+    write_page(args.images, pictures, args.output)
+    for name, (images, instances) in counts.items():
+        print(f"{name}: {images} images, {instances} instances")
+    print(report.summary())
+    print(f"look: {args.output / 'page.html'}")
+    print(f"next: {next_command(args.output / 'coco', False)}")
+
+
+def read_settings(args: argparse.Namespace) -> "AnnotateSettings":
+    """The settings, with the phrases of --tags."""
+    from instdiff_jax.data.annotate import AnnotateSettings
+    from instdiff_jax.data.importers.write import read_names
+
+    tags: tuple[str, ...] = ()
+    if args.tags is not None:
+        listed = Path(args.tags).is_file()
+        words = read_names(Path(args.tags)) if listed else [word.strip() for word in args.tags.split(",")]
+        tags = tuple(dict.fromkeys(word for word in words if word))
+        if not tags:
+            raise InputError(f"--tags: expected phrases, got {args.tags!r}")
+    return AnnotateSettings(tags, args.min_score, args.min_area, args.max_overlap)
+
+
+def open_models(args: argparse.Namespace) -> "Models":
+    """The models that the flags name; InputError for one that cannot be opened."""
+    from instdiff_jax.data.annotate import Models
+    from instdiff_jax.data.vision_hub import open_model
+
+    named = {field: (f"--{flag}", getattr(args, flag)) for field, flag in _FLAGS.items()}
+    return Models(**{field: open_model(flag, name) for field, (flag, name) in named.items() if name is not None})
+
+
+_FLAGS = {"grounder": "detector", "segmenter": "segmenter", "captioner": "captioner", "answerer": "vlm"}
