@@ -66,6 +66,7 @@ MISSING = {
     "evaluate": ["--coco_dir", NAME, "--split", "val", "--real", "--output", "new"],
     "annotate": ["--images", NAME, "--output", "new", "--tags", "x", *DETECTOR],
     "benchmark": ["coco-mig", "--data", NAME, "--output", "new", "--draw_only"],
+    "compile": ["--checkpoint", NAME, "--output", "new"],
     "import-data": ["--from", "yolo", "--input", NAME, "--output", "new"],
     "build-coco": ["--coco_dir", NAME, "--data_dir", "new"],
     "build-official-json": ["--input", NAME, "--data_dir", "new"],
