@@ -29,6 +29,7 @@ from instdiff_jax.cli.sampling_flags import (
     read_addons,
     read_overrides,
     read_picture_flags,
+    strength_of,
 )
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError
@@ -165,7 +166,7 @@ def generate(
             bar.update(done - bar.n)
 
         options = dict(format=args.format, width=args.width, height=args.height, strength=args.strength)
-        options |= dict(upscale=args.upscale, upscale_strength=args.upscale_strength)
+        options |= dict(upscale=args.upscale, upscale_strength=strength_of(args, "upscale"))
         results = pipeline.stream(
             list(layouts.values()), output.seeds, progress=progress, **options, **arrays, **overrides
         )
@@ -182,7 +183,7 @@ def refined(results: Iterator["Result"], args: argparse.Namespace) -> Iterator["
     from instdiff_jax.sampling.refiner import Refiner, RefinerSettings, refine_results
 
     refiner = Refiner.from_file(args.refiner, args.dtype, not args.no_verify)
-    return refine_results(results, refiner, RefinerSettings(strength=args.cascade_strength))
+    return refine_results(results, refiner, RefinerSettings(strength=strength_of(args, "cascade")))
 
 
 def open_pipeline(args: argparse.Namespace) -> "Pipeline":

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from instdiff_jax.cli.parser import local_path
 from instdiff_jax.config import PRESETS, SamplingConfig, with_preset
+from instdiff_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 DTYPE_HELP = "default: float32 on a CPU, else bfloat16; int8: the UNet's projections in 8-bit integers, else bfloat16"
@@ -67,27 +68,38 @@ def add_picture_flags(parser: argparse._ActionsContainer) -> None:
     add("--taesd", type=local_path, metavar="FILE", help="decode with TAESD: a file, or a diffusers folder")
     add("--tile", type=int, help="decode in tiles of so many pixels a side, which needs less memory")
     add("--upscale", type=float, help="make the sides so many times larger, in a second pass with the same layout")
-    add("--upscale_strength", type=float, default=0.4, help="fraction of the steps of the second pass (default: 0.4)")
+    add("--upscale_strength", type=float, help="fraction of the steps of the second pass (default: 0.4)")
     add(
         "--refiner", type=local_path, metavar="FILE", help="SDXL's refiner (sd_xl_refiner_1.0.safetensors) goes over it"
     )
-    add("--cascade_strength", type=float, default=0.35, help="fraction of the refiner's 20 steps (default: 0.35)")
+    add("--cascade_strength", type=float, help="fraction of the refiner's 20 steps (default: 0.35)")
+
+
+def strength_of(args: argparse.Namespace, kind: Literal["upscale", "cascade"]) -> float:
+    """The fraction of the steps of a second pass, or of the refiner."""
+    given = getattr(args, f"{kind}_strength")
+    return {"upscale": 0.4, "cascade": 0.35}[kind] if given is None else given
 
 
 def read_picture_flags(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """These flags as a record has them; {} without any. InputError for a file that is not there."""
     from instdiff_jax.sampling.loading import file_fingerprint
 
+    for name, needed in (("upscale_strength", "upscale"), ("cascade_strength", "refiner")):
+        if getattr(args, name) is not None and getattr(args, needed) is None:
+            raise InputError(f"--{name}: only means something with --{needed}")
     found: dict[str, list[dict[str, Any]]] = {}
     if args.taesd is not None:
         found["taesd"] = [{"file": str(args.taesd), "fingerprint": file_fingerprint(args.taesd)}]
     if args.tile is not None:
         found["tile"] = [{"pixels": args.tile}]
     if args.upscale is not None:
-        found["upscale"] = [{"factor": args.upscale, "strength": args.upscale_strength}]
+        found["upscale"] = [{"factor": args.upscale, "strength": strength_of(args, "upscale")}]
     if args.refiner is not None:
         fingerprint = file_fingerprint(args.refiner)
-        found["refiner"] = [{"file": str(args.refiner), "fingerprint": fingerprint, "strength": args.cascade_strength}]
+        found["refiner"] = [
+            {"file": str(args.refiner), "fingerprint": fingerprint, "strength": strength_of(args, "cascade")}
+        ]
     return found
 
 

@@ -221,7 +221,7 @@ def make_conditions_chunk(
     grounding: dict[str, Array],
     phrases: Int[Array, "u 30"],
     embeddings: Float[Array, "u 30 e"],
-    context: Float[Array, "u*parts length e"],
+    context: Float[Array, "parts length e"],
 ) -> Conditions:
     """The program of `make_conditions` for one chunk. A phrase of −1 is an empty slot."""
 

@@ -105,5 +105,8 @@ def test_flags_of_pictures_are_in_the_record(tmp_path):
         "upscale": [{"factor": 2.0, "strength": 0.4}],
         "refiner": [{"file": str(file), "fingerprint": fingerprint, "strength": 0.35}],
     }
+    for flag, needed in (("upscale_strength", "upscale"), ("cascade_strength", "refiner")):
+        with pytest.raises(InputError, match=f"--{flag}: only means something with --{needed}"):
+            read_picture_flags(parse([f"--{flag}", "0.5"]))
     with pytest.raises(InputError, match="none.safetensors: cannot be read"):
         read_picture_flags(parse(["--taesd", str(tmp_path / "none.safetensors")]))
