@@ -34,12 +34,21 @@ def write_study(results: Mapping[str, Any], docs: Path) -> None:
 
 
 def merge_tables(results: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The results with the tables of another run of the same checkpoint, which then say where they come from."""
+    """The results with the tables of another run of the same checkpoint, which then say where they come from.
+
+    A row that the other run has not measured stays as it was, with its number of images in its label.
+    """
     made = other["made"]
     if made["checkpoint"] != results["made"]["checkpoint"]:
         raise InputError("results.json: expected results of the same checkpoint")
     apart = {"command": made["command"], "device": made["machine"]["device"]}
-    return {**results, "tables": results["tables"] | {name: table | apart for name, table in other["tables"].items()}}
+    tables = dict(results["tables"])
+    for name, table in other["tables"].items():
+        old = {row["label"]: row for row in tables[name]["rows"] if row["seeds"]} if name in tables else {}
+        old = {label: row | {"label": f"{label} ({row['images']} images)"} for label, row in old.items()}
+        rows = [row if row["seeds"] else old.get(row["label"], row) for row in table["rows"]]
+        tables[name] = table | apart | {"rows": rows}
+    return {**results, "tables": tables}
 
 
 def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:

@@ -137,12 +137,16 @@ def test_tables_of_another_run_say_where_they_come_from():
     results, other = results_of(right_of), results_of(right_of, sizes=Sizes(40, 2, 24, 1))
     other["made"] |= {"command": "python -m other", "machine": other["made"]["machine"] | {"device": "another one"}}
     other["tables"] = {"solvers": other["tables"]["solvers"]}
+    missing = other["tables"]["solvers"]["rows"][1]
+    missing |= {"seeds": 0, "images": 0, "metrics": {}}
     merged = merge_tables(results, other)
     assert merged["tables"].keys() == results["tables"].keys() and merged["made"] == results["made"]
-    assert {row["images"] for row in merged["tables"]["solvers"]["rows"]} == {24}
+    rows = merged["tables"]["solvers"]["rows"]
+    assert [row["images"] for row in rows] == [24, 40, *[24] * (len(rows) - 2)]
+    assert rows[1] == results["tables"]["solvers"]["rows"][1] | {"label": f"{missing['label']} (40 images)"}
     text = page(merged, [])
     assert text.count("Measured apart: `python -m other`, on another one.") == 1
-    assert "Images per row and seed: 24. Seeds: 1. Measured apart" in text
+    assert "Images per row and seed: 24 or 40. Seeds: 1 or 2. Measured apart" in text
     assert "Measured apart" not in page(results, [])
     other["made"]["checkpoint"] = "g"
     with pytest.raises(InputError, match="expected results of the same checkpoint"):
