@@ -7,6 +7,7 @@ from typing import Any
 from instdiff_jax.evaluation.report import label, lower_is_better
 
 _COLOURS = ("#3366cc", "#cc5533", "#339966", "#8855aa")
+_MORE = ("#8a6d3b", "#444444", "#d6a400", "#3aa6b9")
 
 
 def draw_plots(results: Mapping[str, Any]) -> dict[str, bytes]:
@@ -98,13 +99,15 @@ def _sweep(table: Mapping[str, Any], setting: str, metrics: Sequence[str]) -> by
 
 
 def _solvers(table: Mapping[str, Any], metrics: Sequence[str]) -> bytes:
+    if len({row["images"] for row in table["rows"] if row["seeds"]}) > 1:
+        metrics = [metric for metric in metrics if metric != "FID"]  # it depends on the number of images
     figure, axes = _axes(metrics)
     points: dict[str, list] = {}
     for row in table["rows"]:
         sampling = row["settings"]["sampling"]
         points.setdefault(sampling["sampler"], []).append((sampling["steps"], row))
     for axis, metric in zip(axes, metrics, strict=True):
-        for (sampler, values), colour in zip(points.items(), _COLOURS, strict=False):
+        for (sampler, values), colour in zip(points.items(), (*_COLOURS, *_MORE), strict=False):
             _line(axis, metric, values, sampler, colour)
         axis.set_xlabel("steps")
         axis.set_xscale("log")

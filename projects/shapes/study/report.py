@@ -112,7 +112,7 @@ def _sizes(table: Mapping[str, Any]) -> str:
     if not done:
         return "Not measured."
     images = " or ".join(str(number) for number in sorted({images for images, _ in done}))
-    generated = [row for row in table["rows"] if row["settings"]["pictures"] != "real"]
+    generated = [row for row in table["rows"] if row["settings"]["pictures"] != "real" and row["seeds"]]
     seeds = " or ".join(str(number) for number in sorted({row["seeds"] for row in generated}))
     own = f" Measured apart: `{table['command']}`, on {table['device']}." if "command" in table else ""
     return f"Images per row and seed: {images}. Seeds: {seeds}.{own}"
