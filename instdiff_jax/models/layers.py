@@ -26,6 +26,10 @@ _GATHERED = 512
 # Up to this many pixels and this many channels: nine products, one per neighbour.
 _SHIFTED, _NARROW = 8192, 128
 
+# On CPUs a feed-forward on many tokens is faster on so many at a time: its activations, eight times as wide as x,
+# stay in the cache. Two cores of a Xeon: 129 ms instead of 231 for 8192 x 320, 128 instead of 159 for 2048 x 640.
+_TOKENS, _LARGE = 512, 1 << 20
+
 
 def platform() -> str:
     """The platform that the traced program will run on: that of the current mesh, else this process's default.
@@ -116,8 +120,31 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        value, gate = jnp.split(nn.Dense(8 * self.channels, name="in", dtype=self.dtype)(x), 2, axis=-1)
-        return nn.Dense(self.channels, name="out", dtype=self.dtype)(value * gelu(gate))
+        layers = {
+            "in": nn.Dense(8 * self.channels, name="in", dtype=self.dtype),
+            "out": nn.Dense(self.channels, name="out", dtype=self.dtype),
+        }
+        if self.is_initializing() or not feeds_in_parts(x.shape):
+            return _feed(x, **layers)
+        # Flax's bound layers may not be called inside of jax's loops.
+        params = self.variables["params"]
+        alone = {
+            name: functools.partial(layer.clone(parent=None, name=None).apply, {"params": params[name]})
+            for name, layer in layers.items()
+        }
+        parts = x.reshape(-1, _TOKENS, x.shape[-1])
+        return jax.lax.map(lambda part: _feed(part, **alone), parts).reshape(*x.shape[:-1], self.channels)
+
+
+def _feed(x: Float[Array, "*b c"], **layers: Callable[[Array], Array]) -> Float[Array, "*b c"]:
+    value, gate = jnp.split(layers["in"](x), 2, axis=-1)
+    return layers["out"](value * gelu(gate))
+
+
+def feeds_in_parts(shape: tuple[int, ...]) -> bool:
+    """Whether GEGLU takes x of this shape [b, n, c] in parts of some tokens: see `_TOKENS`."""
+    b, n, c = shape
+    return platform() == "cpu" and b * n * c >= _LARGE and b * n % _TOKENS == 0
 
 
 def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:

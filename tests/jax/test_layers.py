@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
+import common
 from instdiff_jax.models import layers
 from instdiff_jax.models.blocks import ResBlock
 from instdiff_jax.models.kernels import flash_tpu
@@ -53,3 +54,23 @@ def test_recomputation_keeps_convolutions_and_attention(capsys):
         "f32[1,1,8,16]",
         "f32[1,1,1,16]",
     ]
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 32), (3, 8, 32), (1, 10, 32)])
+def test_a_feed_forward_in_parts_is_the_same(monkeypatch, shape):
+    """Values and gradients; ten tokens are no whole number of parts of eight."""
+    layer, rng = layers.GEGLU(32, jnp.float32), np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+
+    def total(variables, x):
+        return jnp.square(layer.apply(variables, x)).sum()
+
+    whole = jax.value_and_grad(total, argnums=(0, 1))(variables, x)
+    monkeypatch.setattr(layers, "_TOKENS", 8)
+    monkeypatch.setattr(layers, "_LARGE", 1)
+    assert jax.tree.structure(layer.init(jax.random.key(0), x)) == jax.tree.structure(variables)
+    assert ("scan" in str(jax.make_jaxpr(total)(variables, x))) == (shape != (1, 10, 32))
+    parts = jax.value_and_grad(total, argnums=(0, 1))(variables, x)
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        assert common.relative_error(a, b) < 2e-6
