@@ -19,7 +19,7 @@ ROWS = (
     ("errors", "buckets", "paths", "processes", "temporaries", "files", "copies", "locks", "config", "tree"),
     ("parallel",),
     ("analysis",),
-    ("geometry", "images"),
+    ("geometry", "images", "other_tools"),
     ("layout", "coco"),
     ("grounding",),
     ("models",),

@@ -28,6 +28,7 @@ from instdiff_jax.geometry.checks import (
     read_xywh,
 )
 from instdiff_jax.geometry.masks import RLE, CompactMask
+from instdiff_jax.other_tools import to_official
 
 _logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Layout:
         polygons, "point": [x, y], "scribble": [x1, y1, x2, y2, ...] or pairs}]}`, all in pixels. A location may be
         missing, null or []; other keys are ignored, but for our own `negative_prompt`. An instance without a caption
         takes its category_name. An instance with no location but a box of no size off the canvas, as in one official
-        demo, is left out with a warning.
+        demo, is left out with a warning. Objects of Ideogram, LabelMe and LayoutSAM are read too, see `other_tools`.
 
         Args:
             values: the object.
@@ -160,6 +161,7 @@ class Layout:
         """
         if not isinstance(values, Mapping):
             raise InputError(f"{where}: expected an object, a layout, got {describe(values)}")
+        values = to_official(values, where)
         _check_spelling(values, (*_LAYOUT_KEYS, "negative_prompt"), where)
         for key in _LAYOUT_KEYS:
             if key not in values:

@@ -12,6 +12,7 @@ from instdiff_jax.errors import FULL_DISK, exit_on_input_error, short
 # Command -> (module with a `main(argv)`, one line of help). A module is imported when its command runs.
 COMMANDS = {
     "sample": ("instdiff_jax.cli.sample", "generate images from layouts"),
+    "studio": ("instdiff_jax.cli.studio", "draw layouts in the browser; serve pictures to programs"),
     "train": ("instdiff_jax.cli.train", "train on a dataset"),
     "convert": ("instdiff_jax.cli.convert", "convert PyTorch checkpoints to a checkpoint folder, and back"),
     "export": ("instdiff_jax.cli.export", "make a checkpoint folder from a training run"),
@@ -29,7 +30,10 @@ COMMANDS = {
     "aot": ("instdiff_jax.cli.aot", "compile for a TPU without having one; report time and memory"),
 }
 # Packages that are not installed by default -> the extra of pyproject.toml that has them.
-EXTRAS = dict.fromkeys(("grain", "tensorflow_datasets", "importlib_resources", "tensorboardX", "optax"), "train")
+EXTRAS = {
+    **dict.fromkeys(("grain", "tensorflow_datasets", "importlib_resources", "tensorboardX", "optax"), "train"),
+    **dict.fromkeys(("fastapi", "pydantic", "prometheus_client", "starlette", "uvicorn"), "studio"),
+}
 USAGE = "\n".join(
     [
         "usage: instdiff COMMAND [flags]",

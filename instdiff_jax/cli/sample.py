@@ -6,6 +6,8 @@
 For every layout x.json this writes OUT/x/<seed>.png and OUT/x/layout.png, and for all of them
 OUT/contact_sheet.png and OUT/run.json (all settings, seeds and timings).
 
+A picture as --layout is drawn again: its layout, seed and settings are inside it, and flags change some of them.
+
 For many layouts: `--shard i/n` takes layouts i, i + n, ... and writes OUT/run-i-of-n.json instead; in a job of several
 processes each takes its own part without it. `--resume` leaves out layouts whose files are all there
 and were made from the same layout and inputs.
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from instdiff_jax.cli.box import default_checkpoint
 from instdiff_jax.cli.parser import any_path, command_parser
+from instdiff_jax.cli.redraw import batch_like, check_inputs, follow_picture
 from instdiff_jax.cli.sampling_flags import (
     DTYPE_HELP,
     DTYPES,
@@ -46,7 +49,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("sample", __doc__)
     add = parser.add_argument
     add("--checkpoint", type=any_path, default=default_checkpoint(), help="a checkpoint folder, or a training workdir")
-    add("--layout", type=any_path, nargs="+", help="layout files, or folders of them (default: examples/shapes)")
+    text = "layout files, or folders of them (default: examples/shapes); or a PNG drawn here, to draw it again"
+    add("--layout", type=any_path, nargs="+", help=text)
     add("--coco", type=any_path, help="a COCO annotation file, instead of --layout; with --image_id")
     add("--image_id", type=int, nargs="+", help="images of --coco")
     add("--captions", type=any_path, help="COCO captions for --coco")
@@ -55,13 +59,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_images", type=int, default=1, help="images per layout (default: 1)")
     add("--shard", help="i/n: only layouts i, i + n, ...")
     add("--resume", action="store_true", help="only layouts whose files are not all in --output yet")
-    add("--seed", type=int, default=0, help="image i of every layout has seed SEED + i (default: 0)")
+    add("--seed", type=int, help="image i of every layout has seed SEED + i (default: 0)")
     add("--width", type=int, help="of the images in pixels (default: the layout's)")
     add("--height", type=int, help="of the images in pixels (default: the layout's)")
     add_sampling_flags(parser)
     add_addon_flags(parser)
     add_picture_flags(parser)
-    add("--format", default="auto", choices=("auto", "box", "point", "scribble", "mask"), help="which locations count")
+    add("--format", choices=("auto", "box", "point", "scribble", "mask"), help="which locations count (default: auto)")
     add("--init_image", type=any_path, help="an image to start from, as large as the canvas")
     add("--inpaint_mask", type=any_path, help="an image that is white where --init_image is to be painted anew")
     add("--strength", type=float, help="fraction of the steps that run on --init_image")
@@ -81,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     began = time.time()
     check_flags(args)
+    origin = args.origin = follow_picture(args)
     overrides = read_overrides(args)
     SamplingConfig.from_dict(overrides, "sampling")  # checked before a checkpoint is loaded
 
@@ -88,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     from instdiff_jax.sampling.outputs import SHEET_LAYOUTS, OutputFolder, fingerprint_inputs
 
     layouts, arrays, addons = find_layouts(args), read_arrays(args), read_additions(args)
+    check_inputs(origin, args, fingerprint_inputs(arrays, addons))
     seeds = [args.seed + i for i in range(args.num_images)]
     output = OutputFolder(args.output, seeds, args.save_latents, fingerprint_inputs(arrays, addons))
     shard, processes = start_process(args.shard)
@@ -167,9 +173,9 @@ def generate(
 
         options = dict(format=args.format, width=args.width, height=args.height, strength=args.strength)
         options |= dict(upscale=args.upscale, upscale_strength=strength_of(args, "upscale"))
-        results = pipeline.stream(
-            list(layouts.values()), output.seeds, progress=progress, **options, **arrays, **overrides
-        )
+        drawn, place = batch_like(args.origin if len(output.seeds) == 1 else None, list(layouts.values()))
+        results = pipeline.stream(drawn, output.seeds, progress=progress, **options, **arrays, **overrides)
+        results = itertools.islice(results, place, None)
         if args.refiner is not None:
             results = refined(results, args)
         results = itertools.chain([next(results)], results)  # all input is checked by now
@@ -255,7 +261,7 @@ def write_results(
     record.write()
     try:
         for _ in range(count):
-            name = output.write(itertools.islice(results, len(output.seeds)))
+            name = output.write(itertools.islice(results, len(output.seeds)), record.values)
             seconds = round(time.time() - began, 2)
             record.add(layout=name, seeds=output.seeds, latents=output.save_latents, seconds=seconds)
         record.values["seconds"] = dict(loading=round(loaded - began, 2), sampling=round(time.time() - loaded, 2))

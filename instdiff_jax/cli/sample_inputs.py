@@ -11,14 +11,16 @@ import numpy as np
 
 from instdiff_jax.buckets import is_bucket
 from instdiff_jax.cli.box import default_layouts
+from instdiff_jax.cli.redraw import is_picture
 from instdiff_jax.coco import Coco
 from instdiff_jax.copies import local_copy
 from instdiff_jax.data.arrays import DAMAGED_ZIP
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import json_files
 from instdiff_jax.images import open_image, read_repaint_mask
-from instdiff_jax.layout import Layout
+from instdiff_jax.layout import Layout, WhenTooMany
 from instdiff_jax.paths import read_file
+from instdiff_jax.sampling.metadata import read_origin
 from instdiff_jax.sampling.outputs import find_records, is_record
 
 
@@ -57,15 +59,19 @@ def find_layouts(args: argparse.Namespace) -> LayoutFiles:
             if getattr(args, name) is not None:
                 raise InputError(f"--{name}: only means something with --coco")
         files = [file for path in args.layout or [default_layouts()] for file in _layout_files(path)]
-        readers = [(file.stem, lambda file=file: Layout.from_json(file, max_instances=too_many)) for file in files]
+        readers = [(file.stem, lambda file=file: _read_layout(file, too_many)) for file in files]
     twice = [name for name, times in Counter(name for name, _ in readers).items() if times > 1]
     if twice:
         raise InputError(f"--layout: two layouts would write to {args.output / twice[0]}; expected different names")
     return LayoutFiles(dict(readers))
 
 
+def _read_layout(file: Path, too_many: WhenTooMany) -> Layout:
+    return read_origin(file).layout if is_picture(file) else Layout.from_json(file, max_instances=too_many)
+
+
 def _layout_files(path: Path) -> list[Path]:
-    if is_bucket(path) and path.suffix.lower() != ".json":
+    if is_bucket(path) and path.suffix.lower() not in (".json", ".png"):
         path = local_copy(path, lambda name: name.lower().endswith(".json"))
     if not os.path.isdir(path):  # Path.is_dir raises for what cannot be a name
         return [path]

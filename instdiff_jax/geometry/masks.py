@@ -55,6 +55,10 @@ class RLE(NamedTuple):
         """The mask, read-only. The last 32 masks are cached, enough for one layout."""
         return _decode(self)
 
+    def runs(self) -> list[int]:
+        """The run lengths, column by column, of pixels outside and inside in turn."""
+        return _unpack_counts(self.counts, "mask").tolist()
+
     def to_dict(self) -> dict[str, Any]:
         """The mask for a JSON file: `{"size": [h, w], "counts": str}`."""
         return {"size": list(self.size), "counts": self.counts}

@@ -26,6 +26,7 @@ from instdiff_jax.files import read_json, remove_leftovers, write_array, write_f
 from instdiff_jax.layout import Layout
 from instdiff_jax.locks import lock_folder
 from instdiff_jax.paths import output_path, read_file
+from instdiff_jax.sampling.metadata import png_text
 from instdiff_jax.sampling.shards import Shard
 from instdiff_jax.sampling.visualize import contact_sheet, draw_layout, enlarge
 
@@ -146,8 +147,12 @@ class OutputFolder:
         there = {str(self.path / name) for name in objects(self.path)}
         return lambda file: str(file) in there
 
-    def write(self, results: Iterable["Result"]) -> str:
+    def write(self, results: Iterable["Result"], about: Mapping[str, Any]) -> str:
         """Writes one layout's files, each image as it comes; returns the layout's name.
+
+        Args:
+            results: the layout's.
+            about: the run's record, see `metadata.png_text`.
 
         Raises:
             NotFiniteError: for latents that are not finite; then none of the layout's images is kept.
@@ -156,7 +161,8 @@ class OutputFolder:
         try:
             for result in results:
                 name, made_from = result.layout.name, self.fingerprint(result.layout)
-                write_image(self.file(name, f"{result.seed}.png"), result.array, made_from)
+                text = png_text(result, about, self.inputs)
+                write_image(self.file(name, f"{result.seed}.png"), result.array, made_from, text)
                 latents += [result.latents] if self.save_latents else []
         except NotFiniteError as error:
             self.remove([error.layout])
@@ -254,9 +260,14 @@ def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
         return np.asarray(image.convert("RGB"))
 
 
-def write_image(path: Path, pixels: UInt8[np.ndarray, "H W 3"], made_from: str = "") -> None:
-    """Writes a PNG, whole or not at all, with the fingerprint of what it was made from."""
-    text = PngImagePlugin.PngInfo()
+def write_image(
+    path: Path,
+    pixels: UInt8[np.ndarray, "H W 3"],
+    made_from: str = "",
+    text: PngImagePlugin.PngInfo | None = None,
+) -> None:
+    """Writes a PNG, whole or not at all, with the fingerprint of what it was made from, and with other text."""
+    text = text or PngImagePlugin.PngInfo()
     if made_from:
         text.add_text(_MADE_FROM, made_from)
     write_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG", pnginfo=text), sync=False)

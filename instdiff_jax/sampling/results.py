@@ -26,12 +26,15 @@ class Result:
         latents: what they were decoded from.
         seed: of its initial noise.
         layout: what it shows.
+        batch: rows of each image of its batch, and its place among them. Another batch runs other programs, whose
+            rounding differs.
     """
 
     array: UInt8[np.ndarray, "H W 3"]
     latents: Float[np.ndarray, "h w z"]
     seed: int
     layout: Layout
+    batch: tuple[tuple[int, ...], int] = ((1,), 0)
 
     @property
     def image(self) -> Image.Image:
@@ -62,6 +65,7 @@ class PendingBatch(NamedTuple):
         arrays, decoded = (
             itertools.chain(*[np.asarray(part) for part in parts]) for parts in zip(*self.pixels, strict=True)
         )
+        rows = tuple(1 + len(self.request.separate_instances(layout)) for layout in self.layouts)
         images = zip(self.layouts, self.seeds, arrays, decoded, np.asarray(self.latents), strict=False)
         for i, (layout, seed, array, finite, latents) in enumerate(images):
             if not np.isfinite(latents).all():
@@ -73,7 +77,7 @@ class PendingBatch(NamedTuple):
             if start is not None and start.repaint is not None:
                 array = np.where(start.repaint[..., None], array, start.image)
             # Copies: on a CPU these are views, and a result that is kept would keep its whole batch.
-            yield Result(array.copy(), latents.copy(), seed, layout)
+            yield Result(array.copy(), latents.copy(), seed, layout, (rows, i))
 
     def _describe_break(self, image: int) -> str:
         """Where an image's latents cease to be finite: between two progress events, or somewhere in the run."""

@@ -49,8 +49,8 @@ def many(folder, monkeypatch):
     monkeypatch.chdir(folder)
     drawn, write = [], outputs.OutputFolder.write
 
-    def write_and_note(folder, results):
-        drawn.append(write(folder, results))
+    def write_and_note(folder, *given):
+        drawn.append(write(folder, *given))
         return drawn[-1]
 
     monkeypatch.setattr(outputs.OutputFolder, "write", write_and_note)

@@ -100,11 +100,11 @@ def test_an_output_folder_is_no_layout(many, folder):
 def test_pictures_are_written_as_they_come(many, folder, monkeypatch):
     out, write, made = folder / "streamed", outputs.write_image, []
 
-    def fail(path, pixels, made_from=""):
+    def fail(path, pixels, *rest):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(path)
-        write(path, pixels, made_from)
+        write(path, pixels, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(outputs, "write_image", fail)

@@ -19,10 +19,10 @@ from instdiff_jax.tree import flatten, unflatten
 def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
     out, write = folder / "cut", outputs.write_image
 
-    def fail(path, pixels, made_from):
+    def fail(path, pixels, *rest):
         if path.parent.name == "scene2":
             raise KeyboardInterrupt
-        write(path, pixels, made_from)
+        write(path, pixels, *rest)
 
     def cut_off(*flags):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -66,6 +66,8 @@ def test_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "instdiff_jax").rglob("*.py")}
     assert modules <= names and "instdiff_jax/py.typed" in names
+    page = {str(path.relative_to(ROOT)) for path in (ROOT / "instdiff_jax" / "serving" / "static").iterdir()}
+    assert len(page) > 4 and page <= names
     assert {f"instdiff_jax/checkpoint/clip/{name}" for name in ("LICENSE", "bpe_simple_vocab_16e6.txt.gz")} <= names
     for folder in ("checkpoints/shapes", "examples/shapes"):
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
 
 def test_dockerfile_has_a_target_per_kind_of_chip():
     found = stages()
-    assert set(found) == {"base", "cpu", "tpu", "gpu"}
+    assert set(found) == {"base", "cpu", "tpu", "gpu", "studio"}
     extras = {"cpu": set(), "tpu": {"jax[tpu]"}, "gpu": {"jax[cuda12]"}}
     readme = (ROOT / "requirements.txt").read_text()
     for target, extra in extras.items():
@@ -173,6 +174,10 @@ def test_dockerfile_has_a_target_per_kind_of_chip():
         assert all(f'"{word}"' in readme for word in extra)
         (command,) = [json.loads(rest) for instruction, rest in lines if instruction == "CMD"]
         assert (ROOT / command[1]).is_file()
+    studio = dict(found["studio"][1])
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["studio"]
+    assert shlex.split(studio["RUN"])[5:] == [re.split("[>=]", package)[0] for package in extra]
+    assert json.loads(studio["CMD"])[:4] == ["python", "-m", "instdiff_jax", "studio"]
     for _, lines in found.values():
         for instruction, rest in lines:
             if instruction == "COPY":
