@@ -31,6 +31,7 @@ FAMILIES = {
     "evaluations": (1000, 40),
     "records": (2500, 150),
     "official": (300, 8),
+    "imports": (2000, 48),
 }
 SECONDS, BYTES = 10.0, 1 << 30
 BOMB = "INSTDIFF_FUZZ_BOMB"  # a folder that pickled code in the inputs would make in the working folder

@@ -58,19 +58,25 @@ def _item(where: str, row: Mapping[str, str], width: int, height: int, names: Ma
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(read_file(path).decode("utf-8-sig", "replace")))
-    missing = [name for name in columns if name not in (reader.fieldnames or [])]
-    if missing:
-        raise InputError(f"{path}: expected the columns {', '.join(columns)}; {missing[0]} is missing")
-    for row in reader:
-        if all(row[name] for name in columns):
-            yield reader.line_num, row
+    try:
+        missing = [name for name in columns if name not in (reader.fieldnames or [])]
+        if missing:
+            raise InputError(f"{path}: expected the columns {', '.join(columns)}; {missing[0]} is missing")
+        for row in reader:
+            if all(row[name] for name in columns):
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{path}: expected CSV: {error}") from error
 
 
 def _class_names(folder: Path) -> dict[str, str]:
     files = sorted(folder.rglob("*class-descriptions*.csv"))
     if not files:
         raise InputError(f"{folder}: expected class-descriptions-boxable.csv, which names the classes")
-    rows = csv.reader(io.StringIO(read_file(files[0]).decode("utf-8-sig", "replace")))
+    try:
+        rows = list(csv.reader(io.StringIO(read_file(files[0]).decode("utf-8-sig", "replace"))))
+    except csv.Error as error:
+        raise InputError(f"{files[0]}: expected CSV: {error}") from error
     return {row[0]: row[1] for row in rows if len(row) > 1}
 
 

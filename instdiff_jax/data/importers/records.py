@@ -67,7 +67,10 @@ def read_folder(folder: Path, options: Options, report: Report) -> Iterator[tupl
 def _lines(path: Path) -> Iterator[str | dict]:
     text = read_file(path).decode("utf-8-sig", "replace")
     if path.suffix == ".csv":
-        yield from csv.DictReader(io.StringIO(text))
+        try:
+            yield from csv.DictReader(io.StringIO(text))
+        except csv.Error as error:
+            raise InputError(f"{path}: expected CSV: {error}") from error
     else:
         yield from (line for line in text.splitlines() if line.strip())
 
@@ -89,7 +92,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                 last = key
                 parts[suffix.lower()] = tar.extractfile(member).read()  # type: ignore[union-attr]
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"{path}: expected a tar file: {error}") from error
+        raise InputError(f"{path}: expected a tar file: {str(error).splitlines()[0]}") from error
     if parts:
         yield last, parts
 

@@ -16,7 +16,7 @@ from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges, Thing, read_unit_box
 from instdiff_jax.evaluation.benchmarks.layoutsam import read_literal
 from instdiff_jax.files import json_files, read_json
-from instdiff_jax.geometry.checks import read_numbers, read_text
+from instdiff_jax.geometry.checks import plain_integer, read_numbers, read_text
 
 SIDE = 1024  # of the annotations' canvas in pixels
 SPLITS = ("simple", "medium", "hard")
@@ -56,14 +56,31 @@ def _case(row: Any, split: str, where: str) -> Case:
         phrase = read_text(one.get("local_prompt") or name, f"{place}.local_prompt")
         things.append(Thing(phrase, box, read_text(one.get("category"), f"{place}.category"), str(name)))
     caption = read_text(values.get("global_prompt") or values.get("caption"), f"{where}.global_prompt")
-    relations, pairs = values.get("relations") or {}, values.get("valid_overlap") or []
+    relations = values.get("relations") or {}
+    if not isinstance(relations, Mapping):
+        raise InputError(f"{where}.relations: expected an object, got {short(relations)}")
     more = {
         "boxes": [[int(edge) for edge in one["bbox"]] for one in values["annotations"].values()],
-        "overlaps": [tuple(int(i) for i in pair["overlap_box"][:2]) for pair in pairs],
+        "overlaps": _read_pairs(values.get("valid_overlap") or [], len(things), f"{where}.valid_overlap"),
         "relations": {str(pair): text for pair, text in relations.items()},
         "annotations": {name: dict(one) for name, one in values["annotations"].items()},
     }
     return Case(f"{split}-{number}", caption, tuple(things), split, f"{split}/seed_1/{number}.png", more)
+
+
+def _read_pairs(rows: Any, count: int, where: str) -> list[tuple[int, int]]:
+    """Pairs of instances, by their numbers, whose overlap is measured."""
+    if not isinstance(rows, list):
+        raise InputError(f"{where}: expected a list, got {short(rows)}")
+    pairs = []
+    for i, row in enumerate(rows):
+        given = row.get("overlap_box") if isinstance(row, Mapping) else None
+        numbers = [plain_integer(one) for one in given] if isinstance(given, list | tuple) else []
+        a, b = numbers[:2] if len(numbers) >= 2 else (None, None)
+        if a is None or b is None or max(a, b) >= count:
+            raise InputError(f"{where}[{i}].overlap_box: expected two numbers below {count}, got {short(given)}")
+        pairs.append((a, b))
+    return pairs
 
 
 def judge(case: Case, image: Pixels, judges: Judges) -> dict[str, Any]:
