@@ -71,6 +71,7 @@ MISSING = {
     "build-coco": ["--coco_dir", NAME, "--data_dir", "new"],
     "build-official-json": ["--input", NAME, "--data_dir", "new"],
     "build-tokenizer": ["--data_dir", NAME, "--output", "new"],
+    "studio": ["--checkpoint", NAME, "--no_browser"],
     "aot": ["--topology", "v5e:2x2", "--output", f"{NAME}/report.json"],
 }
 
