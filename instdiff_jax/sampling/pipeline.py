@@ -85,9 +85,9 @@ class Pipeline:
         """
         self.config, self.sampling, self.dtype, self._tokenizer = config, sampling, choose_dtype(dtype), tokenizer
         self.sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._process, self._tile, self._taesd = Process(), None, None
-        # Bound to its device in any case: see `parallel.rows.beside`.
-        one = device_of(params) or jax.local_devices()[0]
+        self._process, self._tile = Process(), check_tile(None, config.latent_stride)
+        self._taesd: tuple[TinyDecoder, Any] | None = None
+        one = device_of(params) or jax.local_devices()[0]  # bound to it in any case: see `parallel.rows.beside`
         self._place = one if self.sharding is None else replicated(self.sharding)
         self.params = jax.device_put(params, self._place)
         self.networks = programs.make_networks(config, DTYPES[self.dtype])
@@ -334,10 +334,10 @@ class Pipeline:
         """Like `decode`, and whether each image was finite, in parts that fit the memory; the last one is padded."""
         self._process.check()
         height, width = (min(side, self._tile or side) * self.config.latent_stride for side in latents.shape[1:3])
-        decoder = self._taesd or (self.networks.autoencoder, self.params["autoencoder"])
+        decoder, params = self._taesd or (self.networks.autoencoder, self.params["autoencoder"])
         with jax.default_matmul_precision(self.matmul_precision):
-            most = self.limits.decode_limit((width, height))
-            return programs.decode(*decoder, latents, most, self.sharding, self._tile)
+            limit = self.limits.decode_limit((width, height))
+            return programs.decode(decoder, params, latents, limit, self.sharding, self._tile)
 
     @property
     def predict_noise(self) -> programs.NoisePredictor:

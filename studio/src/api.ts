@@ -56,15 +56,26 @@ function readToken(): string {
   return sessionStorage.getItem("instdiff-token") ?? "";
 }
 
+let waiting: (text: string) => void = () => undefined;
+
+/** Who is told that a request waits for the server to get its model ready. */
+export const onWait = (listener: (text: string) => void): void => void (waiting = listener);
+
 export async function ask(path: string, options: RequestInit = {}): Promise<Response> {
   const headers = new Headers(options.headers);
   if (token) headers.set("Authorization", `Bearer ${token}`);
   let answer: Response;
-  try {
-    answer = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if ((error as Error).name === "AbortError") throw error;
-    throw new Problem("The server does not answer. Is it still running?", 0);
+  for (;;) {
+    try {
+      answer = await fetch(path, { ...options, headers });
+    } catch (error) {
+      if ((error as Error).name === "AbortError") throw error;
+      throw new Problem("The server does not answer. Is it still running?", 0);
+    }
+    const seconds = Number(answer.headers.get("Retry-After"));
+    if (answer.status !== 503 || !seconds) break;
+    waiting("The model is getting ready…");
+    await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
   }
   if (answer.ok) return answer;
   let text = `${answer.status} ${answer.statusText}`;
@@ -86,7 +97,7 @@ export async function drawNow(body: object, signal?: AbortSignal): Promise<Pictu
 
 /** Pictures, with progress on the way. */
 export async function draw(body: object, progress: (done: number) => void, signal: AbortSignal): Promise<Picture[]> {
-  const job = await (await post("/v1/images", { ...body, wait: false })).json();
+  const job = await (await post("/v1/images", { ...body, wait: false }, signal)).json();
   signal.addEventListener("abort", () => void ask(`/v1/jobs/${job.id}`, { method: "DELETE" }).catch(() => undefined));
   const reader = (await ask(`/v1/jobs/${job.id}/events`, { signal })).body!.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";

@@ -14,6 +14,7 @@ export class Live {
     private bodyOf: (doc: Doc) => object,
     private show: (picture: Picture) => Promise<void>,
     private fail: (problem: Problem) => void,
+    private timed: () => void,
   ) {}
 
   /** The document has changed. */
@@ -34,6 +35,7 @@ export class Live {
         if (!this.on) break;
         await this.show(picture);
         this.times = [...this.times, performance.now() - at].slice(-200);
+        this.timed();
       } catch (error) {
         if ((error as Problem).status === 429) await new Promise((resolve) => setTimeout(resolve, 500));
         else this.fail(error as Problem);

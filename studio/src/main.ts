@@ -1,6 +1,6 @@
 // Puts the page together: tools, files, keyboard, drawing pictures.
 
-import { Model, Problem, Read, draw, readExamples, readFile, readModel } from "./api";
+import { draw, Model, onWait, Problem, Read, readExamples, readFile, readModel } from "./api";
 import { clamp, emptyDoc, fromLayout, moved, newItem, resized, toLayout } from "./document";
 import { get, iconButton, icon, say } from "./dom";
 import { Gallery } from "./gallery";
@@ -34,8 +34,9 @@ let startImage: HTMLImageElement | null = null;
 
 const live = new Live(
   (doc) => ({ layout: toLayout(doc), ...settings.liveBody() }),
-  (picture) => gallery.preview(picture).then(() => showTime()),
+  (picture) => gallery.preview(picture),
   (problem) => say(problem.message, "error"),
+  () => showTime(),
 );
 
 function showTime(): void {
@@ -53,6 +54,8 @@ function switchOn(id: string, listener: (on: boolean) => void): void {
 }
 
 const isOn = (id: string): boolean => get(id).getAttribute("aria-pressed") === "true";
+
+onWait((text) => say(text));
 
 async function generate(): Promise<void> {
   if (running) return running.abort();

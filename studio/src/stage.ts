@@ -42,6 +42,7 @@ export class Stage {
     this.transformer = new Transformer({
       rotateEnabled: false,
       flipEnabled: false,
+      keepRatio: false,
       ignoreStroke: true,
       anchorSize: matchMedia("(pointer: coarse)").matches ? 18 : 10,
       anchorCornerRadius: 3,
@@ -129,7 +130,8 @@ export class Stage {
       group.add(new Circle({ x, y, radius: 2.2 * radius, opacity: active ? 0.9 : 0.4, ...thin }));
     }
     group.add(this.label(item, doc));
-    group.on("pointerdown", () => this.store.select(item.id));
+    // Not when the pointer goes down: drawing all anew would end the drag that begins then.
+    group.on("click tap", () => this.store.select(item.id));
     group.on("dragmove", () => this.dragging(group, item, doc));
     group.on("dragend", () => this.dropped(group, item, doc));
     return group;
