@@ -58,7 +58,6 @@ def test_the_flags_of_the_full_run_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert [words[0] for words in calls if words[0] != sys.executable] == [
         "git",
-        "hf",
         "wget",
         "unzip",
         "wget",
