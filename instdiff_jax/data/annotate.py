@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import ImageDraw
 
 from instdiff_jax.data.importers.records import scene_of_values
@@ -161,7 +162,7 @@ def find_instances(
     return [(names[i], round(scores[i], 4), [round(float(edge), 2) for edge in boxes[i]]) for i in chosen], dropped
 
 
-def crop(image: Pixels, box: Sequence[float]) -> Pixels:
+def crop(image: Pixels, box: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:
     """The part of a picture in a box and a little around it."""
     height, width = image.shape[:2]
     x0, y0, x1, y1 = box
