@@ -3,14 +3,14 @@
 import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from instdiff_jax.errors import InputError, short
 
 _IDEOGRAM_CANVAS = 512  # its prompts have no size; their boxes are in thousandths of the canvas
 _TEXT = 200_000  # the longest list as text
-_DEEP = re.compile(r"[\[({+\-]{4}")  # deeper than any list there, which would take the parser's stack
+_DEEP = re.compile(r"[\[({+\-]{20}")  # deeper than any list there, which would take the parser's stack
 _CIRCLE = 32  # corners of a polygon that stands for a circle
 
 
@@ -28,17 +28,29 @@ def to_official(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return values
 
 
-def _list(values: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    """A list, also as text: the tables of LayoutSAM hold them so."""
-    found = values.get(key)
-    if isinstance(found, str):
+def read_list(value: Any, where: str) -> list[Any]:
+    """A list, or the text of one in Python's notation: tables on the hub hold them so. No code is run.
+
+    Raises:
+        InputError: for anything else, and for text that is too long or too deep for a table's.
+    """
+    found, expected = value, "a list"
+    if isinstance(value, str):
+        expected = "a list in Python's notation"
         try:
-            found = ast.literal_eval(found) if len(found) <= _TEXT and not _DEEP.search(found) else None
+            found = ast.literal_eval(value) if len(value) <= _TEXT and not _DEEP.search(value) else None
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             found = None
     if not isinstance(found, list | tuple):
-        raise InputError(f"{where}: {key}: expected a list, got {short(values.get(key))}")
+        raise InputError(f"{where}: expected {expected}, got {short(value)}")
     return list(found)
+
+
+def circle_polygon(center: Sequence[float], edge: Sequence[float]) -> list[float]:
+    """The polygon x1, y1, x2, y2, ... that stands for a circle, from its middle and a point on its edge."""
+    (x, y), radius = center, math.dist(center, edge)
+    turns = (2 * math.pi * i / _CIRCLE for i in range(_CIRCLE))
+    return [value for turn in turns for value in (x + radius * math.cos(turn), y + radius * math.sin(turn))]
 
 
 def _numbers(value: Any, count: int, where: str) -> list[float]:
@@ -59,7 +71,7 @@ def _ideogram(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     sides = [values.get(side, _IDEOGRAM_CANVAS) for side in ("width", "height")]
     scale = [side / 1000 if type(side) is int else 1.0 for side in sides]
     annos = []
-    for i, element in enumerate(_list(parts, "elements", f"{where}: compositional_deconstruction")):
+    for i, element in enumerate(read_list(parts.get("elements"), f"{where}: compositional_deconstruction.elements")):
         place = f"{where}: compositional_deconstruction.elements[{i}]"
         if not isinstance(element, Mapping):
             raise InputError(f"{place}: expected an object, got {short(element)}")
@@ -78,11 +90,12 @@ def _ideogram(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _labelme(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Rectangles are boxes; polygons and circles masks; points points; lines scribbles."""
     annos = []
-    for i, shape in enumerate(_list(values, "shapes", where)):
+    for i, shape in enumerate(read_list(values.get("shapes"), f"{where}: shapes")):
         place = f"{where}: shapes[{i}]"
         if not isinstance(shape, Mapping):
             raise InputError(f"{place}: expected an object, got {short(shape)}")
-        points = [_numbers(pair, 2, f"{place}.points[{k}]") for k, pair in enumerate(_list(shape, "points", place))]
+        pairs = read_list(shape.get("points"), f"{place}.points")
+        points = [_numbers(pair, 2, f"{place}.points[{k}]") for k, pair in enumerate(pairs)]
         text = shape.get("description") or shape.get("label")
         annos.append({"caption": text, "category_name": shape.get("label"), **_labelme_place(shape, points, place)})
     caption = values.get("caption")
@@ -104,18 +117,15 @@ def _labelme_place(shape: Mapping[str, Any], points: list[list[float]], where: s
         low, high = ([pick(pair[axis] for pair in points) for axis in (0, 1)] for pick in (min, max))
         return {"bbox": [*low, high[0] - low[0], high[1] - low[1]]}
     if kind == "circle":
-        (x, y), edge = points[0], points[1]
-        radius = math.dist((x, y), edge)
-        turns = [2 * math.pi * i / _CIRCLE for i in range(_CIRCLE)]
-        return {"mask": [[v for turn in turns for v in (x + radius * math.cos(turn), y + radius * math.sin(turn))]]}
+        return {"mask": [circle_polygon(*points[:2])]}
     return {{"polygon": "mask", "point": "point"}.get(kind, "scribble"): [flat] if kind == "polygon" else flat}
 
 
 def _layoutsam(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Boxes are [x0, y0, x1, y1] in pixels, with a long or a short caption each."""
-    boxes = _list(values, "bbox_list", where)
+    boxes = read_list(values.get("bbox_list"), f"{where}: bbox_list")
     key = "detail_region_captions" if values.get("detail_region_captions") else "region_captions"
-    captions = _list(values, key, where)
+    captions = read_list(values.get(key), f"{where}: {key}")
     if len(captions) != len(boxes):
         raise InputError(f"{where}: {key}: expected one for each of {len(boxes)} boxes, got {len(captions)}")
     annos = []

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pycocotools.mask as coco_mask
 from jaxtyping import Bool, Float, UInt8
 
 Pixels = UInt8[np.ndarray, "H W 3"]
@@ -46,12 +47,9 @@ class Answerer(Protocol):
 
 def box_ious(boxes: Float[np.ndarray, "n 4"], box: Sequence[float]) -> Float[np.ndarray, " n"]:
     """Intersection over union of each box with one, all x0, y0, x1, y1."""
-    x0, y0, x1, y1 = box
-    wide = np.maximum(np.minimum(boxes[:, 2], x1) - np.maximum(boxes[:, 0], x0), 0.0)
-    high = np.maximum(np.minimum(boxes[:, 3], y1) - np.maximum(boxes[:, 1], y0), 0.0)
-    inside = wide * high
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return inside / np.maximum(areas + (x1 - x0) * (y1 - y0) - inside, 1e-12)
+    corners = np.vstack([np.asarray(boxes, float).reshape(-1, 4), np.asarray(box, float)])
+    sides = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]])
+    return coco_mask.iou(sides[:-1], sides[-1:], [0])[:, 0] if len(boxes) else np.zeros(0)
 
 
 def keep_best(found: Found, threshold: float) -> list[int]:

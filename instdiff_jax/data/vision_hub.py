@@ -13,20 +13,32 @@ from instdiff_jax.errors import InputError
 
 # Grounding DINO's thresholds of COCO-MIG's scorer.
 BOX_THRESHOLD = TEXT_THRESHOLD = 0.25
+# The longest answer and the longest description, in tokens.
+ANSWER, DESCRIPTION = 1024, 40
 
 
-class HubGrounder:
-    """A model for zero-shot object detection, such as Grounding DINO."""
+class _HubModel:
+    """A model and its processor; subclasses name their classes in the library."""
+
+    _classes = ("AutoModelForImageTextToText", "AutoProcessor")
 
     def __init__(self, model: Any, processor: Any):
         self._model, self._processor = model.eval(), processor
 
     @classmethod
     def from_name(cls, flag: str, name: str) -> Self:
+        """Loads a folder or a name in the hub's cache; InputError, which names the flag, if that fails."""
         transformers = require_transformers(flag)
         with loading_model(flag, name):
-            model = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(name, local_files_only=True)
-            return cls(model, transformers.AutoProcessor.from_pretrained(name, local_files_only=True))
+            return cls(
+                *(getattr(transformers, kind).from_pretrained(name, local_files_only=True) for kind in cls._classes)
+            )
+
+
+class HubGrounder(_HubModel):
+    """A model for zero-shot object detection, such as Grounding DINO."""
+
+    _classes = ("AutoModelForZeroShotObjectDetection", "AutoProcessor")
 
     def ground(self, image: Pixels, phrase: str) -> Found:
         """Boxes of what the phrase names, highest score first."""
@@ -48,18 +60,10 @@ class HubGrounder:
         return Found(boxes.reshape(-1, 4)[order], scores[order])
 
 
-class HubSegmenter:
+class HubSegmenter(_HubModel):
     """A model that segments what a box is around: SAM."""
 
-    def __init__(self, model: Any, processor: Any):
-        self._model, self._processor = model.eval(), processor
-
-    @classmethod
-    def from_name(cls, flag: str, name: str) -> Self:
-        transformers = require_transformers(flag)
-        with loading_model(flag, name):
-            model = transformers.SamModel.from_pretrained(name, local_files_only=True)
-            return cls(model, transformers.SamProcessor.from_pretrained(name, local_files_only=True))
+    _classes = ("SamModel", "SamProcessor")
 
     def segment(self, image: Pixels, box: Sequence[float]) -> Bool[np.ndarray, "H W"]:
         """Of the masks that the model proposes, the one that it rates highest."""
@@ -77,18 +81,8 @@ class HubSegmenter:
         return np.asarray(masks).reshape(-1, *image.shape[:2])[best].astype(bool)
 
 
-class HubAnswerer:
+class HubAnswerer(_HubModel):
     """A vision language model that chats: it takes the most likely word at each step."""
-
-    def __init__(self, model: Any, processor: Any, max_tokens: int = 1024):
-        self._model, self._processor, self._max_tokens = model.eval(), processor, max_tokens
-
-    @classmethod
-    def from_name(cls, flag: str, name: str) -> Self:
-        transformers = require_transformers(flag)
-        with loading_model(flag, name):
-            model = transformers.AutoModelForImageTextToText.from_pretrained(name, local_files_only=True)
-            return cls(model, transformers.AutoProcessor.from_pretrained(name, local_files_only=True))
 
     def answer(self, image: Pixels, question: str) -> str:
         """The answer's text."""
@@ -103,22 +97,12 @@ class HubAnswerer:
             return_tensors="pt",
         )
         with torch.no_grad():
-            tokens = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+            tokens = self._model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
         return self._processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 
 
-class HubCaptioner:
+class HubCaptioner(_HubModel):
     """A model that describes pictures, such as BLIP, BLIP-2 or GIT: it takes the most likely word at each step."""
-
-    def __init__(self, model: Any, processor: Any, max_tokens: int = 40):
-        self._model, self._processor, self._max_tokens = model.eval(), processor, max_tokens
-
-    @classmethod
-    def from_name(cls, flag: str, name: str) -> Self:
-        transformers = require_transformers(flag)
-        with loading_model(flag, name):
-            model = transformers.AutoModelForImageTextToText.from_pretrained(name, local_files_only=True)
-            return cls(model, transformers.AutoProcessor.from_pretrained(name, local_files_only=True))
 
     def caption(self, image: Pixels) -> str:
         """The description, in one line."""
@@ -126,7 +110,7 @@ class HubCaptioner:
 
         inputs = self._processor(images=Image.fromarray(image), return_tensors="pt")
         with torch.no_grad():
-            tokens = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+            tokens = self._model.generate(**inputs, max_new_tokens=DESCRIPTION, do_sample=False)
         return " ".join(self._processor.batch_decode(tokens, skip_special_tokens=True)[0].split())
 
 

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import io
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from instdiff_jax.errors import InputError, short
 from instdiff_jax.files import json_files, read_json
 from instdiff_jax.geometry.checks import plain_integer, read_numbers, read_text
 from instdiff_jax.geometry.masks import encode_mask
+from instdiff_jax.other_tools import circle_polygon
 from instdiff_jax.paths import inside
-
-_CIRCLE = 32  # corners of the polygon that stands for a circle
 
 
 def read(folder: Path, options: Options, report: Report) -> Iterator[tuple[str, Scene]]:
@@ -113,9 +111,7 @@ def _polygon(shape: dict[str, Any], where: str) -> list[float]:
         x0, y0, x1, y1 = flat
         return [x0, y0, x1, y0, x1, y1, x0, y1]
     if kind == "circle" and len(flat) == 4:
-        x, y, radius = flat[0], flat[1], math.dist(flat[:2], flat[2:])
-        turns = (2 * math.pi * i / _CIRCLE for i in range(_CIRCLE))
-        return [value for turn in turns for value in (x + radius * math.cos(turn), y + radius * math.sin(turn))]
+        return circle_polygon(flat[:2], flat[2:])
     if kind in ("polygon", "rectangle", "oriented_rectangle") and len(flat) >= 6:
         return flat
     raise InputError(f"{where}: expected a polygon, rectangle, circle or mask with an area, got {short(kind)}")

@@ -4,7 +4,6 @@ The rule is that of https://github.com/HuiZhang0812/CreatiLayout, `score_layouts
 crop of its box; and if it is, do colour, texture and shape fit the detailed caption.
 """
 
-import ast
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges, Thing, read_unit_box
 from instdiff_jax.files import read_json
 from instdiff_jax.geometry.checks import plain_integer, read_numbers, read_text
+from instdiff_jax.other_tools import read_list
 from instdiff_jax.paths import read_file
 
 ATTRIBUTES = ("color", "texture", "shape")
@@ -36,27 +36,15 @@ def read(path: Path) -> list[Case]:
     return [_case(row, f"{path}: [{i}]") for i, row in enumerate(rows)]
 
 
-def read_literal(value: Any, where: str) -> list[Any]:
-    """A list, or the text of one in Python's notation, as the dataset has it. No code is run."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise InputError(f"{where}: expected a list in Python's notation: {short(str(error))}") from error
-    if not isinstance(value, list):
-        raise InputError(f"{where}: expected a list, got {short(value)}")
-    return value
-
-
 def _case(row: Any, where: str) -> Case:
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: expected an object, got {short(row)}")
     sides = [plain_integer(row.get(key)) for key in ("width", "height")]
     if not all(sides):
         raise InputError(f"{where}: expected width and height in pixels, got {short(sides)}")
-    boxes = read_literal(row.get("bbox_list"), f"{where}.bbox_list")
-    names = read_literal(row.get("region_captions"), f"{where}.region_captions")
-    details = read_literal(row.get("detail_region_captions"), f"{where}.detail_region_captions")
+    boxes = read_list(row.get("bbox_list"), f"{where}.bbox_list")
+    names = read_list(row.get("region_captions"), f"{where}.region_captions")
+    details = read_list(row.get("detail_region_captions"), f"{where}.detail_region_captions")
     if not len(boxes) == len(names) == len(details) or not boxes:
         raise InputError(f"{where}: expected as many boxes as captions of both kinds, got {len(boxes)}, {len(names)}")
     things = []

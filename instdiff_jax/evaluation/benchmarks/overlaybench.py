@@ -14,9 +14,9 @@ import numpy as np
 from instdiff_jax.data.vision import Pixels
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges, Thing, read_unit_box
-from instdiff_jax.evaluation.benchmarks.layoutsam import read_literal
 from instdiff_jax.files import json_files, read_json
 from instdiff_jax.geometry.checks import plain_integer, read_numbers, read_text
+from instdiff_jax.other_tools import read_list
 
 SIDE = 1024  # of the annotations' canvas in pixels
 SPLITS = ("simple", "medium", "hard")
@@ -43,7 +43,7 @@ def _case(row: Any, split: str, where: str) -> Case:
         raise InputError(f"{where}: expected an object with image_id and annotation")
     values = row.get("annotation")
     if isinstance(values, str):
-        (values,) = read_literal(f"[{values}]", f"{where}.annotation")
+        (values,) = read_list(f"[{values}]", f"{where}.annotation")
     if not isinstance(values, Mapping) or not isinstance(values.get("annotations"), Mapping):
         raise InputError(f"{where}.annotation: expected an object with annotations")
     things = []
