@@ -325,7 +325,7 @@ class Pipeline:
 
     def decode(self, latents: Float[Array, "b h w z"]) -> UInt8[np.ndarray, "b H W 3"]:
         """Latents to pixels: clamped to [−1, 1] (InputError for NaN), × 0.5 + 0.5, × 255, truncated (as released)."""
-        pixels, finite = zip(*self.decode_parts(jnp.asarray(latents)), strict=True)
+        pixels, finite = zip(*self.decode_parts(latents), strict=True)
         if not all(np.asarray(part).all() for part in finite):
             raise InputError("decode: an image is not finite: its latents are not, or a weight of the autoencoder")
         return np.concatenate([np.asarray(part) for part in pixels])[: len(latents)]
@@ -337,7 +337,7 @@ class Pipeline:
         decoder, params = self._taesd or (self.networks.autoencoder, self.params["autoencoder"])
         with jax.default_matmul_precision(self.matmul_precision):
             limit = self.limits.decode_limit((width, height))
-            return programs.decode(decoder, params, latents, limit, self.sharding, self._tile)
+            return programs.decode(decoder, params, jnp.asarray(latents), limit, self.sharding, self._tile)
 
     @property
     def predict_noise(self) -> programs.NoisePredictor:
