@@ -31,7 +31,7 @@ def test_training_steps_equal_those_of_pytorch():
     )
     settings = tiny_settings(batch_size=ROWS, trainable=((r"unet/.*fuser.*", "train"), (r".*", "freeze")))
     # With Adam's small epsilon, gradients that are nearly 0 move a parameter by their rounding's sign.
-    settings = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, eps=1e-4))
+    settings = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, eps=1e-5))
     run = make_run(model, settings)
     _, rest = run.start()
     leaves = flatten(our_params(model)[0])
@@ -58,12 +58,13 @@ def test_training_steps_equal_those_of_pytorch():
 
     table, start = rename_table("model", model), flatten(trainable)
     assert {table[key].path for key in theirs["params"]} == set(start) and len(start) > 10
-    for name, ours in (("params", flatten(state.params)), ("averages", flatten(state.optimizer.ema))):
+    averages = flatten(state.optimizer.ema)
+    for name, ours, least in (("params", flatten(state.params), 5e-4), ("averages", averages, 3e-5)):
         for key, expected in theirs[name].items():
             path = table[key].path
             before = table[key].to_torch(start[path])
             moved = table[key].to_torch(np.asarray(ours[path])) - before
-            assert np.abs(expected - before).max() > 1e-4, key
+            assert np.abs(expected - before).max() > least, (name, key)
             assert relative_error(moved, expected - before) <= 1e-3, (name, key)
 
 
