@@ -24,6 +24,7 @@ from instdiff_jax.checkpoint.run import CHECKPOINTS, checked_sums, checksums, da
 from instdiff_jax.checkpoint.verify import signed
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import remove_folder, write_errors
+from instdiff_jax.parallel.failures import barrier
 from instdiff_jax.paths import check_regular
 from instdiff_jax.training.state import TrainState
 
@@ -69,6 +70,7 @@ class Checkpoints:
             keep_period=keep_every or None,
             create=not read_only,
             read_only=read_only,
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=barrier) if jax.process_count() > 1 else None,
         )
         with write_errors(self.folder):
             self._manager = open_manager(self.folder, options, item_names=("state", "facts"))

@@ -18,6 +18,7 @@ from instdiff_jax.data.dataset import InstanceDataset
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import remove_leftovers, write_json
 from instdiff_jax.locks import lock_folder
+from instdiff_jax.parallel.failures import end_together
 from instdiff_jax.parallel.mesh import (
     ParallelSettings,
     check_batch,
@@ -46,6 +47,7 @@ def train(run: RunSettings, workdir: Path) -> str:
     """
     mesh = start_devices(run)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(end_together())
         # One process of a job takes the lock for all; where it cannot, all end.
         first_process_decides(lambda: stack.enter_context(lock_folder(workdir)))
         for folder in (workdir, workdir / "samples"):
