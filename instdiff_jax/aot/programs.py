@@ -176,7 +176,7 @@ def program_text(compiled: Any, dump: Path) -> str:
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
-        written = sorted(dump.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        written = sorted(dump.rglob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
         if not written:
             raise
         return written[-1].read_text()

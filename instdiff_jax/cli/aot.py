@@ -10,6 +10,7 @@ of block of the UNet alone, for one chip, forward and with its gradient: about h
 import argparse
 import dataclasses
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -133,6 +134,11 @@ def compile_one(program: "Program", args: argparse.Namespace, dump: Path, name: 
     if args.hlo:
         write_text(args.hlo / f"{args.topology.replace(':', '_')}_{name}.hlo", text)
     kernel_cycles = {name: schedule.cycles() for name, schedule in read_dump(dump)}
-    for path in dump.iterdir():
-        path.unlink()  # names may come again in the next program
+    empty(dump)  # names may come again in the next program
     return Outcome(text, memory_table(compiled.memory_analysis()), xla_counts(compiled), seconds, kernel_cycles)
+
+
+def empty(folder: Path) -> None:
+    """Removes what a folder has; the compiler gives a large program a folder of its own there."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -223,6 +223,16 @@ def test_text_that_jax_cannot_read_is_the_compilers_own(tmp_path):
     assert xla_counts(Unreadable()) == {} and xla_counts(compiled)["flops"] == 2 * 4**3
 
 
+def test_the_dump_of_a_program_is_removed_with_its_folders(tmp_path):
+    """The compiler gives a large program a folder of its own there."""
+    inside = tmp_path / "dump" / "module_0000.jit_denoise.cl_1" / "fusion.1.txt"
+    inside.parent.mkdir(parents=True)
+    for path in (inside, tmp_path / "dump" / "1-copy.txt"):
+        path.touch()
+    aot.empty(tmp_path / "dump")
+    assert not list((tmp_path / "dump").iterdir())
+
+
 def test_topology_that_cannot_be_had_is_one_line_and_exit_code_2(monkeypatch, capsys):
     def exit_code(*argv):
         with pytest.raises(SystemExit) as error, exit_on_input_error():
