@@ -21,7 +21,8 @@ from instdiff_jax.sampling.shards import Shard
 if TYPE_CHECKING:
     from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case
 
-NAMES = ("coco-mig", "layoutsam", "overlaybench")
+KINDS = ("box", "mask", "point", "scribble", "colour", "texture")  # of InstanceDiffusion's own protocol
+NAMES = ("coco-mig", "coco-position", "layoutsam", "overlaybench", *(f"coco-{kind}" for kind in KINDS))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,9 +43,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shard", help="i/n: draw and judge pictures i, i + n, ... only")
     add("--draw_only", action="store_true", help="draw, for the benchmark's own scorer")
     judges = parser.add_argument_group("judges: transformers:NAME or python:MODULE:FUNCTION").add_argument
-    judges("--detector", help="finds what a phrase names: Grounding DINO")
+    judges("--detector", help="finds what a phrase names: Grounding DINO; for coco-box to coco-scribble as in evaluate")
     judges("--segmenter", help="masks what a box is around: SAM")
     judges("--vlm", help="answers questions about a picture: a vision language model")
+    judges("--clip", help="a CLIP model of the transformers library, a folder or a name; or python:MODULE:FUNCTION")
     sampling = parser.add_argument_group("sampling; default: the checkpoint's settings")
     add_sampling_flags(sampling)
     add_addon_flags(sampling)
@@ -60,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name}: expected a whole number of at least {least}, got {value}")
-    overrides = read_overrides(args)
-    SamplingConfig.from_dict(overrides, "sampling")
+    SamplingConfig.from_dict(read_overrides(args), "sampling")
     shard = Shard() if args.shard is None else Shard.parse(args.shard)
 
     from instdiff_jax.evaluation.benchmarks.run import BENCHMARKS, open_judges, read_cases, undrawn
@@ -69,16 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmark = BENCHMARKS[args.name]
     cases = read_cases(benchmark, args.data, args.count)
     names = {"grounder": args.detector, "segmenter": args.segmenter, "answerer": args.vlm}
+    names |= {"detector": args.detector, "clip": args.clip}
     # A judge that is missing should be found before hours of drawing.
-    judges = None if args.draw_only else open_judges(benchmark.judges, names)
+    judges = None if args.draw_only else open_judges(benchmark.judges, names, cases, args.size)
     mine = list(shard.of(cases))
     if undrawn(args.output, mine):
-        draw_pictures(args, mine, overrides)
+        draw_pictures(args, benchmark, mine)
     if judges is not None:
         judge_pictures(args, benchmark, cases, mine, judges)
 
 
-def draw_pictures(args: argparse.Namespace, cases: Sequence["Case"], overrides: dict[str, Any]) -> None:
+def draw_pictures(args: argparse.Namespace, benchmark: "Benchmark", cases: Sequence["Case"]) -> None:
     """Draws the pictures that are missing; a folder holds pictures of one set of settings."""
     if args.checkpoint is None:
         raise InputError("--checkpoint: expected a checkpoint folder; pictures are missing in --output")
@@ -94,6 +96,7 @@ def draw_pictures(args: argparse.Namespace, cases: Sequence["Case"], overrides: 
     from instdiff_jax.sampling.pipeline import Pipeline
 
     set_up_compilation()
+    overrides = dict(benchmark.sampling) | read_overrides(args)
     dtype = choose_dtype(args.dtype)
     settings = {"benchmark": args.name, "size": args.size, "seed": args.seed, "dtype": dtype}
     settings["checkpoint"] = checkpoint_fingerprint(args.checkpoint, not args.no_verify)
@@ -106,7 +109,7 @@ def draw_pictures(args: argparse.Namespace, cases: Sequence["Case"], overrides: 
         args.checkpoint, dtype, mesh, args.max_rows, not args.no_verify, args.lora, args.embedding
     )
     with tqdm(total=len(cases), unit="picture", desc="drawn", disable=None) as bar:
-        made = draw(pipeline, cases, args.output, args.size, args.seed, overrides, bar.update)
+        made = draw(benchmark, pipeline, cases, args.output, args.size, args.seed, overrides, bar.update)
     print(f"{made} pictures drawn, {len(cases) - made} were there, in {args.output / 'images'}")
 
 
@@ -121,6 +124,7 @@ def judge_pictures(
 
     (args.output / "judged").mkdir(parents=True, exist_ok=True)
     judged_by = {"detector": args.detector, "segmenter": args.segmenter, "vlm": args.vlm}
+    judged_by |= {"clip": args.clip} if args.clip else {}
     claim_folder(args.output / "judged", {"benchmark": benchmark.name, "data": data_fingerprint(args.data)} | judged_by)
     with tqdm(total=len(mine), unit="picture", desc="judged", disable=None) as bar:
         made = judge(benchmark, mine, args.output, judges, bar.update)
@@ -135,7 +139,13 @@ def judge_pictures(
 
 def data_fingerprint(path: Path) -> str:
     """Hash of the benchmark's files."""
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    from instdiff_jax.evaluation.benchmarks.coco_protocol import captions_beside
+
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    else:
+        captions = captions_beside(path)
+        files = [path] if captions is None else [path, captions]
     digest = hashlib.sha256()
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())

@@ -10,8 +10,7 @@ from jaxtyping import Float, UInt8
 from instdiff_jax.data.plugs import import_plug
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detect import Detection, Detector, Featurizer
-from instdiff_jax.evaluation.predictions import Predictions
-from instdiff_jax.evaluation.split import Split
+from instdiff_jax.evaluation.predictions import Annotated, Predictions
 
 Features = Callable[[UInt8[np.ndarray, "b H W 3"]], Float[np.ndarray, "b d"]]
 NAMES = "predictions:FILE.json, transformers:NAME, shapes:FOLDER or python:MODULE:FUNCTION"
@@ -30,7 +29,7 @@ class FunctionDetector:
         self.has_masks = bool(getattr(detect, "has_masks", True))
 
 
-def open_detector(name: str, split: Split) -> Detector | Predictions:
+def open_detector(name: str, split: Annotated) -> Detector | Predictions:
     """The detector that --detector names.
 
     Args:

@@ -203,9 +203,24 @@ def average_precision(
                 row = {"image_id": number, "category_id": number_of[detection.category], "score": detection.score}
                 x, y, w, h = detection.box
                 found.append(row | {"bbox": [x, y, w, h], "segmentation": detection.rle, "area": w * h, "iscrowd": 0})
+    return score_detections([scene.size for scene in scenes], truth, found, kind, categories)
+
+
+def score_detections(
+    sides: Sequence[int], truth: list[dict], found: list[dict], kind: str, categories: Sequence[str]
+) -> Precision:
+    """COCO's averages of rows in COCO's form, whose images and categories are numbered from 1.
+
+    Args:
+        sides: of the images, which are squares.
+        truth: rows with image_id, category_id, bbox, segmentation (RLE), area and iscrowd.
+        found: the same with score.
+        kind: "bbox" or "segm".
+        categories: names.
+    """
     # COCO wants sizes even for masks in RLE.
-    images = [{"id": k, "width": scene.size, "height": scene.size} for k, scene in enumerate(scenes, 1)]
-    listed = [{"id": k, "name": name} for name, k in number_of.items()]
+    images = [{"id": k, "width": side, "height": side} for k, side in enumerate(sides, 1)]
+    listed = [{"id": k, "name": name} for k, name in enumerate(categories, 1)]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_coco(images, truth, listed), _coco(images, found, listed), kind)
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]

@@ -1,17 +1,29 @@
 """Detections from a file in COCO's results format, written by any detector."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.detect import Detection, xywh_of_mask
-from instdiff_jax.evaluation.split import Split
 from instdiff_jax.files import read_json
 from instdiff_jax.geometry.checks import plain_integer
 from instdiff_jax.geometry.masks import RLE
+
+
+class Annotated(Protocol):
+    """What predictions refer to: categories by id, ids of images, and the side of the canvas in pixels."""
+
+    @property
+    def categories(self) -> Mapping[int, str]: ...
+
+    @property
+    def image_ids(self) -> Collection[int]: ...
+
+    @property
+    def size(self) -> int: ...
 
 
 class Predictions:
@@ -21,7 +33,7 @@ class Predictions:
         has_masks: whether every prediction has a mask.
     """
 
-    def __init__(self, path: str | Path, split: Split):
+    def __init__(self, path: str | Path, split: Annotated):
         """Reads and checks a file.
 
         Args:
@@ -46,7 +58,7 @@ class Predictions:
             self._of_image.setdefault(plain_integer(row["image_id"]), []).append((row, rle))
         self.has_masks = all(row.get("segmentation") for row in rows)
 
-    def _check(self, row: Mapping[str, Any], split: Split, where: str) -> None:
+    def _check(self, row: Mapping[str, Any], split: Annotated, where: str) -> None:
         for key, known in (("image_id", split.image_ids), ("category_id", split.categories)):
             if plain_integer(row.get(key)) not in known:
                 raise InputError(f"{where}.{key}: expected an id of the split's annotations, got {short(row.get(key))}")

@@ -29,6 +29,15 @@ _ANNOTATION = {
 }
 FILES = {
     "coco-mig": {"6": {"caption": "two", "segment": [{"label": "a red cat", "bbox": box} for box in _BOXES]}},
+    "coco-position": {"0": {"caption": "two", "segment": [{"label": "a cat", "bbox": box} for box in _BOXES]}},
+    "coco-colour": {
+        "images": [{"id": 1, "width": 90, "height": 60, "file_name": "1.jpg"}],
+        "annotations": [
+            {"id": 4, "image_id": 1, "category_id": 2, "bbox": [9, 9, 30, 30], "point": [20, 20]}
+            | {"segmentation": [[9, 9, 30, 9, 30, 30]], "iscrowd": 0}
+        ],
+        "categories": [{"id": 2, "name": "cat"}],
+    },
     "layoutsam": [{"file_name": "1.jpg", "width": 90, "height": 90, "global_caption": "one"} | _REGIONS],
     "overlaybench": [{"image_id": 3, "annotation": _ANNOTATION}],
 }
@@ -70,9 +79,10 @@ def _write_benchmark(name: str, rng: random.Random | None, folder: Path) -> None
 
 def _read_benchmark(name: str, folder: Path) -> None:
     (path,) = folder.glob("data.*")
-    for case in read_cases(BENCHMARKS[name], path):
+    benchmark = BENCHMARKS[name]
+    for case in read_cases(benchmark, path):
         if len(case.things) <= MAX_INSTANCES:
-            assert isinstance(case.layout(512), Layout)
+            assert isinstance(benchmark.layout(case, 128), Layout)
 
 
 def kinds(folder: Path) -> list[Kind]:

@@ -9,7 +9,7 @@ import yaml
 from instdiff_jax.cli import benchmark as command
 from instdiff_jax.data.vision import Found, keep_best
 from instdiff_jax.errors import InputError
-from instdiff_jax.evaluation.benchmarks import coco_mig, layoutsam, overlaybench
+from instdiff_jax.evaluation.benchmarks import coco_mig, coco_position, layoutsam, overlaybench
 from instdiff_jax.evaluation.benchmarks.case import Case, Judges, Thing
 from instdiff_jax.evaluation.benchmarks.run import BENCHMARKS, open_judges, picture_path, read_cases
 from instdiff_jax.evaluation.files import write_image
@@ -81,6 +81,47 @@ def test_coco_mig_reads_both_of_its_files(tmp_path):
     assert case.file.rsplit("_")[-1] == "6.png"  # where its scorer reads the id
     layout = case.layout(512)
     assert layout.instances[1].box == (256, 0, 512, 512) and layout.instances[1].caption == "a blue dog"
+
+
+POSITION = {
+    "0": {
+        "caption": "a photo of a cat and a dog ",
+        "segment": [{"label": "a cat", "bbox": [0, 0, 0.5, 1]}, {"label": "a dog", "bbox": [0.5, 0, 1, 1]}],
+    }
+}
+
+
+@pytest.mark.parametrize(
+    "shift, iou, ap, ap50",
+    [(0, 1.0, 1.0, 1.0), (64, 0.6, 0.3, 1.0), (128, 1 / 3, 0.0, 0.0)],  # at an IoU of 0.6: 0.50, 0.55, 0.60 of ten
+)
+def test_coco_position_of_known_pictures(shift, iou, ap, ap50, tmp_path):
+    (tmp_path / "coco_position.jsonl").write_text(json.dumps(POSITION))
+    (case,) = coco_position.read(tmp_path)
+    assert case.file == "instdiff_0.png" and [thing.category for thing in case.things] == ["cat", "dog"]
+    judged = coco_position.judge(case, halves(RED, BLUE), Judges(InPlace(shift)))
+    found = coco_position.table([(case, json.loads(json.dumps(judged)))])
+    success = float(iou >= 0.5)
+    expected = {"ISR": success, "SR": success, "mIoU": iou, "AP": ap, "AP50": ap50, "SR L2": success}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_coco_position_takes_the_nearest_box_with_the_highest_score(tmp_path):
+    """As its scorer does: a box that touches nothing is no detection for AP, though it has the best score."""
+    (tmp_path / "coco_position.jsonl").write_text(json.dumps(POSITION))
+    (case,) = coco_position.read(tmp_path)
+
+    class Two:
+        def ground(self, image, phrase):
+            far, near = [300.0, 0.0, 500.0, 512.0], [0.0, 0.0, 256.0, 512.0]
+            boxes = [far, near] if phrase == "cat" else [near]
+            return Found(np.array(boxes), np.array([0.9, 0.4][: len(boxes)]))
+
+    cat, dog = coco_position.judge(case, halves(RED, BLUE), Judges(Two()))["things"]
+    assert cat == {"iou": 1.0, "asked": [0, 0, 256, 512], "found": [0, 0, 256, 512], "score": 0.9}
+    assert dog == {"iou": 0.0, "asked": [256, 0, 512, 512], "found": None, "score": 0.9}
+    found = coco_position.table([(case, {"things": [cat, dog]})])
+    assert (found["ISR"], found["SR"], found["mIoU"]) == (0.5, 0, 0.5) and found["AP"] == pytest.approx(51 / 101)
 
 
 # RGB and hue, saturation, value: printed by OpenCV 5.0.0's cvtColor with COLOR_RGB2HSV.
@@ -209,6 +250,16 @@ BROKEN = {
         ({"x": {"a pink cat": [[0, 0, 1, 1]] * 2, "coco_id": 1}}, r"segment\[0\].label: expected 'a COLOUR NAME'"),
         ({"x": {"a red cat": [[0, 0, 0, 1]] * 2, "coco_id": 1}}, r"segment\[0\].bbox: expected x0 < x1"),
         ({"x": {"a red cat": [[0, 0, 1]] * 2, "coco_id": 1}}, r"segment\[0\].bbox: expected \[x0, y0, x1, y1\]"),
+    ],
+    "coco-position": [
+        ([], "expected an object {id: {caption, segment}}"),
+        ({"1": {"caption": "x", "segment": []}}, "expected an object with caption and segment"),
+        ({"1": {"caption": "x", "segment": [{"label": "a cat", "bbox": [1, 0, 0, 1]}]}}, r"bbox: expected x0 < x1"),
+        ({"1": {"caption": "", "segment": [{"label": "a cat", "bbox": [0, 0, 1, 1]}]}}, "caption: expected text"),
+    ],
+    "coco-box": [
+        ([], "images: expected a list of objects"),
+        ({"images": [{"id": 1, "width": 9, "height": 9}], "annotations": [], "categories": []}, "file_name: expected"),
     ],
     "layoutsam": [
         ({}, "expected a list of rows"),

@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 
 from instdiff_jax.data.vision import Answerer, BoxSegmenter, Grounder, Pixels
 from instdiff_jax.errors import InputError
+from instdiff_jax.evaluation.detect import Detector
+from instdiff_jax.evaluation.image import TextImageModel
+from instdiff_jax.evaluation.predictions import Predictions
 from instdiff_jax.geometry.checks import read_numbers
+from instdiff_jax.grounding import Format
 from instdiff_jax.layout import Instance, Layout
 
 
@@ -60,6 +64,8 @@ class Judges(NamedTuple):
     grounder: Grounder | None = None
     segmenter: BoxSegmenter | None = None
     answerer: Answerer | None = None
+    detector: Detector | Predictions | None = None
+    clip: TextImageModel | None = None
 
 
 class Published(NamedTuple):
@@ -82,6 +88,9 @@ class Benchmark(NamedTuple):
         table: all pictures' values as the table's columns.
         published: rows of others.
         notes: how the rule differs from what its name suggests, in a sentence.
+        layout: a case's layout on a square canvas of a side.
+        format: the pipeline's, which says what the model sees of the layouts.
+        sampling: settings of `SamplingConfig` that the benchmark's numbers are made with; flags take precedence.
     """
 
     name: str
@@ -92,6 +101,9 @@ class Benchmark(NamedTuple):
     table: Callable[[Sequence[tuple[Case, Mapping[str, Any]]]], dict[str, float]]
     published: tuple[Published, ...]
     notes: str
+    layout: Callable[[Case, int], Layout] = Case.layout
+    format: Format = "auto"
+    sampling: Mapping[str, Any] = {}
 
 
 def read_unit_box(values: Any, where: str) -> tuple[float, float, float, float]:

@@ -2,35 +2,74 @@
 
 import io
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from instdiff_jax.data.plugs import import_plug
 from instdiff_jax.data.vision import Pixels
 from instdiff_jax.data.vision_hub import open_model
 from instdiff_jax.errors import InputError
-from instdiff_jax.evaluation.benchmarks import coco_mig, layoutsam, overlaybench
+from instdiff_jax.evaluation.benchmarks import coco_mig, coco_position, coco_protocol, layoutsam, overlaybench
 from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges
-from instdiff_jax.evaluation.files import write_image
+from instdiff_jax.evaluation.detectors import open_detector
+from instdiff_jax.evaluation.files import encode_image, write_image
 from instdiff_jax.evaluation.generate import image_seed
-from instdiff_jax.files import read_json, write_json, write_text
+from instdiff_jax.files import read_json, write_file, write_json, write_text
+from instdiff_jax.grounding import FORMATS
 from instdiff_jax.paths import output_path, read_file
 from instdiff_jax.sampling.pipeline import Pipeline
 
 BATCH = 128  # layouts in memory at a time
-BENCHMARKS = {one.BENCHMARK.name: one.BENCHMARK for one in (coco_mig, layoutsam, overlaybench)}
+_SINGLE = (coco_mig, coco_position, layoutsam, overlaybench)
+BENCHMARKS = {one.name: one for one in (*(module.BENCHMARK for module in _SINGLE), *coco_protocol.BENCHMARKS)}
 
 
 # Field of `Judges` -> the flag that names it.
 _FLAGS = {"grounder": "--detector", "segmenter": "--segmenter", "answerer": "--vlm"}
 
 
-def open_judges(needed: Sequence[str], names: Mapping[str, str | None]) -> Judges:
-    """The judges that a benchmark needs, by fields of `Judges`; see `vision_hub.open_model` for the names."""
-    return Judges(**{field: open_model(_FLAGS[field], names.get(field)) for field in needed})
+class Canvas(NamedTuple):
+    """The annotations that a file of predictions refers to, on the pictures' canvas; see `predictions.Annotated`."""
+
+    categories: Mapping[int, str]
+    image_ids: Collection[int]
+    size: int
+
+
+def open_judges(
+    needed: Sequence[str], names: Mapping[str, str | None], cases: Sequence[Case] = (), size: int = 512
+) -> Judges:
+    """The judges that a benchmark needs, by fields of `Judges`.
+
+    Args:
+        needed: the fields.
+        names: field to what its flag names, see `vision_hub.open_model` and, for `detector`, `open_detector`.
+        cases, size: the benchmark's and the side of its pictures, for a detector of the categories of the cases' file.
+
+    Raises:
+        InputError: for one that is missing or cannot be opened.
+    """
+    return Judges(**{field: _open_judge(field, names.get(field), cases, size) for field in needed})
+
+
+def _open_judge(field: str, name: str | None, cases: Sequence[Case], size: int) -> Any:
+    if field == "detector":
+        shared = cases[0].more["shared"]
+        return open_detector(name or "", Canvas(shared.categories, shared.image_ids, size))
+    if field == "clip":
+        from instdiff_jax.evaluation.hub import Clip
+
+        if not name:
+            raise InputError("--clip: expected a CLIP model of the transformers library, got nothing")
+        if name.startswith("python:"):
+            found = import_plug("--clip", name)
+            return found() if isinstance(found, type) else found
+        return Clip.from_name(name)
+    return open_model(_FLAGS[field], name)
 
 
 def picture_path(folder: Path, case: Case) -> Path:
@@ -61,26 +100,39 @@ def read_cases(benchmark: Benchmark, path: Path, limit: int | None = None) -> li
 
 
 def draw(
+    benchmark: Benchmark,
     pipeline: Pipeline,
     cases: Sequence[Case],
     folder: Path,
-    side: int,
+    size: int,
     seed: int,
     sampling: Mapping[str, Any],
     report: Callable[[], object] = lambda: None,
 ) -> int:
-    """Draws the pictures of `side` pixels that are not there, each from a seed of its own key; returns their number."""
+    """Draws the pictures of `size` pixels that are not there, each from a seed of its own key; returns their number."""
     waiting = undrawn(folder, cases)
-    for first in range(0, len(waiting), BATCH):
-        part = waiting[first : first + BATCH]
-        seeds = [image_seed(seed, zlib.crc32(case.key.encode())) for case in part]
-        results = pipeline.stream([case.layout(side) for case in part], layout_seeds=seeds, **sampling)
-        for case, result in zip(part, results, strict=True):
-            path = picture_path(folder, case)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_image(path, result.array)
-            report()
+    # A layout without instances is drawn as training's samples without grounding are.
+    bare = {"drop": FORMATS, "mis": 0.0}
+    for group, more in (([c for c in waiting if c.things], {}), ([c for c in waiting if not c.things], bare)):
+        for first in range(0, len(group), BATCH):
+            part = group[first : first + BATCH]
+            seeds = [image_seed(seed, zlib.crc32(case.key.encode())) for case in part]
+            layouts = [benchmark.layout(case, size) for case in part]
+            options = dict(sampling) | {"format": benchmark.format} | more
+            results = pipeline.stream(layouts, layout_seeds=seeds, **options)
+            for case, result in zip(part, results, strict=True):
+                write_picture(picture_path(folder, case), result.array)
+                report()
     return len(waiting)
+
+
+def write_picture(path: Path, pixels: Pixels) -> None:
+    """Writes a PNG, or a JPEG of Pillow's default quality, as the official script does, where the name ends so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        write_file(path, lambda file: file.write(encode_image(pixels, format="JPEG")), sync=False)
+    else:
+        write_image(path, pixels)
 
 
 def judge(
