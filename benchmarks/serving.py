@@ -140,21 +140,26 @@ def live(port: int, layout: Layout) -> float:
 
 
 def stream(checkpoint: Path, layouts: Sequence[Layout], asked: Sequence[tuple[int, int, bytes]]) -> dict[str, Any]:
-    """Draws the same pictures offline; returns images a second, and how the served ones differ."""
+    """Draws the same pictures offline; returns images a second, and how the served ones differ.
+
+    The first half is not timed, as the compiler works then.
+    """
     from instdiff_jax import Pipeline
 
     pipeline = Pipeline.from_checkpoint(checkpoint)
-    rows = pipeline.limits.row_limit((layouts[0].width, layouts[0].height), True)
-    chosen = [layouts[index] for index, _, _ in asked]
-    list(pipeline.stream(chosen[: 2 * rows], layout_seeds=[seed for _, seed, _ in asked[: 2 * rows]]))
-    began, worst, different = time.perf_counter(), 0, 0
-    results = list(pipeline.stream(iter(chosen), layout_seeds=[seed for _, seed, _ in asked]))
-    wall = time.perf_counter() - began
+    results: list[Any] = []
+    half, began = len(asked) // 2, time.perf_counter()
+    chosen, seeds = [layouts[index] for index, _, _ in asked], [seed for _, seed, _ in asked]
+    for result in pipeline.stream(chosen, layout_seeds=seeds):
+        if len(results) == half:
+            began = time.perf_counter()
+        results.append(result)
+    wall, worst, different = time.perf_counter() - began, 0, 0
     for result, (_, _, png) in zip(results, asked, strict=True):
         found = np.asarray(Image.open(io.BytesIO(png))).astype(int)
         difference = int(np.abs(found - result.array).max())
         worst, different = max(worst, difference), different + (difference > 1)
-    return dict(stream_rate=len(asked) / wall, worst=worst, different=different)
+    return dict(stream_rate=(len(asked) - half) / wall, worst=worst, different=different)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loopback = is_loopback(args.host)
     if not loopback and args.token is None:
         args.token = secrets.token_urlsafe(16)
-    import uvicorn  # before the model is loaded: it may not be installed
+    from instdiff_jax.serving.run import StudioServer  # before the model is loaded: uvicorn may not be installed
 
     with listen(args.host, args.port) as listener:
         app = make_app(args, loopback)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         host = "localhost" if args.host in ("127.0.0.1", "0.0.0.0", "::", "::1") else args.host
         url = f"http://{host}:{port}/" + (f"#token={args.token}" if args.token else "")
         print(f"instdiff studio: {url}", flush=True)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
+        server = StudioServer(app, args.timeout)
         if not args.no_browser and sys.stdout.isatty():
             threading.Thread(target=open_when_up, args=(server, url), daemon=True).start()
         server.run([listener])

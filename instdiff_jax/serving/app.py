@@ -238,11 +238,14 @@ def _add_rest(app: FastAPI) -> None:
         """Whether the server runs."""
         return {"status": "ok"}
 
-    @app.get("/readyz", responses={503: {"description": "the model is still being made ready"}})
+    @app.get("/readyz", responses={503: {"description": "it still compiles, or stops"}})
     async def readyz(request: Request) -> JSONResponse:
-        """Whether it can draw."""
-        ready = _server(request).painter.ready and _server(request).queue.open
-        return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+        """Whether it can draw at once: the programs of usual requests are compiled, and it was not told to stop."""
+        server = _server(request)
+        status = "ready" if server.painter.ready else "compiles"
+        if not server.queue.open:
+            status = "stops"
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -292,13 +292,23 @@ def test_a_fault_of_ours_shows_no_traceback_and_the_server_goes_on(client, pipel
     assert client.post("/v1/images", json=body()).status_code == 200
 
 
-def test_a_server_that_stops_finishes_what_it_draws(pipeline):
-    with ThreadPoolExecutor(1) as pool:
+def test_a_server_that_stops_draws_what_it_has_begun_and_refuses_the_rest(pipeline, monkeypatch):
+    go, original = threading.Event(), pipeline.start_batch
+    monkeypatch.setattr(pipeline, "start_batch", lambda *arguments: go.wait(600) and original(*arguments))
+    with ThreadPoolExecutor(2) as pool:
         with serving(pipeline, limits=LIMITS, warm=False) as client:
-            asked = pool.submit(httpx.post, client.base_url.join("/v1/images"), json=body(2, steps=12), timeout=600)
-            queue = client.app.state.server.queue
+
+            def ask(**more):
+                return pool.submit(httpx.post, client.base_url.join("/v1/images"), json=body(2, **more), timeout=600)
+
+            begun, queue = ask(), client.app.state.server.queue
             wait_for(lambda: any(job.state == "drawing" for job in queue.jobs.values()))
-        assert asked.result().status_code == 200
+            waits = ask(steps=3)
+            wait_for(lambda: len(queue) == 1)
+            client.server.should_exit = True
+            assert waits.result().status_code == 503 and "stops" in waits.result().json()["error"]
+            go.set()
+            assert begun.result().status_code == 200
 
 
 def test_the_comfyui_node_speaks_the_api(client, pipeline):
