@@ -11,7 +11,7 @@ from training_common import tiny_model
 from instdiff_jax.analysis.chips import CHIPS, predict, scaling
 from instdiff_jax.analysis.hlo import Collective, ProgramCosts, analyze, ring_bytes
 from instdiff_jax.aot import blocks, programs
-from instdiff_jax.aot.report import memory_table, xla_counts
+from instdiff_jax.aot.report import memory_table
 from instdiff_jax.cli import aot
 from instdiff_jax.errors import InputError, exit_on_input_error
 from instdiff_jax.models import layers
@@ -204,33 +204,6 @@ def test_program_that_does_not_fit_is_one_line():
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
     with pytest.raises(InputError, match="train on v5e:4x4: does not fit"):
         programs.compile_program(programs.Program("train", Refused(), (), {}, mesh, 8, {}), "v5e:4x4")
-
-
-def test_text_that_jax_cannot_read_is_the_compilers_own(tmp_path):
-    """As with v6e's programs: the largest module of the dump is the program."""
-
-    class Unreadable:
-        def as_text(self):
-            raise jax.errors.JaxRuntimeError("INTERNAL: Async done requires its operand to be an asynchronous op")
-
-        def cost_analysis(self):
-            return self.as_text()
-
-    compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile()
-    (tmp_path / "module_0001.f.after_codegen.txt").write_text(compiled.as_text())
-    (tmp_path / "module_0002.f.after_codegen.txt").write_text("HloModule")
-    assert programs.program_text(Unreadable(), tmp_path) == programs.program_text(compiled, tmp_path)
-    assert xla_counts(Unreadable()) == {} and xla_counts(compiled)["flops"] == 2 * 4**3
-
-
-def test_the_dump_of_a_program_is_removed_with_its_folders(tmp_path):
-    """The compiler gives a large program a folder of its own there."""
-    inside = tmp_path / "dump" / "module_0000.jit_denoise.cl_1" / "fusion.1.txt"
-    inside.parent.mkdir(parents=True)
-    for path in (inside, tmp_path / "dump" / "1-copy.txt"):
-        path.touch()
-    aot.empty(tmp_path / "dump")
-    assert not list((tmp_path / "dump").iterdir())
 
 
 def test_topology_that_cannot_be_had_is_one_line_and_exit_code_2(monkeypatch, capsys):
