@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how("--no_verify", action="store_true", help="do not compare the checkpoint with its checksums")
     how("--max_rows", type=int, help="latents denoised at a time on one device; fewer need less memory")
     measures = parser.add_argument_group("measures").add_argument
-    measures("--detector", help="predictions:FILE.json, transformers:NAME, shapes:FOLDER or python:MODULE:FUNCTION")
+    measures("--detector", help="predictions:FILE.json, transformers:NAME, segmenter:FOLDER or python:MODULE:FUNCTION")
     measures("--clip", help="a CLIP model of the transformers library on this machine: a folder or a name")
     measures("--features", help="for FID: detector (default), none, npz:FILE or python:MODULE:FUNCTION")
     measures("--min_score", type=float, default=0.25, help="detections below this score count for AP only (0.25)")

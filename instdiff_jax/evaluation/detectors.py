@@ -13,11 +13,13 @@ from instdiff_jax.evaluation.detect import Detection, Detector, Featurizer
 from instdiff_jax.evaluation.predictions import Annotated, Predictions
 
 Features = Callable[[UInt8[np.ndarray, "b H W 3"]], Float[np.ndarray, "b d"]]
-NAMES = "predictions:FILE.json, transformers:NAME, shapes:FOLDER or python:MODULE:FUNCTION"
+NAMES = "predictions:FILE.json, transformers:NAME, segmenter:FOLDER or python:MODULE:FUNCTION"
 # Kind -> (module, class, constructor). Imported on use: each needs a library, or a folder, that others do without.
 _PLUGS = {
     "transformers": ("instdiff_jax.evaluation.hub", "HubDetector", "from_name"),
-    "shapes": ("projects.shapes.segmenter", "Segmenter", "from_folder"),
+    "segmenter": ("projects.common.segmenter", "Segmenter", "from_folder"),
+    # Its name when shapes were all that it could find.
+    "shapes": ("projects.common.segmenter", "Segmenter", "from_folder"),
 }
 
 
@@ -33,7 +35,7 @@ def open_detector(name: str, split: Annotated) -> Detector | Predictions:
     """The detector that --detector names.
 
     Args:
-        name: `predictions:FILE.json`, `transformers:NAME`, `shapes:FOLDER`, or `python:MODULE:FUNCTION`, where the
+        name: `predictions:FILE.json`, `transformers:NAME`, `segmenter:FOLDER`, or `python:MODULE:FUNCTION`, where the
             function maps images to detections, or is a `Detector` or its class.
         split: what predictions refer to.
 

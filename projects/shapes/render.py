@@ -31,7 +31,7 @@ def write_coco(
 ) -> bool:
     """Writes scenes 0 to count - 1 of a seed as one split; see `write_split`, which has its arguments and errors."""
     check_scene(seed, 0, size, settings)
-    return write_split(directory, split, _WORLD, (count, seed, size), settings, workers, overwrite)
+    return write_split(directory, split, WORLD, (count, seed, size), settings, workers, overwrite)
 
 
 def _render(seed: int, index: int, size: int, settings: SceneSettings) -> Picture:
@@ -45,7 +45,7 @@ def _render(seed: int, index: int, size: int, settings: SceneSettings) -> Pictur
     return Picture(scene.image, scene.background, rows, scene.captions)
 
 
-_WORLD = World("shapes", "shape", SHAPES, _render)
+WORLD = World("shapes", "shape", SHAPES, _render)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

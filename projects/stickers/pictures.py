@@ -4,7 +4,6 @@ Recolouring works in HSV on the pixels near the hue of the thing's main part. Al
 operations in a fixed order, so that a scene is the same on every machine with the same version of Pillow.
 """
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -69,7 +68,6 @@ class Pictures:
         return tuple(self._own)
 
     @classmethod
-    @functools.cache
     def from_folder(cls, folder: str | Path) -> Self:
         """Opens the pictures CODE.webp (or .png) of a folder, or of package/assets in it.
 

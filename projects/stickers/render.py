@@ -34,13 +34,23 @@ def write_coco(
 ) -> bool:
     """Writes scenes as one split; see `write_split`, which has its arguments and errors. `assets` has the pictures."""
     check_scene(scenes[1], 0, scenes[2], settings)
-    Pictures.from_folder(assets)  # before anything is written
-    world = World("stickers", "thing", NAMES, functools.partial(_render, str(assets)))
-    return write_split(directory, split, world, scenes, settings, workers, overwrite)
+    return write_split(directory, split, find_world(assets), scenes, settings, workers, overwrite)
+
+
+def find_world(assets: str | Path) -> World:
+    """The world of the pictures in a folder; InputError if one is missing or cannot be read."""
+    Pictures.from_folder(assets)
+    return World("stickers", "thing", NAMES, functools.partial(_render, str(assets)))
+
+
+@functools.cache
+def _pictures(assets: str) -> Pictures:
+    """Opened once by each process that renders."""
+    return Pictures.from_folder(assets)
 
 
 def _render(assets: str, seed: int, index: int, size: int, settings: SceneSettings) -> Picture:
-    scene = render_scene(Pictures.from_folder(assets), seed, index, size, settings)
+    scene = render_scene(_pictures(assets), seed, index, size, settings)
     rows = [
         Row(item.name, item.caption, item.box, item.mask, {} if item.colour is None else {"colour": item.colour})
         for item in scene.instances

@@ -19,8 +19,8 @@ from instdiff_jax.cli import evaluate
 from instdiff_jax.errors import exit_on_input_error
 from instdiff_jax.evaluation import generate
 from instdiff_jax.geometry.masks import decode_mask
+from projects.common.segmenter import Segmenter
 from projects.shapes.render import write_coco
-from projects.shapes.segmenter import Segmenter
 from projects.shapes.worlds import SceneSettings
 
 COUNT = 4

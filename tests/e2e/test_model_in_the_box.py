@@ -9,9 +9,9 @@ import pytest
 from instdiff_jax import Layout, Pipeline
 from instdiff_jax.checkpoint.folder import read_config
 from instdiff_jax.layout import Instance
+from projects.common.segmenter import Segmenter
 from projects.shapes.drawing import COLOURS
 from projects.shapes.scenes import render_scene
-from projects.shapes.segmenter import Segmenter
 from projects.shapes.worlds import WORLDS
 
 ROOT = Path(__file__).resolve().parent.parent.parent

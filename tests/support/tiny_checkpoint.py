@@ -11,7 +11,8 @@ from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.tree import flatten, unflatten
-from projects.shapes.segmenter import Segmenter, SegmenterConfig, init_shapes
+from projects.common.segmenter import Segmenter, SegmenterConfig, init_shapes
+from projects.shapes.train_segmenter import CLASSES
 
 SIDE = 32  # pixels; latents are half of it
 TOKENIZER = common.PARITY / "tokenizer"
@@ -74,7 +75,7 @@ def run_lengths(area: np.ndarray) -> list[int]:
 
 def make_tiny_segmenter(directory: Path) -> Path:
     """Writes the folder of a segmentation network that was never trained, with deterministic weights."""
-    config = SegmenterConfig(channels=(8, 8, 8, 16))
+    config = SegmenterConfig(CLASSES, (8, 8, 8, 16))
     rng = np.random.default_rng(0)
     shapes = flatten(init_shapes(config))
     leaves = {key: rng.standard_normal(leaf.shape) / max(leaf.size, 1) ** 0.25 for key, leaf in shapes.items()}

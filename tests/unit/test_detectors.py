@@ -75,14 +75,14 @@ def test_detector_from_a_module(split, monkeypatch, name, has_masks):
 
 def test_names_that_are_no_detector(split, monkeypatch):
     monkeypatch.setitem(sys.modules, "my_detectors", SimpleNamespace(number=1))
-    monkeypatch.setitem(sys.modules, "projects.shapes.segmenter", None)  # as where there is no clone
+    monkeypatch.setitem(sys.modules, "projects.common.segmenter", None)  # as where there is no clone
     for name, message in (
-        ("yolo", "expected predictions:FILE.json, transformers:NAME, shapes:FOLDER or python:MODULE:FUNCTION"),
+        ("yolo", "expected predictions:FILE.json, transformers:NAME, segmenter:FOLDER or python:MODULE:FUNCTION"),
         ("python:my_detectors", "expected python:MODULE:FUNCTION"),
         ("python:nowhere:find", "python:nowhere:find: cannot be imported"),
         ("python:my_detectors:find", "cannot be imported"),
         ("python:my_detectors:number", "expected a function, got int"),
-        ("shapes:folder", "shapes: projects.shapes.segmenter is not installed; it is part of the repository"),
+        ("shapes:folder", "shapes: projects.common.segmenter is not installed; it is part of the repository"),
     ):
         with pytest.raises(InputError, match=f"^--detector: .*{message}"):
             open_detector(name, split)

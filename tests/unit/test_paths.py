@@ -25,7 +25,7 @@ from instdiff_jax.models.tokenizer import Tokenizer
 from instdiff_jax.paths import inside, output_path, read_file
 from instdiff_jax.sampling.outputs import OutputFolder
 from instdiff_jax.training import metrics
-from projects.shapes import segmenter
+from projects.common import segmenter
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/etc", "a\0"])

@@ -99,7 +99,7 @@ alpha {alpha}, MIS {sampling["mis"]:g} ({sampling["merge"]}), masked attention {
 Requested: {sizes["count"]} images with {sizes["seeds"]} seeds in the main tables, {sizes["small_count"]} with \
 {sizes["small_seeds"]} in the others. The line above each table says how many were measured.
 
-The detector is this project's segmentation network (`projects/shapes/segmenter.py`), in place of the paper's YOLOv8.
+The detector is this project's segmentation network (`projects/common/segmenter.py`), in place of the paper's YOLOv8.
 Its results on real images are the upper bound. AP, AR, IoU, PiM and accuracy are in percent. Accuracy is over all
 instances of the layouts; an instance that is not found counts as wrong. FID is the Fréchet distance between the
 network's features and those of other real scenes with the same settings. It depends on the number of images, so

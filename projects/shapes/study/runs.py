@@ -23,9 +23,9 @@ from instdiff_jax.evaluation.split import Split, read_split
 from instdiff_jax.files import write_json
 from instdiff_jax.sampling.loading import checkpoint_fingerprint
 from instdiff_jax.sampling.pipeline import Pipeline
+from projects.common.segmenter import Segmenter
 from projects.shapes.render import write_coco
 from projects.shapes.scenes import render_scene
-from projects.shapes.segmenter import Segmenter
 from projects.shapes.study.rows import SCENES, Row, Task
 
 # Increased when the meaning of the numbers changes, so that older ones are measured again.

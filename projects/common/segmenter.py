@@ -1,9 +1,9 @@
-"""A small segmentation network that finds shapes in images: the evaluation's detector.
+"""A small segmentation network that finds the instances of rendered scenes: the evaluation's detector.
 
-The network predicts shape, colour, texture and the offset to the instance's centre for every pixel, and a heat map of
-centres for every shape. Pixels of a shape are assigned to the nearest centre of that shape (Panoptic-DeepLab,
-arXiv 1911.10194). Centres are per class, as in CenterNet: a part and its host have the same centre.
-`train_segmenter.py` trains the network on rendered scenes.
+The network predicts category, attributes (such as colour) and the offset to the instance's centre for every pixel, and
+a heat map of centres for every category. Pixels of a category are assigned to the nearest centre of that category
+(Panoptic-DeepLab, arXiv 1911.10194). Centres are per category, as in CenterNet: a part and its host have the same
+centre. `train_segmenter.py` trains the network on rendered scenes. Its folder names the categories and attributes.
 
 Axes: b batch, H W image, h w half of it, c channels.
 """
@@ -28,40 +28,56 @@ from instdiff_jax.evaluation.detect import Detection
 from instdiff_jax.files import read_json, recover_folder, replace_folder, write_json
 from instdiff_jax.paths import check_regular
 from instdiff_jax.tree import flatten, unflatten
-from projects.shapes.drawing import COLOURS, SHAPES, TEXTURES
 
-# A centre is the highest pixel within a window of this many pixels, and at least this high.
-_PEAK_WINDOW, _PEAK_HEIGHT = 5, 0.2
-# A pixel belongs to a centre at most this far (in pixels) from where its offset points.
-_REACH = 6.0
+# In images of 64 pixels or less, and in proportion in larger ones: a centre is the highest pixel at most 2 pixels away,
+# and a pixel belongs to a centre at most 6 pixels from where its offset points.
+_NEAR, _REACH = 2, 6.0
+# A centre is at least this high.
+_PEAK_HEIGHT = 0.2
 # Instances of fewer pixels are dropped.
 _MIN_PIXELS = 9
 # Images per call of a compiled program.
 _CHUNK = 32
-_CHANNELS = {
-    "shape": 1 + len(SHAPES),
-    "colour": len(COLOURS),
-    "texture": len(TEXTURES),
-    "centre": len(SHAPES),
-    "offset": 2,
-}
+
+# Kinds and their names. The first kind is the category, the others are attributes.
+Classes = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmenterConfig(Settings):
-    """Channels at full, 1/2, 1/4 and 1/8 resolution."""
-
+class _Sizes(Settings):
     channels: tuple[int, ...] = (24, 32, 64, 96)
 
 
-class PixelMaps(NamedTuple):
-    """Per pixel: logits of shape, colour, texture and centres, and the offset (y, x) to the centre in pixels."""
+class SegmenterConfig(NamedTuple):
+    """What the network tells apart, and its channels at full, 1/2, 1/4, ... resolution (three levels or more)."""
 
-    shape: Float[Array, "b H W shapes+1"]
-    colour: Float[Array, "b H W colours"]
-    texture: Float[Array, "b H W textures"]
-    centre: Float[Array, "b H W shapes"]
+    classes: Classes
+    channels: tuple[int, ...] = (24, 32, 64, 96)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Channels of the maps: category and background, each attribute, centres, and the offset."""
+        categories, *attributes = (len(names) for _, names in self.classes)
+        return (1 + categories, *attributes, categories, 2)
+
+    @property
+    def multiple(self) -> int:
+        """Sides of images must be multiples of this many pixels."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class PixelMaps(NamedTuple):
+    """Per pixel: logits of categories, attributes and centres, and the offset (y, x) to the centre in pixels."""
+
+    category: Float[Array, "b H W categories+1"]
+    attributes: tuple[Float[Array, "b H W values"], ...]
+    centre: Float[Array, "b H W categories"]
     offset: Float[Array, "b H W 2"]
+
+
+def scale_of(side: int) -> float:
+    """How much wider distances are than in images of 64 pixels."""
+    return max(1.0, side / 64)
 
 
 class _Block(nn.Module):
@@ -77,25 +93,30 @@ class _Block(nn.Module):
 
 
 class SegmentationNetwork(nn.Module):
-    """A U-Net at half resolution, with one block at full resolution. Sides must be multiples of 8 pixels."""
+    """A U-Net from half resolution down, with one block at full resolution."""
 
     config: SegmenterConfig
 
     @nn.compact
     def __call__(self, image: Float[Array, "b H W 3"]) -> tuple[PixelMaps, Float[Array, "b c"]]:
         """Takes images in [−1, 1]; returns the maps, and the mean of each image's deepest features."""
-        whole, first, second, third = self.config.channels
-        fine = _Block(first)(nn.Conv(first, (3, 3))(_space_to_depth(image)))
-        middle = _Block(second)(nn.Conv(second, (3, 3), strides=2)(fine))
-        coarse = nn.Conv(third, (3, 3), strides=2)(middle)
-        coarse = _Block(third)(_Block(third)(coarse))
-        middle = _Block(second)(jnp.concatenate([middle, _double(nn.Dense(second)(coarse))], axis=-1))
-        fine = _Block(first)(jnp.concatenate([fine, _double(nn.Dense(first)(middle))], axis=-1))
-        # For outlines: 88% of the outermost pixels of real instances are right with this block, 86% without.
-        pixels = nn.Conv(whole, (3, 3))(image) + _depth_to_space(nn.Dense(4 * whole)(fine))
-        maps = nn.Dense(sum(_CHANNELS.values()))(nn.silu(nn.GroupNorm(8)(_Block(whole)(pixels))))
-        cuts = np.cumsum(list(_CHANNELS.values()))[:-1]
-        return PixelMaps(*jnp.split(maps, cuts, axis=-1)), coarse.mean((1, 2))
+        whole, *levels, deepest = self.config.channels
+        x = _Block(levels[0])(nn.Conv(levels[0], (3, 3))(_space_to_depth(image)))
+        skips = [x]
+        for channels in levels[1:]:
+            x = _Block(channels)(nn.Conv(channels, (3, 3), strides=2)(x))
+            skips.append(x)
+        x = nn.Conv(deepest, (3, 3), strides=2)(x)
+        # Named in this order, as in the folders that exist: the second one is applied first.
+        last, first = _Block(deepest), _Block(deepest)
+        coarse = x = last(first(x))
+        for channels, skip in zip(reversed(levels), reversed(skips), strict=True):
+            x = _Block(channels)(jnp.concatenate([skip, _double(nn.Dense(channels)(x))], axis=-1))
+        # For outlines: 88% of the outermost pixels of real shapes are right with this block, 86% without.
+        pixels = nn.Conv(whole, (3, 3))(image) + _depth_to_space(nn.Dense(4 * whole)(x))
+        maps = nn.Dense(sum(self.config.outputs))(nn.silu(nn.GroupNorm(8)(_Block(whole)(pixels))))
+        category, *attributes, centre, offset = jnp.split(maps, np.cumsum(self.config.outputs)[:-1], axis=-1)
+        return PixelMaps(category, tuple(attributes), centre, offset), coarse.mean((1, 2))
 
 
 def _space_to_depth(x: Float[Array, "b H W c"]) -> Float[Array, "b h w 4*c"]:
@@ -114,30 +135,33 @@ def _double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
-def find_instances(maps: PixelMaps) -> list[Detection]:
+def find_instances(maps: PixelMaps, classes: Classes) -> list[Detection]:
     """The instances of one image.
 
     Args:
-        maps: of one image, without the batch axis: probabilities of shape, colour and texture, centre heights from 0 to
+        maps: of one image, without the batch axis: probabilities of category and attributes, centre heights from 0 to
             1, and offsets.
+        classes: what the channels mean.
 
     Returns:
-        Instances, highest score first. The score is the centre's height times the mean probability of its shape.
+        Instances, highest score first. The score is the centre's height times the mean probability of its category.
     """
-    shape, colour, texture, centre, offset = (np.asarray(part) for part in maps)
-    label = shape.argmax(-1)
+    category, attributes, centre, offset = jax.tree.map(np.asarray, maps)
+    scale = scale_of(max(category.shape[:2]))
+    window = 2 * round(_NEAR * scale) + 1
+    label = category.argmax(-1)
     rows, columns = np.indices(label.shape)
     seen = np.stack([rows + offset[..., 0], columns + offset[..., 1]], axis=-1)
     found = []
-    for number, name in enumerate(SHAPES):
+    for number, name in enumerate(classes[0][1]):
         heights = centre[..., number]
         pixels = np.argwhere(label == number + 1)
         if not len(pixels) or heights.max() < _PEAK_HEIGHT:
             continue
-        peaks = (heights == maximum_filter(heights, _PEAK_WINDOW)) & (heights >= _PEAK_HEIGHT)
+        peaks = (heights == maximum_filter(heights, window)) & (heights >= _PEAK_HEIGHT)
         points = np.argwhere(peaks)
         distance = np.linalg.norm(seen[tuple(pixels.T)][:, None] - points[None], axis=-1)
-        nearest = np.where(distance.min(1) <= _REACH, distance.argmin(1), -1)
+        nearest = np.where(distance.min(1) <= _REACH * scale, distance.argmin(1), -1)
         for k, point in enumerate(points):
             mine = pixels[nearest == k]
             if len(mine) < _MIN_PIXELS:
@@ -145,20 +169,20 @@ def find_instances(maps: PixelMaps) -> list[Detection]:
             mask = np.zeros(label.shape, bool)
             mask[tuple(mine.T)] = True
             (y0, x0), (y1, x1) = mine.min(0), mine.max(0) + 1
-            attributes = {
-                "colour": tuple(COLOURS)[colour[mask].mean(0).argmax()],
-                "texture": TEXTURES[texture[mask].mean(0).argmax()],
+            named = {
+                kind: names[values[mask].mean(0).argmax()]
+                for (kind, names), values in zip(classes[1:], attributes, strict=True)
             }
-            score = float(heights[tuple(point)] * shape[mask, number + 1].mean())
+            score = float(heights[tuple(point)] * category[mask, number + 1].mean())
             box = (float(x0), float(y0), float(x1 - x0), float(y1 - y0))
-            found.append(Detection(name, score, box, mask, attributes))
+            found.append(Detection(name, score, box, mask, named))
     return sorted(found, key=lambda detection: -detection.score)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _find(network: SegmentationNetwork, params: Any, images: UInt8[Array, "b H W 3"]) -> PixelMaps:
     maps, _ = network.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)
-    soft = [jax.nn.softmax(part) for part in maps[:3]]
+    soft = jax.tree.map(jax.nn.softmax, (maps.category, maps.attributes))
     return PixelMaps(*soft, jax.nn.sigmoid(maps.centre), maps.offset)
 
 
@@ -180,10 +204,11 @@ class Segmenter:
         self._network = SegmentationNetwork(config)
 
     def detect(self, images: UInt8[np.ndarray, "b H W 3"]) -> list[list[Detection]]:
-        """The instances of each image. Sides must be multiples of 8 pixels."""
+        """The instances of each image. Sides must be multiples of `config.multiple` pixels."""
         found = []
         for maps, count in self._chunks(_find, images):
-            found += [find_instances(PixelMaps(*(part[i] for part in maps))) for i in range(count)]
+            ones = (jax.tree.map(lambda part, i=i: part[i], maps) for i in range(count))
+            found += [find_instances(one, self.config.classes) for one in ones]
         return found
 
     def features(self, images: UInt8[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b c"]:
@@ -194,8 +219,9 @@ class Segmenter:
         """Runs a program on chunks of images; yields its output and the number of images in the chunk."""
         for first in range(0, len(images), _CHUNK):
             part = np.asarray(images[first : first + _CHUNK])
-            if part.shape[1] % 8 or part.shape[2] % 8:
-                raise InputError(f"image: expected sides that are multiples of 8 pixels, got {part.shape[1:3]}")
+            least = self.config.multiple
+            if part.shape[1] % least or part.shape[2] % least:
+                raise InputError(f"image: expected sides that are multiples of {least} pixels, got {part.shape[1:3]}")
             # The last chunk is padded, so that one program serves any number of images.
             padded = np.concatenate([part, np.repeat(part[-1:], _CHUNK - len(part), axis=0)])
             yield jax.device_get(program(self._network, self.params, padded)), len(part)
@@ -224,7 +250,8 @@ class Segmenter:
         """Writes config.json (with `facts` added) and params.npz (float16), replacing the folder as a whole."""
         arrays = {"/".join(key): np.asarray(leaf, np.float16) for key, leaf in flatten(self.params).items()}
         with replace_folder(folder) as new:
-            write_json(new / "config.json", {"network": self.config.to_dict(), "classes": _classes(), **facts})
+            known = {"network": {"channels": self.config.channels}, "classes": dict(self.config.classes)}
+            write_json(new / "config.json", known | facts)
             np.savez(new / "params.npz", **arrays)
 
 
@@ -232,12 +259,17 @@ def _read_config(path: Path) -> SegmenterConfig:
     values = read_json(path)
     if not isinstance(values, dict) or "network" not in values:
         raise InputError(f"{path}: network: missing; expected the config of a segmenter")
-    config = SegmenterConfig.from_dict(values["network"], f"{path}: network")
-    if len(config.channels) != 4 or any(n < 8 or n % 8 for n in config.channels):
-        raise InputError(f"{path}: network.channels: expected four multiples of 8, got {list(config.channels)}")
-    if values.get("classes") != _classes():
-        raise InputError(f"{path}: classes: expected the shapes, colours and textures of projects/shapes/drawing.py")
-    return config
+    channels = _Sizes.from_dict(values["network"], f"{path}: network").channels
+    if len(channels) < 3 or any(n < 8 or n % 8 for n in channels):
+        raise InputError(f"{path}: network.channels: expected three multiples of 8 or more, got {list(channels)}")
+    classes = values.get("classes")
+    if not isinstance(classes, dict) or not classes or not all(_are_names(names) for names in classes.values()):
+        raise InputError(f"{path}: classes: expected lists of names by kind, as a segmenter's folder has them")
+    return SegmenterConfig(tuple((kind, tuple(names)) for kind, names in classes.items()), channels)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def _read_arrays(path: Path) -> dict[tuple[str, ...], Float[np.ndarray, "..."]]:
@@ -251,13 +283,9 @@ def _read_arrays(path: Path) -> dict[tuple[str, ...], Float[np.ndarray, "..."]]:
 
 def init_params(config: SegmenterConfig, key: jax.Array) -> dict[str, Any]:
     """Random initial parameters."""
-    return SegmentationNetwork(config).init(key, jnp.zeros((1, 8, 8, 3)))["params"]
+    return SegmentationNetwork(config).init(key, jnp.zeros((1, config.multiple, config.multiple, 3)))["params"]
 
 
 def init_shapes(config: SegmenterConfig) -> dict[str, Any]:
     """The shapes of the parameters."""
     return jax.eval_shape(functools.partial(init_params, config), jax.eval_shape(lambda: jax.random.key(0)))
-
-
-def _classes() -> dict[str, list[str]]:
-    return {"shape": list(SHAPES), "colour": list(COLOURS), "texture": list(TEXTURES)}
