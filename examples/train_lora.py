@@ -35,9 +35,9 @@ from instdiff_jax.models.regions import region_bits  # noqa: E402
 from instdiff_jax.training.settings import TrainSettings  # noqa: E402
 from instdiff_jax.training.step import diffusion_loss, row_keys  # noqa: E402
 from instdiff_jax.tree import flatten, unflatten  # noqa: E402
+from projects.common.segmenter import Segmenter  # noqa: E402
 from projects.shapes.render import write_coco  # noqa: E402
 from projects.shapes.scenes import render_scene  # noqa: E402
-from projects.shapes.segmenter import Segmenter  # noqa: E402
 from projects.shapes.worlds import WORLDS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
