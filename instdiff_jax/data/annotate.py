@@ -1,4 +1,4 @@
-"""Pictures without labels become a COCO folder: boxes by phrases, masks by boxes, captions by crops.
+"""Pictures without labels become a COCO folder: boxes by phrases or your own, masks by boxes, captions by crops.
 
 The paper's training data were made so (section 4: tags, Grounding DINO's boxes, SAM's masks, BLIP-2's captions). A
 picture's annotations are one JSON file in OUTPUT/records, so a run goes on where it was left, and processes share it.
@@ -7,22 +7,24 @@ picture's annotations are one JSON file in OUTPUT/records, so a run goes on wher
 import dataclasses
 import html
 import io
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
+from instdiff_jax.data.build_coco import make_instance
 from instdiff_jax.data.importers.records import scene_of_values
-from instdiff_jax.data.importers.scene import Options, Scene, is_image
-from instdiff_jax.data.importers.write import write_scenes
+from instdiff_jax.data.importers.scene import Item, Options, Scene, is_image
+from instdiff_jax.data.importers.write import IMPORTERS, mask_box, write_scenes
 from instdiff_jax.data.report import Report
 from instdiff_jax.data.vision import Answerer, BoxSegmenter, Captioner, Found, Grounder, Pixels, keep_best
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json, write_file, write_json, write_text
-from instdiff_jax.geometry.masks import encode_mask
+from instdiff_jax.geometry.checks import read_text
+from instdiff_jax.geometry.masks import RLE, encode_mask
 from instdiff_jax.images import open_image
 from instdiff_jax.paths import output_path, read_file
 
@@ -33,8 +35,29 @@ TAGS_QUESTION = (
 _MARGIN = 0.05  # around a crop, in parts of the box's sides
 
 
+class Picture(NamedTuple):
+    """A picture to annotate.
+
+    Attributes:
+        image: its file, or the file's content.
+        name: its path in the folder of its split's images.
+        split: the split's name.
+        scene: with boxes of its own; None to look for some.
+    """
+
+    image: Path | bytes
+    name: str
+    split: str
+    scene: Scene | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The path of its record without the suffix; two splits may have pictures of one name."""
+        return (*((self.split,) if self.scene else ()), *PurePosixPath(self.name).parts)
+
+
 class Models(NamedTuple):
-    """What annotates; only a grounder is needed where tags are given.
+    """What annotates; only a grounder is needed where tags are given, and none where pictures have boxes.
 
     Attributes:
         grounder: finds boxes.
@@ -43,7 +66,7 @@ class Models(NamedTuple):
         answerer: names what is in a picture, where no tags are given.
     """
 
-    grounder: Grounder
+    grounder: Grounder | None = None
     segmenter: BoxSegmenter | None = None
     captioner: Captioner | None = None
     answerer: Answerer | None = None
@@ -66,23 +89,35 @@ class AnnotateSettings:
     max_overlap: float = 0.7
 
 
-def find_pictures(folder: Path) -> list[Path]:
+def find_pictures(folder: Path, split: str = "train") -> list[Picture]:
     """The pictures of a folder and below it, in order."""
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and is_image(path)]
-    if not found:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and is_image(path)]
+    if not paths:
         raise InputError(f"{folder}: expected pictures, found none")
-    return found
+    return [Picture(path, path.relative_to(folder).as_posix(), split) for path in paths]
 
 
-def record_path(output: Path, folder: Path, picture: Path) -> Path:
+def find_scenes(kind: str, source: Path, options: Options) -> tuple[list[Picture], Report]:
+    """The pictures of a dataset of another tool, which have boxes; and what of it was left out."""
+    if not source.exists():
+        raise InputError(f"{source}: missing")
+    report = Report()
+    found = [
+        Picture(scene.image, scene.name, split, scene) for split, scene in IMPORTERS[kind](source, options, report)
+    ]
+    if not found:
+        raise InputError(f"{source}: expected pictures of a {kind} dataset, found none")
+    return found, report
+
+
+def record_path(output: Path, picture: Picture) -> Path:
     """The file of a picture's annotations."""
-    *parents, name = picture.relative_to(folder).parts
+    *parents, name = picture.parts
     return output_path(output / "records", *parents, f"{name}.json")
 
 
 def annotate_all(
-    folder: Path,
-    pictures: Sequence[Path],
+    pictures: Sequence[Picture],
     output: Path,
     models: Models,
     settings: AnnotateSettings,
@@ -91,7 +126,7 @@ def annotate_all(
     """Annotates the pictures that have no record yet; returns their number."""
     made = 0
     for picture in pictures:
-        path = record_path(output, folder, picture)
+        path = record_path(output, picture)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, annotate(picture, models, settings), None)
@@ -100,30 +135,84 @@ def annotate_all(
     return made
 
 
-def annotate(picture: Path, models: Models, settings: AnnotateSettings) -> dict[str, Any]:
-    """One picture's annotations as COCO's rows, its caption, and what was dropped and why."""
+def annotate(picture: Picture, models: Models, settings: AnnotateSettings) -> dict[str, Any]:
+    """One picture's annotations as COCO's rows, its captions, and what was dropped and why."""
     try:
-        image = np.asarray(open_image(read_file(picture)))
+        image = open_picture(picture)
     except ValueError as error:  # an InputError is one too
         return {"error": str(error)}
     height, width = image.shape[:2]
-    tags = list(settings.tags) or ask_tags(image, models)
-    rows, dropped = find_instances(image, tags, models.grounder, settings)
-    annotations = []
-    for tag, score, box in rows:
-        x0, y0, x1, y1 = box
-        row: dict[str, Any] = {"category": tag, "score": score, "bbox": [x0, y0, x1 - x0, y1 - y0]}
-        if models.segmenter is not None:
-            mask = np.asarray(models.segmenter.segment(image, box), bool)
-            if mask.any():
-                row["segmentation"] = encode_mask(mask)
-            else:
-                dropped.append({"what": f"the mask of {tag}", "reason": "no pixel"})
-        if models.captioner is not None:
-            row["caption"] = models.captioner.caption(crop(image, box))
-        annotations.append(row)
-    caption = models.captioner.caption(image) if models.captioner is not None else ", ".join(dict.fromkeys(tags))
-    return {"width": width, "height": height, "caption": caption, "annotations": annotations, "dropped": dropped}
+    captions: Sequence[str] = ()
+    if picture.scene is None:
+        tags = list(settings.tags) or ask_tags(image, models)
+        rows, dropped = find_instances(image, tags, models.grounder, settings)
+    else:
+        rows, dropped = own_instances(picture.scene, width, height)
+        captions, tags = picture.scene.captions, [row["category"] for row in rows]
+    for row in rows:
+        if not row.get("iscrowd"):
+            complete(row, image, models, dropped)
+    if not captions:
+        own = models.captioner.caption(image) if models.captioner is not None else ", ".join(dict.fromkeys(tags))
+        captions = [own] if own else []
+    return {"width": width, "height": height, "captions": captions, "annotations": rows, "dropped": dropped}
+
+
+def open_picture(picture: Picture) -> Pixels:
+    """A picture upright, or as its boxes expect it; ValueError for one that cannot be read or has another size."""
+    data = picture.image if isinstance(picture.image, bytes) else read_file(picture.image)
+    size = picture.scene.size if picture.scene else None
+    image = open_image(data, size)
+    if size and image.size != size:
+        raise InputError(f"expected {size[0]}x{size[1]} pixels as annotated, got {image.width}x{image.height}")
+    return np.asarray(image)
+
+
+def complete(row: dict[str, Any], image: Pixels, models: Models, dropped: list[dict[str, str]]) -> None:
+    """Adds a mask and a caption to a row that has none, where there are models for them."""
+    x, y, w, h = row["bbox"]
+    box = [x, y, x + w, y + h]
+    if models.segmenter is not None and not row.get("segmentation"):
+        mask = np.asarray(models.segmenter.segment(image, box), bool)
+        if mask.any():
+            row["segmentation"] = encode_mask(mask)
+        else:
+            dropped.append({"what": f"the mask of {row['category']}", "reason": "no pixel"})
+    if models.captioner is not None and not row.get("caption"):
+        row["caption"] = models.captioner.caption(crop(image, box))
+
+
+def own_instances(scene: Scene, width: int, height: int) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """The instances that a picture comes with as COCO's rows; what cannot be used, with the reason."""
+    rows, dropped = [], []
+    try:
+        items = scene.items(width, height)
+    except InputError as error:
+        return [], [{"what": "annotations", "reason": str(error)}]
+    for item in items:
+        try:
+            row, remark = own_row(item, width, height)
+        except InputError as error:
+            dropped.append({"what": "annotation", "reason": str(error)})
+            continue
+        rows.append(row)
+        dropped += [{"what": "mask", "reason": remark}] if remark else []
+    return rows, dropped
+
+
+def own_row(item: Item | InputError, width: int, height: int) -> tuple[dict[str, Any], str]:
+    """One instance that a picture comes with, and a remark on a mask that cannot be used; InputError for a bad one."""
+    if isinstance(item, InputError):
+        raise item
+    category = " ".join(read_text(item.category, f"{item.where}: category").split())
+    box = item.box if item.box is not None else mask_box(item.mask, width, height, f"{item.where}.mask")
+    instance, remark = make_instance(box, item.mask, (width, height), category, item.where, "mask")
+    row: dict[str, Any] = {"category": category, "bbox": [round(float(edge), 3) for edge in instance.box]}
+    if instance.mask:
+        row["segmentation"] = RLE((height, width), instance.mask.decode("ascii")).to_dict()
+    if item.caption.strip():
+        row["caption"] = " ".join(item.caption.split())
+    return row | ({"iscrowd": 1} if item.crowd else {}), remark
 
 
 def ask_tags(image: Pixels, models: Models) -> list[str]:
@@ -134,9 +223,10 @@ def ask_tags(image: Pixels, models: Models) -> list[str]:
 
 
 def find_instances(
-    image: Pixels, tags: Sequence[str], grounder: Grounder, settings: AnnotateSettings
-) -> tuple[list[tuple[str, float, list[float]]], list[dict[str, str]]]:
-    """Tag, score and box x0, y0, x1, y1 of what stays, highest score first; what was dropped, with the reason."""
+    image: Pixels, tags: Sequence[str], grounder: Grounder | None, settings: AnnotateSettings
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Category, score and bbox of what stays, highest score first; what was dropped, with the reason."""
+    assert grounder is not None
     height, width = image.shape[:2]
     names, boxes, scores, dropped = [], [], [], []
     for tag in tags:
@@ -158,8 +248,11 @@ def find_instances(
     for i in sorted(set(range(len(boxes))) - set(kept)):
         dropped.append({"what": names[i], "reason": f"overlaps a better box by more than {settings.max_overlap}"})
     dropped += [{"what": names[i], "reason": f"more than {MAX_INSTANCES} instances"} for i in kept[MAX_INSTANCES:]]
-    chosen = kept[:MAX_INSTANCES]
-    return [(names[i], round(scores[i], 4), [round(float(edge), 2) for edge in boxes[i]]) for i in chosen], dropped
+    rows = []
+    for i in kept[:MAX_INSTANCES]:
+        x0, y0, x1, y1 = (round(float(edge), 2) for edge in boxes[i])
+        rows.append({"category": names[i], "score": round(scores[i], 4), "bbox": [x0, y0, x1 - x0, y1 - y0]})
+    return rows, dropped
 
 
 def crop(image: Pixels, box: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:
@@ -171,47 +264,56 @@ def crop(image: Pixels, box: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:
     return image[top : max(int(min(y1 + dy, height)), top + 1), left : max(int(min(x1 + dx, width)), left + 1)]
 
 
-def write_coco(folder: Path, pictures: Sequence[Path], output: Path, split: str) -> tuple[dict, Report]:
-    """Makes OUTPUT/coco of all records; InputError if a picture has none yet."""
-    report = Report()
+def write_coco(
+    pictures: Sequence[Picture], output: Path, source: Mapping[str, str], report: Report | None = None
+) -> tuple[dict, Report]:
+    """Makes OUTPUT/coco of all records, with a report of what was left out, added to one that there is.
+
+    Args:
+        pictures: all pictures; InputError if one has no record yet.
+        output: the annotations' folder.
+        source: what report.json says of the pictures.
+        report: what was left out before.
+    """
+    report = report or Report()
 
     def scenes() -> Iterator[tuple[str, Scene]]:
         for picture in pictures:
-            path, name = record_path(output, folder, picture), picture.relative_to(folder).as_posix()
+            path = record_path(output, picture)
             values = read_json(path)
             if "error" in values:
-                report.skip("image", split, name, str(values["error"]))
+                report.skip("image", picture.split, picture.name, str(values["error"]))
                 continue
             for entry in values.get("dropped", []):
-                report.note("instance", split, name, f"{entry['what']}: {entry['reason']}")
-            captions = (values["caption"],) if values.get("caption") else ()
-            yield split, scene_of_values(picture, name, values, captions, str(path), Options())
+                report.note("instance", picture.split, picture.name, f"{entry['what']}: {entry['reason']}")
+            captions = tuple(values.get("captions", ()))
+            yield picture.split, scene_of_values(picture.image, picture.name, values, captions, str(path), Options())
 
-    source = {"kind": "annotate", "source": str(folder.absolute())}
     return write_scenes(scenes(), output / "coco", report, source, overwrite=True), report
 
 
-def write_page(folder: Path, pictures: Sequence[Path], output: Path, count: int = 48) -> None:
+def write_page(pictures: Sequence[Picture], output: Path, count: int = 48) -> None:
     """OUTPUT/page.html with some pictures, their boxes and captions, to look at."""
     step = max(1, len(pictures) // count)
     parts = ["<!doctype html><meta charset='utf-8'><title>Annotations</title>"]
     parts.append("<style>body{font:14px sans-serif}figure{display:inline-block;width:320px;vertical-align:top}</style>")
     (output / "page").mkdir(exist_ok=True)
     for number, picture in enumerate(list(pictures)[::step][:count]):
-        values = read_json(record_path(output, folder, picture))
+        values = read_json(record_path(output, picture))
         if "error" in values:
             continue
-        image = open_image(read_file(picture))
+        image = Image.fromarray(open_picture(picture))
         draw = ImageDraw.Draw(image)
         lines = []
         for row in values["annotations"]:
             x, y, w, h = row["bbox"]
             draw.rectangle((x, y, x + w, y + h), outline=(255, 0, 90), width=max(1, image.width // 200))
-            lines.append(f"{row['category']} {row['score']:.2f}: {row.get('caption', '')}")
+            score = f" {row['score']:.2f}" if "score" in row else ""
+            lines.append(f"{row['category']}{score}: {row.get('caption', '')}")
         image.thumbnail((320, 320))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG")
         write_file(output / "page" / f"{number}.jpg", lambda file, data=buffer.getvalue(): file.write(data), sync=False)
-        text = "<br>".join(html.escape(line) for line in [values["caption"], *lines])
+        text = "<br>".join(html.escape(line) for line in [*values["captions"][:1], *lines])
         parts.append(f"<figure><img src='page/{number}.jpg' alt=''><figcaption>{text}</figcaption></figure>")
     write_text(output / "page.html", "\n".join(parts))

@@ -1,14 +1,16 @@
 """Pictures without labels: stand-in models of known answers, runs in several goes, tiny real models."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from importer_cases import HEIGHT, MAKERS, SCENES, WIDTH
 from PIL import Image
 
-from instdiff_jax.cli.annotate import main
+from instdiff_jax.cli.annotate import OWN, main
 from instdiff_jax.coco import Coco
-from instdiff_jax.data.annotate import AnnotateSettings, Models, annotate, ask_tags, find_instances
+from instdiff_jax.data.annotate import AnnotateSettings, Models, annotate, ask_tags, find_instances, find_pictures
 from instdiff_jax.data.build_coco import build
 from instdiff_jax.data.vision import Found
 from instdiff_jax.errors import InputError
@@ -124,7 +126,7 @@ def test_small_boxes_and_the_31st_are_dropped_and_named():
             return Found(boxes, np.linspace(0.9, 0.5, 33))
 
     rows, dropped = find_instances(np.zeros((24, 64, 3), np.uint8), ["x"], Many(), AnnotateSettings())
-    assert len(rows) == 30 and rows[0] == ("x", 0.9, [0, 0, 2, 8])
+    assert len(rows) == 30 and rows[0] == {"category": "x", "score": 0.9, "bbox": [0, 0, 2, 8]}
     reasons = [entry["reason"] for entry in dropped]
     assert reasons == ["area 0.0007 of the picture, below 0.005", *["more than 30 instances"] * 2]
 
@@ -133,9 +135,9 @@ def test_tags_are_asked_for_once_each(tmp_path):
     make_pictures(tmp_path / "pictures")
     image = np.zeros((8, 8, 3), np.uint8)
     assert ask_tags(image, Models(Sees(), answerer=Sees())) == ["red thing", "blue thing"]
-    values = annotate(tmp_path / "pictures/0.png", Models(Sees(), answerer=Sees()), AnnotateSettings())
+    values = annotate(find_pictures(tmp_path / "pictures")[0], Models(Sees(), answerer=Sees()), AnnotateSettings())
     assert [row["category"] for row in values["annotations"]] == ["red thing", "blue thing"]
-    assert values["caption"] == "red thing, blue thing" and "segmentation" not in values["annotations"][0]
+    assert values["captions"] == ["red thing, blue thing"] and "segmentation" not in values["annotations"][0]
 
 
 def test_bad_flags_are_one_line(tmp_path):
@@ -150,3 +152,78 @@ def test_bad_flags_are_one_line(tmp_path):
     with pytest.raises(InputError, match="not one instance can be used"):
         main([*flags, "--tags", "nothing"])
     assert not (tmp_path / "out/coco").exists() and json.loads((tmp_path / "out/settings.json").read_text())
+
+
+class Whole:
+    """Masks the whole box and says what size it has; counts how often it is asked."""
+
+    asked = 0
+
+    def segment(self, image, box):
+        type(self).asked += 1
+        mask = np.zeros(image.shape[:2], bool)
+        x0, y0, x1, y1 = map(round, box)
+        mask[y0:y1, x0:x1] = True
+        return mask
+
+    def caption(self, image):
+        return f"something of {image.shape[1]}x{image.shape[0]}"
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_boxes_of_your_own_get_masks_and_captions(kind, tmp_path, capsys):
+    MAKERS[kind](tmp_path / "source")
+    here = f"python:{__name__}:Whole"
+    flags = ["--from", kind, "--input", f"{tmp_path}/source", "--output", f"{tmp_path}/out"]
+    main([*flags, "--segmenter", here, "--captioner", here])
+    assert "2 pictures annotated" in capsys.readouterr().out
+    (path,) = (tmp_path / "out/coco/annotations").glob("instances_*.json")
+    coco = Coco(path, path.with_name(path.name.replace("instances", "captions")))
+    names = {Path(coco.file_name(image_id)).stem: image_id for image_id in coco.image_ids}
+    for name, things in SCENES.items():
+        rows = coco.annotations(names[name])
+        assert [(row.category, row.box) for row in rows] == [
+            (category, pytest.approx(box, abs=0.6)) for category, box in things
+        ]
+        for row, (_, box) in zip(rows, things, strict=True):
+            mask = decode_mask(row.values["segmentation"], HEIGHT, WIDTH, "")
+            assert abs(int(mask.sum()) - box[2] * box[3]) <= box[2] + box[3]
+        assert coco.captions[names[name]]
+
+
+def test_what_boxes_come_with_is_kept(tmp_path):
+    """COCO's own captions and masks stay (a crop has a margin); a crowd stays a crowd; what cannot be used is named."""
+    MAKERS["coco"](tmp_path / "source")
+    path = tmp_path / "source/annotations/instances_train.json"
+    values = json.loads(path.read_text())
+    first, second, third = values["annotations"]
+    first["caption"], second["iscrowd"], third["segmentation"] = "a big red cat", 1, []
+    values["annotations"].append(dict(third, id=9, bbox=[500, 500, 4, 4]))
+    path.write_text(json.dumps(values))
+    here, Whole.asked = f"python:{__name__}:Whole", 0
+    flags = ["--from", "coco", "--input", f"{tmp_path}/source", "--output", f"{tmp_path}/out"]
+    main([*flags, "--segmenter", here, "--captioner", here])
+    assert Whole.asked == 1, "only one has no mask"
+    coco = Coco(tmp_path / "out/coco/annotations/instances_train.json")
+    cat, crowd, dog = (row for image_id in coco.image_ids for row in coco.annotations(image_id))
+    assert cat.caption == "a big red cat" and crowd.is_crowd and crowd.caption == "dog"
+    assert dog.caption == "something of 16x9" and dog.values["segmentation"]["size"] == [HEIGHT, WIDTH]
+    captions = read_json(tmp_path / "out/coco/annotations/captions_train.json")["annotations"]
+    assert [row["caption"] for row in captions] == ["a red cat beside a dog", "one dog"]
+    (note,) = read_json(tmp_path / "out/coco/report.json")["notes"]
+    assert "expected a box on the image of 80x64 pixels" in note["note"]
+
+
+def test_flags_that_do_not_go_with_boxes_of_your_own_are_one_line(tmp_path):
+    MAKERS["yolo"](tmp_path / "source")
+    flags = ["--from", "yolo", "--output", f"{tmp_path}/out"]
+    with pytest.raises(InputError, match="--input: expected the dataset that --from names"):
+        main(flags)
+    with pytest.raises(InputError, match="--tags: cannot be used with --from"):
+        main([*flags, "--input", f"{tmp_path}/source", "--tags", "cat"])
+    with pytest.raises(InputError, match="--names: only means something with --from"):
+        main(["--output", "x", "--names", "names.txt"])
+    with pytest.raises(InputError, match="--images: expected a folder of pictures, or --from"):
+        main(["--output", "x", "--detector", "python:a:b", "--tags", "cat"])
+    with pytest.raises(InputError, match="nowhere: missing"):
+        main([*flags, "--input", f"{tmp_path}/nowhere"])

@@ -14,7 +14,7 @@ from typing import Any
 from instdiff_jax.data.importers.scene import Item, Options, Scene, attempt, is_image, item_of_corners
 from instdiff_jax.data.report import Report
 from instdiff_jax.errors import InputError, short
-from instdiff_jax.geometry.checks import is_list, plain_integer, read_numbers, read_text
+from instdiff_jax.geometry.checks import is_list, plain_integer, read_flag, read_numbers, read_text
 from instdiff_jax.paths import inside, read_file
 
 _CAPTIONS = ("caption", "text", "txt", "prompt")
@@ -167,9 +167,8 @@ def _annotation(one: Any, where: str, options: Options) -> Item:
         raise InputError(f"{where}: expected an object, got {short(one)}")
     given = next((one[key] for key in ("category", "label", "category_name", "category_id") if key in one), None)
     caption = read_text(one.get("caption") or "", f"{where}.caption", empty=True)
-    return Item(
-        where, _category(given, f"{where}.category", options), one.get("bbox"), one.get("segmentation"), caption
-    )
+    category, crowd = _category(given, f"{where}.category", options), read_flag(one.get("iscrowd"), f"{where}.iscrowd")
+    return Item(where, category, one.get("bbox"), one.get("segmentation"), caption, crowd)
 
 
 def _objects(objects: Any, where: str, options: Options) -> list:
