@@ -1,5 +1,6 @@
 """Sampling against the official code's latents and pictures: the sampler, the pipeline and the command."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parity_checks import SAMPLER, params_of
+from parity_checks import CHECKS, SAMPLER, params_of
 from pictures import official_pixels, sampling_settings, small_checkpoint
 
 from common import channels_last, parity, relative_error
@@ -20,9 +21,18 @@ def test_latents_equal_the_official_samplers(check):
     assert check.measure() <= check.tolerance
 
 
-@pytest.mark.parametrize("check", params_of("end_to_end_small_box", "end_to_end_small_mask"))
-def test_pipeline_equals_the_official_one(check):
-    assert check.measure() <= check.tolerance
+def groups(*files):
+    """The checks of one file and cost together: they share pictures, which another process would draw again."""
+    for file, cost in itertools.product(files, ("fast", "slow")):
+        checks = [check for check in CHECKS if (check.file, check.cost) == (file, cost)]
+        if checks:
+            yield pytest.param(checks, marks=() if cost == "fast" else pytest.mark.slow, id=f"{file}-{cost}")
+
+
+@pytest.mark.parametrize("checks", groups("end_to_end_small_box", "end_to_end_small_mask"))
+def test_pipeline_equals_the_official_one(checks):
+    far = {check.entry: check.measure() for check in checks}
+    assert all(far[check.entry] <= check.tolerance for check in checks), far
 
 
 @pytest.mark.slow
