@@ -1,0 +1,106 @@
+"""Projections and feed-forwards on a CPU, ours and PyTorch's in turn in one process.
+
+    python -m benchmarks.projections
+
+The shapes are the full model's at 512×512: two latents, as guidance has them. Float32. XLA's flags change the products
+of ours, for example XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=invalid.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks.tables import machine_facts
+from instdiff_jax.models import layers
+
+# Tokens of two latents and channels, by level.
+LEVELS = ((8192, 320), (2048, 640), (512, 1280))
+# Tokens, channels in and out: attention's, and those of the feed-forward; then the text's keys and values.
+PRODUCTS = [(n, i * c, o * c) for n, c in LEVELS for i, o in ((1, 1), (1, 8), (4, 1))] + [(154, 768, 1280)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each; the median is printed")
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    facts = machine_facts()
+    versions = f"jax {facts['jax']}, torch {facts['torch']}"
+    print(f"{facts['device']}, {facts['cores']} cores, {versions}, load {facts['load']}\n")
+    print("| tokens × in × out | ours, ms | PyTorch, ms | ours / PyTorch |\n| --- | --- | --- | --- |")
+    total = np.zeros(2)
+    for n, i, o in PRODUCTS:
+        ours, pytorch = in_turn(product(n, i, o), repeats)
+        total += ours, pytorch
+        print(f"| {n} × {i} × {o} | {ours:.1f} | {pytorch:.1f} | {ours / pytorch:.2f} |", flush=True)
+    print(f"| sum | {total[0]:.1f} | {total[1]:.1f} | {total[0] / total[1]:.2f} |\n")
+    head = "| feed-forward, tokens × channels | at once, ms | ours, ms | PyTorch, at once, ms | ours / PyTorch |"
+    print(f"{head}\n| --- | --- | --- | --- | --- |")
+    for n, c in LEVELS:
+        whole, ours, pytorch = in_turn(feed_forward(n, c), repeats)
+        print(f"| {n} × {c} | {whole:.1f} | {ours:.1f} | {pytorch:.1f} | {ours / pytorch:.2f} |", flush=True)
+
+
+def in_turn(sides: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median milliseconds of each, run one after the other `repeats` times."""
+    times: list[list[float]] = [[] for _ in sides]
+    for turn in range(1 + repeats):
+        for side, taken in zip(sides, times, strict=True):
+            start = time.perf_counter()
+            side()
+            taken += [1e3 * (time.perf_counter() - start)] * (turn > 0)  # the first one compiles
+    return list(map(statistics.median, times))
+
+
+def product(n: int, i: int, o: int) -> list[Callable[[], object]]:
+    rng = np.random.default_rng(0)
+    x, weights, bias = (rng.standard_normal(size, np.float32) for size in ((n, i), (i, o), (o,)))
+    return [ours(lambda x, w, b: x @ w + b, x, weights, bias), theirs(torch.nn.Linear(i, o), x)]
+
+
+def feed_forward(n: int, c: int) -> list[Callable[[], object]]:
+    x = np.random.default_rng(0).standard_normal((2, n // 2, c), np.float32)
+    layer = layers.GEGLU(c, jnp.float32)
+    params = layer.init(jax.random.key(0), x)
+    with mock.patch.object(layers, "feeds_in_parts", lambda shape: False):
+        whole = ours(layer.apply, params, x)
+
+    class GEGLU(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.outside = torch.nn.Linear(c, 8 * c), torch.nn.Linear(4 * c, c)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            value, gate = self.inside(x).chunk(2, dim=-1)
+            return self.outside(value * torch.nn.functional.gelu(gate))
+
+    return [whole, ours(layer.apply, params, x), theirs(GEGLU(), x)]
+
+
+def ours(function: Callable, *given: object) -> Callable[[], object]:
+    """A call of the compiled function."""
+    arrays = jax.tree.map(jnp.asarray, given)
+    run = jax.jit(lambda *args: function(*args)).lower(*arrays).compile()
+    return lambda: jax.block_until_ready(run(*arrays))
+
+
+def theirs(module: torch.nn.Module, x: np.ndarray) -> Callable[[], object]:
+    given = torch.from_numpy(x)
+
+    @torch.no_grad()
+    def run() -> object:
+        return module(given)
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
