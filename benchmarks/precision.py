@@ -19,7 +19,7 @@ from benchmarks import models, tables
 from benchmarks.tables import Column
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 
-TYPES = ("float32", "bfloat16", "int8")
+TYPES = ("float32", "bfloat16", "int8", "fp8")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

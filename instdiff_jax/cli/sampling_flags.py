@@ -9,8 +9,8 @@ from instdiff_jax.cli.parser import local_path
 from instdiff_jax.config import PRESETS, SamplingConfig, with_preset
 from instdiff_jax.errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
-DTYPE_HELP = "default: float32 on a CPU, else bfloat16; int8: the UNet's projections in 8-bit integers, else bfloat16"
+DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
+DTYPE_HELP = "default: float32 on a CPU, else bfloat16; int8 and fp8: the UNet's projections in 8 bits, else bfloat16"
 HELP = {
     "steps": "solver steps",
     "sampler": "the solver",

@@ -21,8 +21,9 @@ from instdiff_jax.copies import local_copy
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.tokenizer import Tokenizer
 
-# What networks compute in, by name. With int8 the UNet's products are of 8-bit integers, and the rest is bfloat16.
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "int8": jnp.bfloat16}
+# What networks compute in, by name. With int8 and fp8 the UNet's products are in 8 bits, and the rest is bfloat16.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES |= dict.fromkeys(("int8", "fp8"), jnp.bfloat16)
 
 
 class Model(NamedTuple):

@@ -110,7 +110,7 @@ class Pipeline:
 
         Args:
             path: the folder.
-            dtype: float32, bfloat16 (default; on CPUs float32), float16, or int8 for the UNet's projections alone.
+            dtype: float32, bfloat16 (default; on CPUs float32), float16, or int8 or fp8 for the UNet's projections.
             mesh: with axes data and fsdp; rows are split over both. None: one device.
             max_rows: rows denoised at a time per device; more run one after another. None: as many as suit it.
             verify: compare the files with their checksums while they are read.
@@ -342,7 +342,7 @@ class Pipeline:
     @property
     def predict_noise(self) -> programs.NoisePredictor:
         """The UNet as the denoising loop takes it."""
-        return programs.NoisePredictor(self.networks.unet, int8=self.dtype == "int8")
+        return programs.noise_predictor(self.networks.unet, self.dtype)
 
     @property
     def matmul_precision(self) -> str:

@@ -23,7 +23,7 @@ from instdiff_jax import grounding as groundings
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.models.autoencoder import Autoencoder
 from instdiff_jax.models.clip_text import CLIPTextEncoder
-from instdiff_jax.models.int8 import products
+from instdiff_jax.models.eight_bits import MOST, products
 from instdiff_jax.models.tiny_decoder import TinyDecoder
 from instdiff_jax.models.unet import Conditions, UNet
 from instdiff_jax.models.unifusion import UniFusion
@@ -57,11 +57,11 @@ def make_networks(config: ModelConfig, dtype: Any) -> SamplingNetworks:
 class NoisePredictor:
     """The UNet as diffusion/loop.py takes it; equal for equal networks, so that programs are shared.
 
-    With `int8` its projections are products of 8-bit integers, see models/int8.py.
+    With `eight_bits`, "int8" or "fp8", its projections are products of 8-bit numbers, see models/eight_bits.py.
     """
 
     unet: UNet
-    int8: bool = False
+    eight_bits: str | None = None
 
     def __call__(self, params, *inputs):
         return self._apply(params, inputs)
@@ -75,8 +75,13 @@ class NoisePredictor:
         return self._apply(params, inputs, "finish")
 
     def _apply(self, params, inputs, method=None):
-        with nn.intercept_methods(products) if self.int8 else contextlib.nullcontext():
+        with nn.intercept_methods(products(self.eight_bits)) if self.eight_bits else contextlib.nullcontext():
             return self.unet.apply({"params": params}, *inputs, method=method)
+
+
+def noise_predictor(unet: UNet, dtype: str) -> NoisePredictor:
+    """Of a pipeline whose `dtype` has this name."""
+    return NoisePredictor(unet, dtype if dtype in MOST else None)
 
 
 def encode_text(

@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--size", type=int, default=64, help="side of the images in pixels (default 64)")
     add("--steps", type=int, help="solver steps, unless a row sets them (default: the checkpoint's)")
     add("--minutes", type=float, help="stop after this many minutes")
-    add("--dtype", choices=("float32", "bfloat16", "float16", "int8"), help="default: float32 on a CPU")
+    add("--dtype", choices=("float32", "bfloat16", "float16", "int8", "fp8"), help="default: float32 on a CPU")
     add("--max_rows", type=int, help="latents denoised at a time; fewer need less memory")
     args = parser.parse_args(argv)
     if args.docs is None:
