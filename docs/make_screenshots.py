@@ -121,6 +121,7 @@ def main() -> None:
             generate(page)
             page.click(".instances .name >> nth=3")
             page.locator("#status:not(.shown)").wait_for(state="attached")
+            page.evaluate("scrollTo(0, 0)")  # a phone had scrolled down to the list
             file = FIGURES / f"{name}.png"
             page.screenshot(path=file)
             Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)

@@ -36,7 +36,8 @@ def write_study(results: Mapping[str, Any], docs: Path) -> None:
 def merge_tables(results: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """The results with the tables of another run of the same checkpoint, which then say where they come from.
 
-    A row that the other run has not measured stays as it was, with its number of images in its label.
+    A row that the other run has not measured stays as it was, with its number of images in its label; one that
+    neither has measured is left out.
     """
     made = other["made"]
     if made["checkpoint"] != results["made"]["checkpoint"]:
@@ -44,10 +45,12 @@ def merge_tables(results: Mapping[str, Any], other: Mapping[str, Any]) -> dict[s
     apart = {"command": made["command"], "device": made["machine"]["device"]}
     tables = dict(results["tables"])
     for name, table in other["tables"].items():
-        old = {row["label"]: row for row in tables[name]["rows"] if row["seeds"]} if name in tables else {}
-        old = {label: row | {"label": f"{label} ({row['images']} images)"} for label, row in old.items()}
+        old = {}
+        for row in tables[name]["rows"] if name in tables else ():
+            images = f" ({row['images']} images)"
+            old[row["label"].removesuffix(images)] = row | {"label": row["label"].removesuffix(images) + images}
         rows = [row if row["seeds"] else old.get(row["label"], row) for row in table["rows"]]
-        tables[name] = table | apart | {"rows": rows}
+        tables[name] = table | apart | {"rows": [row for row in rows if row["seeds"]]}
     return {**results, "tables": tables}
 
 

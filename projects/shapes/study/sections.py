@@ -134,7 +134,7 @@ SECTIONS: dict[str, Section] = {
         "TCD are left out: they are for distilled models.",
         tuple(
             Row(f"{sampler}, {steps}", sampling={"sampler": sampler, "steps": steps})
-            for steps in (8, 4, 10, 20, 50)
+            for steps in (4, 8, 10, 20, 50)
             for sampler in ("ddim", "dpm++", "dpm++sde", "unipc", "euler", "euler_a", "heun", "plms")
         ),
         _SHORT,

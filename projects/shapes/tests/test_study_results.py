@@ -144,6 +144,11 @@ def test_tables_of_another_run_say_where_they_come_from():
     rows = merged["tables"]["solvers"]["rows"]
     assert [row["images"] for row in rows] == [24, 40, *[24] * (len(rows) - 2)]
     assert rows[1] == results["tables"]["solvers"]["rows"][1] | {"label": f"{missing['label']} (40 images)"}
+    again = merge_tables(merged, other)
+    assert again == merged
+    merged["tables"]["solvers"]["rows"][1] |= {"seeds": 0}
+    assert len(merge_tables(merged, other)["tables"]["solvers"]["rows"]) == len(rows) - 1
+    merged = again
     text = page(merged, [])
     assert text.count("Measured apart: `python -m other`, on another one.") == 1
     assert "Images per row and seed: 24 or 40. Seeds: 1 or 2. Measured apart" in text
