@@ -5,6 +5,8 @@ and a checksum of every array. Frozen parameters are not in it: they come from t
 from the run's seed.
 """
 
+import os
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -161,12 +163,17 @@ def _restore_averaged(workdir: Path, step: int | None, verify: bool) -> tuple[in
     raise AssertionError("unreachable: the last step tried returns or raises")
 
 
+# Where orbax reads what it notes of each checkpoint.
+_NOTES = os.path.join("orbax", "checkpoint", "_src", "metadata", "")
+
+
 def open_manager(folder: Path, options: ocp.CheckpointManagerOptions, **items: Any) -> ocp.CheckpointManager:
     """orbax's manager of a run's checkpoints; InputError where its own notes of when each was written are damaged."""
     try:
         return ocp.CheckpointManager(folder, options=options, **items)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        if isinstance(error, ValueError) and not str(error).startswith("Object must be"):
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, ValueError | RecursionError) and not any(_NOTES in name for name in frames):
             raise
         problem = f"one of its _CHECKPOINT_METADATA files is damaged ({damage(error)}); remove that file"
         raise InputError(f"{folder}: {problem}") from error

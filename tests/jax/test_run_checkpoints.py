@@ -141,14 +141,27 @@ def test_reading_a_run_takes_the_checkpoint_before_a_damaged_one(tmp_path, damag
         intact_step(tmp_path)
 
 
-def test_orbaxs_own_damaged_notes_are_named(tmp_path):
+@pytest.mark.parametrize(
+    "note",
+    [
+        b'{"commit_timestamp_nsecs": "x"}',
+        b'{"commit_timestamp_nsecs": ' + b"9" * 5000 + b"}",
+        b'{"item_handlers": ' + b"[" * 20000 + b"]" * 20000 + b"}",
+        b'"text"',
+        b"[1]",
+        b'{"custom_metadata": 1}',
+        b'{"metrics": 1, "init_timestamp_nsecs": []}',
+    ],
+    ids=["type", "long number", "deep", "text", "list", "custom", "metrics"],
+)
+def test_orbaxs_own_damaged_notes_are_named(tmp_path, note):
     save_steps(tmp_path, [1, 2])
-    (note,) = (tmp_path / CHECKPOINTS / "2").glob("_CHECKPOINT_METADATA")
-    note.write_text(note.read_text().replace('"commit_timestamp_nsecs": ', '"commit_timestamp_nsecs": "x", "y": '))
+    (path,) = (tmp_path / CHECKPOINTS / "2").glob("_CHECKPOINT_METADATA")
+    path.write_bytes(note)
     for read in (restore, intact_step):
         with pytest.raises(InputError, match="checkpoints: one of its _CHECKPOINT_METADATA files is damaged"):
             read(tmp_path)
-    note.unlink()
+    path.unlink()
     assert intact_step(tmp_path) == 2
 
 
