@@ -4,8 +4,6 @@ import json
 import os
 import sys
 
-import pytest
-
 from common import ROOT
 from instdiff_jax.cli import build_coco, sample
 from instdiff_jax.cli.config_flags import read_settings
@@ -14,7 +12,6 @@ from instdiff_jax.training.settings import RunSettings
 NOTEBOOK = ROOT / "notebooks" / "tpu_quickstart.ipynb"
 
 
-@pytest.mark.slow
 def test_the_cells_of_the_quickstart_run_in_order(tmp_path, monkeypatch, capsys):
     book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert book["nbformat"] == 4
