@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from instdiff_jax.analysis.chips import CHIPS
 from instdiff_jax.buckets import as_path, check_writable, is_bucket, upload_folder
 from instdiff_jax.data.loader import DevicePrefetch
 from instdiff_jax.errors import InputError
@@ -28,12 +29,12 @@ PEAK_FLOPS = {
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v4 lite": 138e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
     "TPU7x": 1153.5e12,
     "NVIDIA A10": 125e12,
     "NVIDIA A100": 312e12,
