@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from instdiff_jax.cli.box import default_checkpoint, default_layouts
 from instdiff_jax.cli.parser import any_path, command_parser, local_path
-from instdiff_jax.cli.sampling_flags import add_addon_flags
+from instdiff_jax.cli.sampling_flags import DTYPE_HELP, DTYPES, add_addon_flags
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import json_files
 
@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_addon_flags(parser)
     add("--taesd", type=local_path, metavar="FILE", help="decode with TAESD: a file, or a diffusers folder")
     add("--tile", type=int, help="decode in tiles of so many pixels a side, which needs less memory")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
+    add("--dtype", choices=DTYPES, help=DTYPE_HELP)
     add("--no_verify", action="store_true", help="do not compare the checkpoint with its checksums")
     add("--max_rows", type=int, help="latents denoised at a time per device; fewer need less memory")
     return parser.parse_args(argv)
