@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         Column("type", "--dtype"),
         Column("largest", "latents: largest distance", ".1e"),
         Column("mean", "root mean square", ".1e"),
-        Column("ap50", "AP50", ".1f"),
-        Column("colour", "colour accuracy", ".1f"),
-        Column("texture", "texture accuracy", ".1f"),
+        Column("ap50", "AP50", ".3f"),
+        Column("colour", "colour accuracy", ".3f"),
+        Column("texture", "texture accuracy", ".3f"),
         Column("fid", "FID", ".2f"),
     ]
     notes = [f"The model in the repository, {args.count} pictures of 64x64, boxes, its own settings (DDIM, 10 steps)."]
