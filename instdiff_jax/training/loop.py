@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from instdiff_jax.parallel.runtime import enable_compilation_cache
 from instdiff_jax.training.checkpoints import Checkpoints, StopSignal
 from instdiff_jax.training.goodput import Goodput, line_at
 from instdiff_jax.training.inputs import open_inputs, open_tokenizer
+from instdiff_jax.training.memory import compile_measured
 from instdiff_jax.training.metrics import Clock, MetricsWriter, ProfilerWindow, Reporter
 from instdiff_jax.training.settings import RunSettings
 from instdiff_jax.training.start import run_facts, start_params
@@ -71,8 +72,7 @@ def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
     checkpoints = Checkpoints(workdir, facts, run.train.keep_newest, run.train.keep_every)
     state, frozen = restore_or_start(run, plan, checkpoints)
     done, steps, window = int(state.step), run.train.steps, (run.train.profile_start, run.train.profile_steps)
-    if jax.process_index() == 0:
-        begin(run, workdir, done, mesh, goodput)
+    begin(run, workdir, done, mesh, goodput)
 
     # ---- input pipeline
     inputs = open_inputs(run, plan, dataset, tokenizer, frozen)
@@ -94,6 +94,7 @@ def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
             batch = next(batches)
             goodput.switch("steps" if reporter.started else "compile")
             if not reporter.started:
+                step = prepare_step(step, state, frozen, batch)
                 reporter.start(done, make_clock(run, batch, mesh))
             profiler.before(done)
             state, metrics = step(state, frozen, batch)
@@ -118,10 +119,20 @@ def train_on(run: RunSettings, workdir: Path, mesh: Mesh) -> str:
 
 
 def begin(run: RunSettings, workdir: Path, done: int, mesh: Mesh, goodput: Goodput) -> None:
-    """What a job's first process does before the first step: it leaves the settings, and finds what time was spent."""
+    """Before the first step a job's first process leaves the settings, and finds what time was spent."""
+    if jax.process_index() != 0:
+        return
     goodput.resume(line_at(workdir / "metrics.jsonl", done))
     write_json(workdir / "config.json", signed(config_of(run)))
     print(f"{workdir}: from step {done} to {run.train.steps} on {mesh.size} devices", file=sys.stderr)
+
+
+def prepare_step(step: Callable, state: TrainState, frozen: Params, batch: Mapping[str, Any]) -> Callable:
+    """Compiles the step before it runs, so that the first process can say what memory it needs."""
+    compiled, memory = compile_measured(step, state, frozen, batch)
+    if jax.process_index() == 0:
+        print(memory, file=sys.stderr)
+    return compiled
 
 
 def make_writer(run: RunSettings, workdir: Path, done: int) -> MetricsWriter:

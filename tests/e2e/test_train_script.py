@@ -77,7 +77,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", ["coco", "coco_one_gpu", "shapes"])
+@pytest.mark.parametrize("name", ["coco", "coco_one_gpu", "finetune_one_gpu", "shapes"])
 def test_every_setting_of_a_run_can_be_given_as_a_flag(name):
     """A config's keys are the flags there are: one that is not listed cannot be set."""
     config, _ = read_flags([f"--config=configs/{name}.py"], RunSettings)
