@@ -1,8 +1,12 @@
 """Writes the study's results: results.md, results.json and plots. All of them follow from the results alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
 
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.report import label, lower_is_better, show, table_line
@@ -106,7 +110,9 @@ The detector is this project's segmentation network (`projects/common/segmenter.
 Its results on real images are the upper bound. AP, AR, IoU, PiM and accuracy are in percent. Accuracy is over all
 instances of the layouts; an instance that is not found counts as wrong. FID is the Fréchet distance between the
 network's features and those of other real scenes with the same settings. It depends on the number of images, so
-compare only rows with equal numbers; it is above 0 for real images too. Numbers are means over seeds, ± half the range.
+compare only rows with equal numbers; it is above 0 for real images too. Numbers are means over seeds. With three seeds
+or more ± is half of the mean's 95% confidence interval (Student's t); with two it is half their range, which is no
+interval; a number without ± has one seed (`--seeds` and `--small_seeds` give more).
 Seeds change the noise, not the scenes."""
 
 
@@ -122,11 +128,17 @@ def _sizes(table: Mapping[str, Any]) -> str:
 
 
 def show_metric(name: str, metric: Mapping[str, Any] | None) -> str:
-    """A number with its spread over seeds; – if it was not measured."""
+    """A number with its confidence interval over seeds, or half the range of two; – if it was not measured."""
     if metric is None:
         return "–"
-    spread = (metric["high"] - metric["low"]) / 2
-    return show(name, metric["mean"]) + (f" ± {show(name, spread)}" if len(metric["by_seed"]) > 1 else "")
+    values = metric["by_seed"]
+    spread = half_interval(values) if len(values) > 2 else (max(values) - min(values)) / 2
+    return show(name, metric["mean"]) + (f" ± {show(name, spread)}" if len(values) > 1 else "")
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95% confidence interval of the mean of two values or more, by Student's t."""
+    return float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

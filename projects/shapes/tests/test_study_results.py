@@ -13,7 +13,7 @@ import pytest
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
 from projects.shapes.study import cost as study_cost
-from projects.shapes.study.report import merge_tables, page, write_study
+from projects.shapes.study.report import half_interval, merge_tables, page, show_metric, write_study
 from projects.shapes.study.results import TARGETS, make_results, paired_difference
 from projects.shapes.study.runs import StudySettings
 from projects.shapes.study.sections import NAMES, SECTIONS, Sizes, make_tasks
@@ -106,6 +106,16 @@ def test_means_and_spreads():
     colour = row["metrics"]["colour_accuracy"]
     assert row["seeds"] == 2 and colour["mean"] == pytest.approx(np.mean(colour["by_seed"]))
     assert (colour["low"], colour["high"]) == (min(colour["by_seed"]), max(colour["by_seed"]))
+
+
+def test_confidence_intervals_by_hand():
+    """Student's t for 95%: 12.7062 with two seeds, 4.3027 with three (any table of it)."""
+    assert half_interval([0.4, 0.5]) == pytest.approx(12.7062 * 0.05, rel=1e-5)
+    assert half_interval([0.4, 0.5, 0.6]) == pytest.approx(4.30265 * 0.1 / np.sqrt(3), rel=1e-5)
+    one = {"mean": 0.4, "by_seed": [0.4]}
+    assert show_metric("box_AP", one) == "40.0", "one seed has no interval"
+    assert show_metric("box_AP", {"mean": 0.45, "by_seed": [0.5, 0.4]}) == "45.0 ± 5.0", "half the range of two"
+    assert show_metric("box_AP", {"mean": 0.5, "by_seed": [0.4, 0.5, 0.6]}) == "50.0 ± 24.8"
 
 
 def test_paired_differences_by_hand():
