@@ -2,14 +2,19 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from instdiff_jax.data.vision import BoxSegmenter, Grounder
-from instdiff_jax.data.vision_hub import HubGrounder, HubSegmenter
+from instdiff_jax.cli import annotate
+from instdiff_jax.coco import Coco
+from instdiff_jax.data.vision import BoxSegmenter, Captioner, Grounder
+from instdiff_jax.data.vision_hub import HubCaptioner, HubGrounder, HubSegmenter, open_model
 from instdiff_jax.evaluation.benchmarks.run import open_judges
+from instdiff_jax.geometry.masks import decode_mask
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+BLIP_WORDS = ("a", "cat", "dog", "on", "sand")
 IMAGE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 
 
@@ -72,3 +77,70 @@ def test_a_segmenter_gives_the_mask_that_it_rates_highest(tmp_path):
     with torch.no_grad():
         scores = inner._model(**inputs).iou_scores
     assert scores.shape[-1] == 3
+
+
+def save_blip(folder):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *BLIP_WORDS]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, projection_dim=16)
+    text = sizes | dict(vocab_size=len(words), encoder_hidden_size=16, max_position_embeddings=64)
+    text |= dict(bos_token_id=5, pad_token_id=0, eos_token_id=3, sep_token_id=3)
+    config = transformers.BlipConfig(text_config=text, vision_config=sizes | dict(image_size=32, patch_size=16))
+    torch.manual_seed(0)
+    transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
+    images = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+    transformers.BlipProcessor(images, transformers.BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(
+        folder
+    )
+
+
+def test_a_captioner_takes_the_likeliest_word_at_each_step(tmp_path):
+    save_blip(tmp_path)
+    captioner = open_model("--captioner", f"transformers:{tmp_path}")
+    assert isinstance(captioner, Captioner) and isinstance(captioner, HubCaptioner)
+    said = captioner.caption(IMAGE)
+    assert said == captioner.caption(IMAGE) and 0 < len(said.split()) <= 40
+    assert not {"[CLS]", "[SEP]", "[PAD]"} & set(said.split())
+
+
+def test_annotate_with_models_of_the_library(tmp_path, monkeypatch, capsys):
+    """Grounding DINO, SAM and BLIP through the command: in shards, killed in the middle, and once more as a whole."""
+    for name, save in (("dino", save_grounding_dino), ("sam", save_sam), ("blip", save_blip)):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name)
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(np.roll(IMAGE, 5 * i, 1)).save(tmp_path / "photos" / f"{i}.png")
+    monkeypatch.setattr("instdiff_jax.data.vision_hub.BOX_THRESHOLD", 0.0)
+    models = {"detector": "dino", "segmenter": "sam", "captioner": "blip"}
+    flags = [part for flag, name in models.items() for part in (f"--{flag}", f"transformers:{tmp_path / name}")]
+    flags += ["--images", str(tmp_path / "photos"), "--tags", "cat,dog", "--min_score", "0", "--min_area", "0.01"]
+
+    def run(output, *more):
+        annotate.main([*flags, "--output", str(tmp_path / output), *more])
+        return capsys.readouterr().out
+
+    assert "2 pictures annotated" in run("parts", "--shard", "0/2")
+    caption, calls = HubCaptioner.caption, []
+
+    def stop(self, image):
+        calls.append(image.shape)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return caption(self, image)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HubCaptioner, "caption", stop)
+        run("parts")
+    assert not (tmp_path / "parts/coco").exists() and len(list((tmp_path / "parts/records").iterdir())) == 2
+    assert "1 pictures annotated, 2 were before" in run("parts")
+    assert "3 pictures annotated" in run("whole")
+    for name in ("instances_train.json", "captions_train.json"):
+        parts = [(tmp_path / output / "coco/annotations" / name).read_bytes() for output in ("parts", "whole")]
+        assert parts[0] == parts[1]
+    coco = Coco(tmp_path / "whole/coco/annotations/instances_train.json", tmp_path / "whole/coco/annotations" / name)
+    rows = [row for image_id in coco.image_ids for row in coco.annotations(image_id)]
+    assert rows and {row.category for row in rows} <= {"cat", "dog"} and len(coco.captions) == 3
+    for row in rows:
+        assert decode_mask(row.values["segmentation"], 48, 64, "").any() if "segmentation" in row.values else True
+        assert row.own_caption and set(row.own_caption.split()) <= {*BLIP_WORDS, "[DEC]"}
