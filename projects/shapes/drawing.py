@@ -109,6 +109,15 @@ OUTLINES: dict[str, Callable[[Plane, Plane], Inside]] = {
     "diamond": _diamond,
 }
 SHAPES = tuple(OUTLINES)
+
+
+def _arrow(u: Plane, v: Plane) -> Inside:
+    shaft = (u >= -0.96) & (u <= 0.1) & (np.abs(v) <= 0.3)
+    return shaft | (u >= 0) & (u <= 0.96) & (np.abs(v) <= 0.96 - u)
+
+
+# What no scene has: `arrows.py` teaches it to the small model.
+NEW_OUTLINES: dict[str, Callable[[Plane, Plane], Inside]] = {"arrow": _arrow}
 # The furthest an outline reaches from its centre, in half sides.
 _REACH = 1.3
 
@@ -142,7 +151,7 @@ def make_stamp(
     """Draws one shape.
 
     Args:
-        shape: a name in `OUTLINES`.
+        shape: a name in `OUTLINES` or `NEW_OUTLINES`.
         texture: one of `TEXTURES`.
         side: from edge to edge in pixels, before rotation.
         turn: rotation in degrees, clockwise.
@@ -157,7 +166,7 @@ def make_stamp(
     wide, high = side / 2 * math.sqrt(stretch), side / 2 / math.sqrt(stretch)
     u = x * np.float32(cos / wide) + y * np.float32(sin / wide)
     v = x * np.float32(-sin / high) + y * np.float32(cos / high)
-    inside = OUTLINES[shape](u, v)
+    inside = (OUTLINES | NEW_OUTLINES)[shape](u, v)
     cover = _count(inside)
     rows, columns = np.flatnonzero(cover.any(axis=1)), np.flatnonzero(cover.any(axis=0))
     window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
