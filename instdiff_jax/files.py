@@ -14,7 +14,7 @@ import tempfile
 import time
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -269,6 +269,20 @@ def write_errors(path: str | os.PathLike) -> Iterator[None]:
         if not full:
             raise
         raise InputError(f"{path}: cannot be written: {full[0]}") from error
+
+
+def complete(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as read, whose writer may not have known some settings yet: those had their defaults.
+
+    Args:
+        record: as JSON gives it.
+        defaults: nested as the record is; used only inside of objects that the record has.
+    """
+    filled = dict(record)
+    for name, value in json.loads(json.dumps(defaults)).items():
+        if isinstance(value, dict) and isinstance(record.get(name), dict):
+            filled[name] = value | complete(record[name], value)
+    return filled
 
 
 def _move_folder(beside: Path, path: Path) -> None:

@@ -39,6 +39,11 @@ def test_a_run_that_was_cut_off_goes_on(many, folder, monkeypatch):
     with pytest.raises(sample.InputError, match=r"run.json: sampling: the images there were made with .*--output"):
         (out / "scene3" / "0.png").unlink()
         many("--output", out, "--resume", "--guidance_scale", 2)
+    # An older version's record lacks settings that it did not have: they had their defaults.
+    record = json.loads((out / "run.json").read_text())
+    for name in ("prompt_weights", "long_prompts", "sigmas"):
+        del record["sampling"][name]
+    (out / "run.json").write_text(json.dumps(record))
     assert many("--output", out, "--resume") == ["scene3"]
     # A file of latents is one run's: of other seeds it is not finished.
     assert many("--output", out, "--resume", "--save_latents", "--seed", 1) == [f"scene{i}" for i in range(5)]

@@ -238,3 +238,11 @@ def test_two_processes_write_one_folder(tmp_path):
     assert [child.wait() for child in children] == [0, 0]
     assert names(tmp_path) == ["data", "data.txt"] and len(read(path)) == 1
     assert json.loads(read(path).pop()) == 39
+
+
+def test_settings_that_a_record_lacks_have_their_defaults():
+    defaults = {"sampling": {"steps": 50, "range": (0.0, 1.0), "inner": {"a": 1, "b": 2}}, "model": {"c": 3}}
+    record = {"sampling": {"steps": 4, "inner": {"a": 5}}, "seed": 1}
+    filled = {"steps": 4, "range": [0.0, 1.0], "inner": {"a": 5, "b": 2}}
+    assert files.complete(record, defaults) == {"sampling": filled, "seed": 1}
+    assert record["sampling"] == {"steps": 4, "inner": {"a": 5}}
