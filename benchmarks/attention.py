@@ -6,7 +6,6 @@ The shapes are the full model's at 512×512: two latents, as guidance has them. 
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks.tables import machine_facts
+from benchmarks.processes import cores
+from benchmarks.tables import machine_line
 from instdiff_jax.models.kernels import chunked, flash_cpu
 
 # b, n, m, h, d: self-attention in a fuser, in a transformer block, on text; then the deeper levels.
@@ -33,11 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="runs of each; the median is printed")
     repeats = parser.parse_args().repeats
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    facts = machine_facts()
-    print(
-        f"{facts['device']}, {facts['cores']} cores, jax {facts['jax']}, torch {facts['torch']}, load {facts['load']}"
-    )
+    torch.set_num_threads(cores())
+    print(machine_line())
     print(f"the CPU's own kernel: {'built' if flash_cpu.is_available() else 'not available'}")
     print("| queries, keys, heads x width | ours, ms | chunked, ms | PyTorch, ms | ours / PyTorch | difference |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -7,9 +7,7 @@ of ours, for example XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=invalid.
 """
 
 import argparse
-import os
-import statistics
-import time
+import functools
 from collections.abc import Callable
 from unittest import mock
 
@@ -18,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks.tables import machine_facts
+from benchmarks.processes import alternate, cores, seconds
+from benchmarks.tables import machine_line
 from instdiff_jax.models import layers
 
 # Tokens of two latents and channels, by level.
@@ -31,10 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="runs of each; the median is printed")
     repeats = parser.parse_args().repeats
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    facts = machine_facts()
-    versions = f"jax {facts['jax']}, torch {facts['torch']}"
-    print(f"{facts['device']}, {facts['cores']} cores, {versions}, load {facts['load']}\n")
+    torch.set_num_threads(cores())
+    print(f"{machine_line()}\n")
     print("| tokens × in × out | ours, ms | PyTorch, ms | ours / PyTorch |\n| --- | --- | --- | --- |")
     total = np.zeros(2)
     for n, i, o in PRODUCTS:
@@ -51,13 +48,10 @@ def main() -> None:
 
 def in_turn(sides: list[Callable[[], object]], repeats: int) -> list[float]:
     """Median milliseconds of each, run one after the other `repeats` times."""
-    times: list[list[float]] = [[] for _ in sides]
-    for turn in range(1 + repeats):
-        for side, taken in zip(sides, times, strict=True):
-            start = time.perf_counter()
-            side()
-            taken += [1e3 * (time.perf_counter() - start)] * (turn > 0)  # the first one compiles
-    return list(map(statistics.median, times))
+    for side in sides:
+        side()  # compiles
+    turns = {str(number): functools.partial(seconds, side) for number, side in enumerate(sides)}
+    return [1e3 * taken for taken in alternate(turns, repeats).values()]
 
 
 def product(n: int, i: int, o: int) -> list[Callable[[], object]]:

@@ -37,6 +37,13 @@ def machine_facts() -> dict[str, Any]:
     )
 
 
+def machine_line() -> str:
+    """What the numbers of a benchmark that only prints depend on."""
+    facts = machine_facts()
+    names = f"jax {facts['jax']}, torch {facts['torch']}, load {facts['load']}"
+    return f"{facts['device']}, {facts['cores']} cores, {names}"
+
+
 def _version(name: str) -> str:
     try:
         return metadata.version(name)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from instdiff_jax.coco import Coco, CocoAnnotation
+from instdiff_jax.config import NEGATIVE_PROMPT
 from instdiff_jax.data.vision import Pixels
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.benchmarks import coco_scores as scores
@@ -31,8 +32,7 @@ SAMPLING = {
     "guidance_scale": 7.5,
     "alpha": 1.0,
     "mis": 0.36,
-    "negative_prompt": "cartoon style, painting style, longbody, lowres, bad anatomy, bad hands, missing fingers, "
-    "extra digit, fewer digits, cropped, worst quality, low quality",
+    "negative_prompt": f"cartoon style, painting style, {NEGATIVE_PROMPT}",
 }
 FILES = "instances_val2017.json, with captions_val2017.json beside it"
 
@@ -181,36 +181,33 @@ def _published(columns: Sequence[str], *rows: tuple[str, tuple[float, ...], str]
     return tuple(Published(method, dict(zip(columns, values, strict=True)), source) for method, values, source in rows)
 
 
+_benchmark = partial(Benchmark, files=FILES, layout=layout, sampling=SAMPLING)
+
+
 def _of_detections(format: Format, note: str, published: tuple[Published, ...]) -> Benchmark:
-    return Benchmark(
+    return _benchmark(
         name=f"coco-{format}",
-        files=FILES,
         judges=("detector",),
         read=read,
         judge=partial(judge_detections, format=format),
         table=partial(table_of_detections, format=format),
         published=published,
         notes=note,
-        layout=layout,
         format=format,
-        sampling=SAMPLING,
     )
 
 
 def _of_attributes(attribute: str, published: tuple[Published, ...]) -> Benchmark:
     reader: Callable[[Path], list[Case]] = partial(read, attribute=attribute)
-    return Benchmark(
+    return _benchmark(
         name=f"coco-{attribute}",
-        files=FILES,
         judges=("clip",),
         read=reader,
         judge=partial(judge_attributes, attribute=attribute),
         table=table_of_attributes,
         published=published,
         notes="CLIP looks at the box of the layout, whatever is in it; means over instances, then over pictures.",
-        layout=layout,
         format="mask",
-        sampling=SAMPLING,
     )
 
 
