@@ -271,7 +271,7 @@ def write_errors(path: str | os.PathLike) -> Iterator[None]:
         raise InputError(f"{path}: cannot be written: {full[0]}") from error
 
 
-def complete(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A record as read, whose writer may not have known some settings yet: those had their defaults.
 
     Args:
@@ -281,7 +281,7 @@ def complete(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     filled = dict(record)
     for name, value in json.loads(json.dumps(defaults)).items():
         if isinstance(value, dict) and isinstance(record.get(name), dict):
-            filled[name] = value | complete(record[name], value)
+            filled[name] = value | with_defaults(record[name], value)
     return filled
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.evaluation.split import Scene
-from instdiff_jax.files import complete, read_json, write_file, write_json
+from instdiff_jax.files import read_json, with_defaults, write_file, write_json
 from instdiff_jax.paths import output_path, read_file
 
 
@@ -56,7 +56,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], flag: str = "--outpu
     there = read_json(path)
     if not isinstance(there, dict):
         raise InputError(f"{path}: expected an object with the settings of this folder's images")
-    for name, old, new in _differences(complete(there, {"sampling": SamplingConfig().to_dict()}), settings):
+    for name, old, new in _differences(with_defaults(there, {"sampling": SamplingConfig().to_dict()}), settings):
         raise InputError(
             f"{path}: {name}: the images there were made with {short(old)}, got {short(new)}; use another {flag}"
         )

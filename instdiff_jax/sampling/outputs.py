@@ -23,7 +23,7 @@ from PIL import Image, PngImagePlugin
 from instdiff_jax.buckets import bucket_errors, check_writable, is_bucket, objects
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.errors import InputError, NotFiniteError, short
-from instdiff_jax.files import complete, read_json, remove_leftovers, write_array, write_file, write_json
+from instdiff_jax.files import read_json, remove_leftovers, with_defaults, write_array, write_file, write_json
 from instdiff_jax.layout import Layout
 from instdiff_jax.locks import lock_folder
 from instdiff_jax.paths import output_path, read_file
@@ -211,7 +211,7 @@ class RunRecord:
         values = json.loads(json.dumps(self.values))
         for path in find_records(self.path.parent):
             old = read_record(path)
-            old = complete(old, {"sampling": SamplingConfig().to_dict(), "model": ModelConfig().to_dict()})
+            old = with_defaults(old, {"sampling": SamplingConfig().to_dict(), "model": ModelConfig().to_dict()})
             for name in COMMON:
                 if old.get(name) != values[name]:
                     raise InputError(

@@ -244,5 +244,5 @@ def test_settings_that_a_record_lacks_have_their_defaults():
     defaults = {"sampling": {"steps": 50, "range": (0.0, 1.0), "inner": {"a": 1, "b": 2}}, "model": {"c": 3}}
     record = {"sampling": {"steps": 4, "inner": {"a": 5}}, "seed": 1}
     filled = {"steps": 4, "range": [0.0, 1.0], "inner": {"a": 5, "b": 2}}
-    assert files.complete(record, defaults) == {"sampling": filled, "seed": 1}
+    assert files.with_defaults(record, defaults) == {"sampling": filled, "seed": 1}
     assert record["sampling"] == {"steps": 4, "inner": {"a": 5}}
