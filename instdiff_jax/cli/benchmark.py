@@ -20,6 +20,7 @@ from instdiff_jax.sampling.shards import Shard
 
 if TYPE_CHECKING:
     from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case
+    from instdiff_jax.evaluation.benchmarks.fid import Reference
 
 KINDS = ("box", "mask", "point", "scribble", "colour", "texture")  # of InstanceDiffusion's own protocol
 NAMES = ("coco-mig", "coco-position", "layoutsam", "overlaybench", *(f"coco-{kind}" for kind in KINDS))
@@ -47,6 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     judges("--segmenter", help="masks what a box is around: SAM")
     judges("--vlm", help="answers questions about a picture: a vision language model")
     judges("--clip", help="a CLIP model of the transformers library, a folder or a name; or python:MODULE:FUNCTION")
+    judges("--features", help="for FID: inception:FILE or python:MODULE:FUNCTION")
+    judges("--real", type=local_path, help="for FID: a folder of real pictures to compare with")
     sampling = parser.add_argument_group("sampling; default: the checkpoint's settings")
     add_sampling_flags(sampling)
     add_addon_flags(sampling)
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     SamplingConfig.from_dict(read_overrides(args), "sampling")
     shard = Shard() if args.shard is None else Shard.parse(args.shard)
 
+    from instdiff_jax.evaluation.benchmarks.fid import open_reference
     from instdiff_jax.evaluation.benchmarks.run import BENCHMARKS, open_judges, read_cases, undrawn
 
     benchmark = BENCHMARKS[args.name]
@@ -73,11 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     names |= {"detector": args.detector, "clip": args.clip}
     # A judge that is missing should be found before hours of drawing.
     judges = None if args.draw_only else open_judges(benchmark.judges, names, cases, args.size)
+    reference = open_reference(args.features, args.real)
     mine = list(shard.of(cases))
     if undrawn(args.output, mine):
         draw_pictures(args, benchmark, mine)
     if judges is not None:
-        judge_pictures(args, benchmark, cases, mine, judges)
+        judge_pictures(args, benchmark, mine, judges)
+        write_table(args, benchmark, cases, reference)
 
 
 def draw_pictures(args: argparse.Namespace, benchmark: "Benchmark", cases: Sequence["Case"]) -> None:
@@ -113,13 +119,11 @@ def draw_pictures(args: argparse.Namespace, benchmark: "Benchmark", cases: Seque
     print(f"{made} pictures drawn, {len(cases) - made} were there, in {args.output / 'images'}")
 
 
-def judge_pictures(
-    args: argparse.Namespace, benchmark: "Benchmark", cases: Sequence["Case"], mine: Sequence["Case"], judges: Any
-) -> None:
-    """Judges what has no verdict yet, and writes the table when all have one."""
+def judge_pictures(args: argparse.Namespace, benchmark: "Benchmark", mine: Sequence["Case"], judges: Any) -> None:
+    """Judges what has no verdict yet."""
     from tqdm import tqdm
 
-    from instdiff_jax.evaluation.benchmarks.run import judge, markdown, summarise
+    from instdiff_jax.evaluation.benchmarks.run import judge
     from instdiff_jax.evaluation.files import claim_folder
 
     (args.output / "judged").mkdir(parents=True, exist_ok=True)
@@ -129,12 +133,27 @@ def judge_pictures(
     with tqdm(total=len(mine), unit="picture", desc="judged", disable=None) as bar:
         made = judge(benchmark, mine, args.output, judges, bar.update)
     print(f"{made} pictures judged, {len(mine) - made} were judged before")
-    numbers = summarise(benchmark, cases, args.output)
-    if numbers is None:
+
+
+def write_table(
+    args: argparse.Namespace, benchmark: "Benchmark", cases: Sequence["Case"], reference: "Reference | None"
+) -> None:
+    """Writes the table when all pictures have a verdict, with FID where there is something to compare with."""
+    from tqdm import tqdm
+
+    from instdiff_jax.evaluation.benchmarks.fid import measure_fid
+    from instdiff_jax.evaluation.benchmarks.run import all_judged, picture_path, summarise
+
+    if not all_judged(cases, args.output):
         print("other shards have not judged all pictures yet; run once more without --shard for the table")
-    else:
-        print(markdown(benchmark, numbers, len(cases)))
-        print(f"written: {args.output / 'results.md'}")
+        return
+    fid = None
+    if reference is not None:
+        drawn = [picture_path(args.output, case) for case in cases]
+        with tqdm(total=len(drawn) + len(reference.pictures), unit="picture", desc="FID", disable=None) as bar:
+            fid = measure_fid(drawn, reference, args.output, bar.update)
+    print(summarise(benchmark, cases, args.output, fid))
+    print(f"written: {args.output / 'results.md'}")
 
 
 def data_fingerprint(path: Path) -> str:

@@ -9,8 +9,6 @@ continues an interrupted run. `--real` measures the split's own images: an upper
 
 import argparse
 import dataclasses
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     measures = parser.add_argument_group("measures").add_argument
     measures("--detector", help="predictions:FILE.json, transformers:NAME, segmenter:FOLDER or python:MODULE:FUNCTION")
     measures("--clip", help="a CLIP model of the transformers library on this machine: a folder or a name")
-    measures("--features", help="for FID: detector (default), none, npz:FILE or python:MODULE:FUNCTION")
+    measures("--features", help="for FID: detector (default), none, inception:FILE, npz:FILE or python:MODULE:FUNCTION")
     measures("--min_score", type=float, default=0.25, help="detections below this score count for AP only (0.25)")
     measures("--upper_bound", type=local_path, help="report.json of a --real run with the same flags, to compare with")
     measures("--html_images", type=int, default=60, help="images on the HTML page (default 60)")
@@ -146,8 +144,6 @@ def open_measures(args: argparse.Namespace, split: "Split") -> "Measures":
     from instdiff_jax.evaluation.fid import fid_of_file
     from instdiff_jax.evaluation.measure import Measures
 
-    if os.getcwd() not in sys.path:  # python:MODULE:FUNCTION may name a module of the working folder
-        sys.path.append(os.getcwd())
     detector = None if args.detector is None else open_detector(args.detector, split)
     features = clip = None
     if (args.features or "").startswith("npz:"):

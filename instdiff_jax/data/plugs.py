@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,8 @@ def import_plug(flag: str, name: str) -> Any:
     module, _, function = name.removeprefix("python:").partition(":")
     if not module or not function:
         raise InputError(f"{flag}: expected python:MODULE:FUNCTION, got {name!r}")
+    if os.getcwd() not in sys.path:  # it may be a module of the working folder
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

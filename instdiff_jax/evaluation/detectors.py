@@ -65,8 +65,8 @@ def open_features(name: str | None, detector: Detector | Predictions | None) -> 
     """The features that --features names.
 
     Args:
-        name: `detector`, `none`, or `python:MODULE:FUNCTION`, a function of images; None uses the detector's if it
-            has any.
+        name: `detector`, `none`, `inception:FILE`, the weights of FID's network, or `python:MODULE:FUNCTION`, a
+            function of images; None uses the detector's if it has any.
         detector: the detector in use.
 
     Raises:
@@ -79,8 +79,13 @@ def open_features(name: str | None, detector: Detector | Predictions | None) -> 
         if own is None:
             raise InputError("--features: the detector has none")
         return own
+    if name.startswith("inception:"):
+        from instdiff_jax.evaluation.hub import Inception
+
+        return Inception.from_file(name.removeprefix("inception:"))
     if not name.startswith("python:"):
-        raise InputError(f"--features: expected detector, none, npz:FILE or python:MODULE:FUNCTION, got {name!r}")
+        known = "detector, none, inception:FILE, npz:FILE or python:MODULE:FUNCTION"
+        raise InputError(f"--features: expected {known}, got {name!r}")
     return _import_plug("--features", name)
 
 

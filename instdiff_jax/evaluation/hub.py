@@ -1,4 +1,4 @@
-"""Detectors and CLIP of the transformers library, in PyTorch.
+"""Detectors and CLIP of the transformers library, and FID's Inception network of torch-fidelity, in PyTorch.
 
 Models come from a folder or from the hub's cache. Nothing is downloaded.
 """
@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from instdiff_jax.data.plugs import loading_model, require_transformers
+from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.detect import Detection, xywh_of_mask
 
 
@@ -132,3 +133,29 @@ class Clip:
         # Newer releases of the library wrap the vectors in an object.
         vectors = np.asarray(getattr(vectors, "pooler_output", vectors), np.float64)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class Inception:
+    """The Inception network that defines FID: its 2,048 last features. It resizes pictures to 299 pixels itself."""
+
+    def __init__(self, network: Any):
+        self._network = network
+
+    @classmethod
+    def from_file(cls, file: str) -> Self:
+        """Opens the weights that torch-fidelity publishes; InputError where they or the library are missing."""
+        try:
+            import torch
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise InputError(f"--features: expected torch-fidelity to be installed ({error})") from error
+        with loading_model("--features", file):
+            torch.load(file, weights_only=True)  # the library would execute what a broken or foreign file says
+            return cls(FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file))
+
+    def __call__(self, images: UInt8[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b 2048"]:
+        """The features of images."""
+        import torch
+
+        with torch.no_grad():
+            return self._network(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))[0].numpy()

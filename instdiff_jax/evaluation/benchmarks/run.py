@@ -15,6 +15,7 @@ from instdiff_jax.data.vision_hub import open_model
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.benchmarks import coco_mig, coco_position, coco_protocol, layoutsam, overlaybench
 from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges
+from instdiff_jax.evaluation.benchmarks.fid import Fid
 from instdiff_jax.evaluation.detectors import open_detector
 from instdiff_jax.evaluation.files import encode_image, write_image
 from instdiff_jax.evaluation.generate import image_seed
@@ -161,21 +162,33 @@ def read_picture(path: Path) -> Pixels:
         raise InputError(f"{path}: cannot be read as an image; delete it and run again ({error})") from error
 
 
-def summarise(benchmark: Benchmark, cases: Sequence[Case], folder: Path) -> dict[str, float] | None:
-    """Writes results.json and results.md from all verdicts; None if some are missing, as other shards' may be."""
-    if not all(judged_path(folder, case).exists() for case in cases):
-        return None
+def all_judged(cases: Sequence[Case], folder: Path) -> bool:
+    """Whether every case has its verdict; other shards' may be missing."""
+    return all(judged_path(folder, case).exists() for case in cases)
+
+
+def summarise(benchmark: Benchmark, cases: Sequence[Case], folder: Path, fid: Fid | None = None) -> str:
+    """Writes results.json and results.md from all verdicts, and FID if it was measured; returns the page."""
     judged = [(case, read_json(judged_path(folder, case))) for case in cases]
     try:
         numbers = benchmark.table(judged)
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / 'judged'}: verdicts of another benchmark or version; delete the folder") from error
+    notes: Sequence[str] = ()
+    if fid is not None:
+        numbers, notes = numbers | {"FID": fid.value}, fid.notes
     write_json(folder / "results.json", {"benchmark": benchmark.name, "pictures": len(cases), "numbers": numbers})
-    write_text(folder / "results.md", markdown(benchmark, numbers, len(cases)))
-    return numbers
+    page = markdown(benchmark, numbers, len(cases), notes)
+    write_text(folder / "results.md", page)
+    return page
 
 
-def markdown(benchmark: Benchmark, numbers: Mapping[str, float], pictures: int) -> str:
+def _cell(name: str, value: float | None) -> str:
+    """Shares are printed in per cent, FID as it is."""
+    return "" if value is None else f"{value if name == 'FID' else 100 * value:.1f}"
+
+
+def markdown(benchmark: Benchmark, numbers: Mapping[str, float], pictures: int, more_notes: Sequence[str] = ()) -> str:
     """Our row beside those that others have printed, with their sources."""
     columns = list(numbers)
     lines = [
@@ -183,10 +196,11 @@ def markdown(benchmark: Benchmark, numbers: Mapping[str, float], pictures: int) 
         "",
         f"| method | {' | '.join(columns)} |",
         f"| --- |{' --- |' * len(columns)}",
-        f"| this run | {' | '.join(f'{100 * value:.1f}' for value in numbers.values())} |",
+        f"| this run | {' | '.join(_cell(name, value) for name, value in numbers.items())} |",
     ]
     for row in benchmark.published:
-        values = (f"{100 * row.numbers[name]:.1f}" if name in row.numbers else "" for name in columns)
+        values = (_cell(name, row.numbers.get(name)) for name in columns)
         lines.append(f"| {row.method} (printed) | {' | '.join(values)} |")
     sources = dict.fromkeys(f"- printed rows: {row.source}" for row in benchmark.published)
-    return "\n".join([*lines, "", f"- {benchmark.notes}", *sources, ""])
+    notes = [f"- {note}" for note in (benchmark.notes, *more_notes)]
+    return "\n".join([*lines, "", *notes, *sources, ""])
