@@ -141,6 +141,7 @@ class Coco:
     Attributes:
         path: of the annotation file.
         categories: id to name.
+        category_rows: id to the file's object.
         captions: image id to captions, in one line each.
         unused: rows that cannot be used, such as images without an id and annotations of no image.
         notes: what is used but may not be meant, such as numbers written as text; they are logged as well.
@@ -159,6 +160,7 @@ class Coco:
         self._notes: dict[str, tuple[str, int]] = {}
         images = self._by_id(data, "images", "image", "file_name")
         self._images = {number: (f"images[{i}]", row) for number, (i, row) in images.items()}
+        self.category_rows: dict[int, Mapping] = {}
         self.categories = self._read_categories(data)
         self._annotations: dict[int, list[tuple[str, Mapping]]] = {image_id: [] for image_id in self._images}
         self._read_annotations(data)
@@ -197,6 +199,10 @@ class Coco:
         self._find(image_id)
         rows = self._annotations[image_id]
         return [CocoAnnotation(f"{self.path}: {place}", row, self.categories) for place, row in rows]
+
+    def image_row(self, image_id: int) -> Mapping[str, Any]:
+        """The file's object of an image, unchecked; InputError if there is no such image."""
+        return self._find(image_id)[1]
 
     def caption(self, image_id: int) -> str:
         """An image's first caption; InputError if it has none."""
@@ -258,6 +264,7 @@ class Coco:
                 raise InputError(f"{self.path}: {where}: empty, expected the name of category {number}")
             try:
                 names[number] = read_text(name, where)
+                self.category_rows[number] = row
             except InputError as error:
                 self.unused.append(Unused("category", f"category {number}", str(error)))
         if data["categories"] and not names:

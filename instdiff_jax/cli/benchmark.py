@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from instdiff_jax.evaluation.benchmarks.fid import Reference
 
 KINDS = ("box", "mask", "point", "scribble", "colour", "texture")  # of InstanceDiffusion's own protocol
-NAMES = ("coco-mig", "coco-position", "layoutsam", "overlaybench", *(f"coco-{kind}" for kind in KINDS))
+NAMES = (
+    "coco-mig",
+    "coco-position",
+    "layoutsam",
+    "overlaybench",
+    *(f"coco-{kind}" for kind in KINDS),
+    "lvis-box",
+    "lvis-mask",
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,7 +52,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shard", help="i/n: draw and judge pictures i, i + n, ... only")
     add("--draw_only", action="store_true", help="draw, for the benchmark's own scorer")
     judges = parser.add_argument_group("judges: transformers:NAME or python:MODULE:FUNCTION").add_argument
-    judges("--detector", help="finds what a phrase names: Grounding DINO; for coco-box to coco-scribble as in evaluate")
+    judges(
+        "--detector",
+        help="finds what a phrase names: Grounding DINO; for coco-box to coco-scribble and lvis-* as in evaluate",
+    )
     judges("--segmenter", help="masks what a box is around: SAM")
     judges("--vlm", help="answers questions about a picture: a vision language model")
     judges("--clip", help="a CLIP model of the transformers library, a folder or a name; or python:MODULE:FUNCTION")

@@ -218,11 +218,8 @@ def score_detections(
         kind: "bbox" or "segm".
         categories: names.
     """
-    # COCO wants sizes even for masks in RLE.
-    images = [{"id": k, "width": side, "height": side} for k, side in enumerate(sides, 1)]
-    listed = [{"id": k, "name": name} for k, name in enumerate(categories, 1)]
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_coco(images, truth, listed), _coco(images, found, listed), kind)
+        evaluation = COCOeval(*(coco_of_rows(sides, rows, categories) for rows in (truth, found)), kind)
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets = [100]
         evaluation.evaluate()
@@ -244,11 +241,15 @@ def _mean(values: np.ndarray) -> float | None:
     return float(kept.mean()) if kept.size else None
 
 
-def _coco(images: list[dict], rows: list[dict], categories: list[dict]) -> COCO:
+def coco_of_rows(sides: Sequence[int], rows: list[dict], categories: Sequence[str]) -> COCO:
+    """pycocotools' index of rows, see `score_detections`; the index says on standard output that it is made."""
     coco = COCO()
+    # COCO wants sizes even for masks in RLE.
+    images = [{"id": k, "width": side, "height": side} for k, side in enumerate(sides, 1)]
+    listed = [{"id": k, "name": name} for k, name in enumerate(categories, 1)]
     # Ids from 1: COCOeval takes a match with id 0 for none.
     annotations = [row | {"id": number} for number, row in enumerate(rows, 1)]
-    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    coco.dataset = {"images": images, "annotations": annotations, "categories": listed}
     coco.createIndex()
     return coco
 

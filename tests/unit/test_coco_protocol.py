@@ -51,6 +51,7 @@ def test_masks_are_matched_one_to_one_in_order_whatever_their_category():
     both = scores.mask_ious([rle(left), rle(square(0, 0, 20, 10))], [rle(right), rle(left)])
     assert scores.match_masks(both) == [(0, 1), (1, 0)]
     assert scores.match_masks(scores.mask_ious([rle(left)] * 2, [rle(left)])) == [(0, 0)]
+    assert scores.mask_ious([rle(left)], [rle(left)] * 300).shape == (1, 300)
     nothing = square(0, 0, 0, 0)
     assert scores.match_masks(scores.mask_ious([rle(nothing)], [rle(nothing)])) == []
     assert scores.match_masks(scores.mask_ious([rle(nothing)], [rle(left)])) == [(0, 0)]

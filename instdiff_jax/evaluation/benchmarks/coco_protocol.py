@@ -56,8 +56,11 @@ def read(path: Path, attribute: str | None = None) -> list[Case]:
         path: instances_NAME.json; captions_NAME.json beside it gives the captions.
         attribute: a key of ATTRIBUTES; each instance asks for one of its eight values, by its annotation's id.
     """
-    captions = captions_beside(path)
-    coco = Coco(path, captions)
+    return cases_of(Coco(path, captions_beside(path)), attribute)
+
+
+def cases_of(coco: Coco, attribute: str | None = None) -> list[Case]:
+    """See `read`."""
     shared = Annotations(coco.categories, frozenset(coco.image_ids))
     return [_case(coco, image_id, shared, attribute) for image_id in sorted(coco.image_ids)]
 

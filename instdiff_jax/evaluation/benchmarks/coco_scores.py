@@ -24,7 +24,8 @@ def mask_ious(asked: Masks, found: Masks) -> Float[np.ndarray, "asked found"]:
     if not asked or not found:
         return np.zeros((len(asked), len(found)))
     ious = coco_mask.iou(list(found), list(asked), [0] * len(asked)).T
-    empty = [coco_mask.area(list(masks)) == 0 for masks in (asked, found)]
+    # One by one: for more than 255 at once pycocotools raises OverflowError.
+    empty = [np.array([coco_mask.area(mask) for mask in masks]) == 0 for masks in (asked, found)]
     return np.where(empty[0][:, None] & empty[1], -1.0, ious)
 
 
@@ -111,15 +112,25 @@ def mean_of_means(pictures: Sequence[Sequence[float]]) -> float:
 
 
 def coco_precision(pictures: Sequence[Mapping[str, Any]], kind: str) -> Precision:
-    """COCO's averages over verdicts of pictures.
+    """COCO's averages over verdicts of pictures, see `coco_rows`."""
+    names = {name: k for k, name in enumerate(sorted({row[0] for one in pictures for row in one["asked"]}), 1)}
+    truth, found = coco_rows(pictures, kind, names)
+    return score_detections([one["side"] for one in pictures], truth, found, kind, list(names))
+
+
+def coco_rows(
+    pictures: Sequence[Mapping[str, Any]], kind: str, names: Mapping[str, int]
+) -> tuple[list[dict], list[dict]]:
+    """What was asked for and what was found as COCO's rows; pictures are numbered from 1.
 
     Args:
         pictures: each with "side", "asked" (category, box, RLE or None, whether it is a crowd) and "found" (category,
             score, box, RLE or None); boxes are x, y, width, height in pixels.
         kind: "bbox" or "segm".
+        names: category to number; detections of others are left out.
     """
-    names = {name: k for k, name in enumerate(sorted({row[0] for one in pictures for row in one["asked"]}), 1)}
-    truth, found = [], []
+    truth: list[dict] = []
+    found: list[dict] = []
     for number, one in enumerate(pictures, 1):
         for category, box, rle, crowd in one["asked"]:
             if kind == "segm" and rle is None:
@@ -131,4 +142,4 @@ def coco_precision(pictures: Sequence[Mapping[str, Any]], kind: str) -> Precisio
             if category in names and (kind == "bbox" or rle is not None):
                 row = {"image_id": number, "category_id": names[category], "score": score, "bbox": box}
                 found.append(row | {"segmentation": rle, "area": box[2] * box[3], "iscrowd": 0})
-    return score_detections([one["side"] for one in pictures], truth, found, kind, list(names))
+    return truth, found

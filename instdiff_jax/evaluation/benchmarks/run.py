@@ -13,7 +13,7 @@ from instdiff_jax.data.plugs import import_plug
 from instdiff_jax.data.vision import Pixels
 from instdiff_jax.data.vision_hub import open_model
 from instdiff_jax.errors import InputError
-from instdiff_jax.evaluation.benchmarks import coco_mig, coco_position, coco_protocol, layoutsam, overlaybench
+from instdiff_jax.evaluation.benchmarks import coco_mig, coco_position, coco_protocol, layoutsam, lvis, overlaybench
 from instdiff_jax.evaluation.benchmarks.case import Benchmark, Case, Judges
 from instdiff_jax.evaluation.benchmarks.fid import Fid
 from instdiff_jax.evaluation.detectors import open_detector
@@ -26,7 +26,9 @@ from instdiff_jax.sampling.pipeline import Pipeline
 
 BATCH = 128  # layouts in memory at a time
 _SINGLE = (coco_mig, coco_position, layoutsam, overlaybench)
-BENCHMARKS = {one.name: one for one in (*(module.BENCHMARK for module in _SINGLE), *coco_protocol.BENCHMARKS)}
+_MANY = (coco_protocol, lvis)
+BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in _SINGLE}
+BENCHMARKS |= {one.name: one for module in _MANY for one in module.BENCHMARKS}
 
 
 # Field of `Judges` -> the flag that names it.
