@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from instdiff_jax.errors import InputError
 from instdiff_jax.paths import read_file
@@ -117,6 +117,8 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
         return image
     except InputError:
         raise
+    except UnidentifiedImageError as error:  # its text has the address of an object
+        raise ValueError("cannot be read as an image: of no form that Pillow knows") from error
     except Exception as error:  # Pillow raises errors of many kinds for a damaged file
         raise ValueError(f"cannot be read as an image: {error}") from error
 

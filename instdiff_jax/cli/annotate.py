@@ -41,11 +41,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     own("--input", type=local_path, help="the dataset's folder, or a file of it")
     own("--names", type=local_path, help="a text file with the categories' names in order, one a line")
     add("--shard", help="i/n: annotate pictures i, i + n, ... only; then run once without it")
+    add("--batch", type=int, default=1, help="pictures that the models see at a time (default 1)")
     models = parser.add_argument_group("models: transformers:NAME or python:MODULE:FUNCTION").add_argument
     models("--detector", help="finds what a phrase names: Grounding DINO")
-    models("--segmenter", help="masks what a box is around: SAM; without it, boxes only")
-    models("--captioner", help="describes pictures and crops: BLIP; without it, captions are tags")
-    models("--vlm", help="names what is in a picture, where there are no --tags")
+    models("--segmenter", help="masks what a box is around: SAM or SAM 2; without it, boxes only")
+    models("--captioner", help="describes pictures and crops: BLIP or Florence-2; without it, captions are tags")
+    models("--vlm", help="names what is in a picture, where there are no --tags: a model that chats, or Florence-2")
     keep = parser.add_argument_group("what is kept").add_argument
     keep("--min_score", type=float, default=0.3, help="of a box (0.3)")
     keep("--min_area", type=float, default=0.005, help="of a box, in parts of the picture (0.005)")
@@ -58,6 +59,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("min_score", "min_area", "max_overlap"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name}: expected a number from 0 to 1, got {getattr(args, name)}")
+    if args.batch < 1:
+        raise InputError(f"--batch: expected a whole number of at least 1, got {args.batch}")
     if args.kind is not None:
         if args.input is None:
             raise InputError("--input: expected the dataset that --from names")
@@ -82,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from instdiff_jax.cli.import_data import next_command
-    from instdiff_jax.data.annotate import annotate_all, record_path, write_coco, write_page
+    from instdiff_jax.data.annotate import annotate_all, record_path
+    from instdiff_jax.data.annotated import write_coco, write_page
     from instdiff_jax.evaluation.files import claim_folder
 
     pictures, report = read_pictures(args)
@@ -94,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     claim_folder(args.output, facts | ({"from": args.kind} if args.kind else {}))
     mine = list(shard.of(pictures))
     with tqdm(total=len(mine), unit="picture", desc="annotated", disable=None) as bar:
-        made = annotate_all(mine, args.output, models, settings, bar.update)
+        made = annotate_all(mine, args.output, models, settings, bar.update, args.batch)
     print(f"{made} pictures annotated, {len(mine) - made} were before")
     if not all(record_path(args.output, picture).exists() for picture in pictures):
         print("other shards have not annotated all pictures yet; run once more without --shard for the COCO folder")

@@ -5,24 +5,33 @@ picture's annotations are one JSON file in OUTPUT/records, so a run goes on wher
 """
 
 import dataclasses
-import html
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
 
 from instdiff_jax.data.build_coco import make_instance
-from instdiff_jax.data.importers.records import scene_of_values
 from instdiff_jax.data.importers.scene import Item, Options, Scene, is_image
-from instdiff_jax.data.importers.write import IMPORTERS, mask_box, write_scenes
+from instdiff_jax.data.importers.write import IMPORTERS, mask_box
 from instdiff_jax.data.report import Report
-from instdiff_jax.data.vision import Answerer, BoxSegmenter, Captioner, Found, Grounder, Pixels, keep_best
+from instdiff_jax.data.vision import (
+    Answerer,
+    BoxSegmenter,
+    Captioner,
+    Found,
+    Grounder,
+    Pixels,
+    Tagger,
+    caption_all,
+    ground_all,
+    keep_best,
+    segment_all,
+)
 from instdiff_jax.errors import InputError
-from instdiff_jax.files import read_json, write_file, write_json, write_text
+from instdiff_jax.files import write_json
 from instdiff_jax.geometry.checks import read_text
 from instdiff_jax.geometry.masks import RLE, encode_mask
 from instdiff_jax.images import open_image
@@ -63,13 +72,13 @@ class Models(NamedTuple):
         grounder: finds boxes.
         segmenter: masks them; without one, instances have boxes alone.
         captioner: describes pictures and crops; without one, an instance's caption is its tag.
-        answerer: names what is in a picture, where no tags are given.
+        answerer: names what is in a picture, where no tags are given: by an answer, or as a `Tagger`.
     """
 
     grounder: Grounder | None = None
     segmenter: BoxSegmenter | None = None
     captioner: Captioner | None = None
-    answerer: Answerer | None = None
+    answerer: Answerer | Tagger | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,40 +131,100 @@ def annotate_all(
     models: Models,
     settings: AnnotateSettings,
     report: Callable[[], object] = lambda: None,
+    batch: int = 1,
 ) -> int:
-    """Annotates the pictures that have no record yet; returns their number."""
-    made = 0
-    for picture in pictures:
-        path = record_path(output, picture)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, annotate(picture, models, settings), None)
-            made += 1
+    """Annotates the pictures that have no record yet, `batch` at a time; returns their number."""
+    waiting = [picture for picture in pictures if not record_path(output, picture).exists()]
+    for _ in range(len(pictures) - len(waiting)):
         report()
-    return made
+    for first in range(0, len(waiting), batch):
+        part = waiting[first : first + batch]
+        for picture, values in zip(part, annotate(part, models, settings), strict=True):
+            path = record_path(output, picture)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, values, None)
+            report()
+    return len(waiting)
 
 
-def annotate(picture: Picture, models: Models, settings: AnnotateSettings) -> dict[str, Any]:
-    """One picture's annotations as COCO's rows, its captions, and what was dropped and why."""
-    try:
-        image = open_picture(picture)
-    except ValueError as error:  # an InputError is one too
-        return {"error": str(error)}
-    height, width = image.shape[:2]
-    captions: Sequence[str] = ()
-    if picture.scene is None:
-        tags = list(settings.tags) or ask_tags(image, models)
-        rows, dropped = find_instances(image, tags, models.grounder, settings)
-    else:
-        rows, dropped = own_instances(picture.scene, width, height)
-        captions, tags = picture.scene.captions, [row["category"] for row in rows]
-    for row in rows:
-        if not row.get("iscrowd"):
-            complete(row, image, models, dropped)
-    if not captions:
-        own = models.captioner.caption(image) if models.captioner is not None else ", ".join(dict.fromkeys(tags))
-        captions = [own] if own else []
-    return {"width": width, "height": height, "captions": captions, "annotations": rows, "dropped": dropped}
+@dataclasses.dataclass
+class _Work:
+    """A picture on its way: its pixels, and what is known of it so far."""
+
+    image: Pixels
+    tags: list[str]
+    captions: list[str] = dataclasses.field(default_factory=list)
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    dropped: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        height, width = self.image.shape[:2]
+        values = {"width": width, "height": height, "captions": self.captions}
+        return values | {"annotations": self.rows, "dropped": self.dropped}
+
+
+def annotate(pictures: Sequence[Picture], models: Models, settings: AnnotateSettings) -> list[dict[str, Any]]:
+    """Annotations of some pictures as COCO's rows, their captions, and what was dropped and why.
+
+    Models that can take several pictures in one call get them so. A picture that cannot be read has an `error`.
+    """
+    works: list[_Work | dict[str, Any]] = []
+    for picture in pictures:
+        try:
+            image = open_picture(picture)
+        except ValueError as error:  # an InputError is one too
+            works.append({"error": str(error)})
+            continue
+        if picture.scene is None:
+            works.append(_Work(image, list(settings.tags) or ask_tags(image, models)))
+        else:
+            rows, dropped = own_instances(picture.scene, image.shape[1], image.shape[0])
+            tags = [row["category"] for row in rows]
+            works.append(_Work(image, tags, list(picture.scene.captions), rows, dropped))
+    opened = [(picture, work) for picture, work in zip(pictures, works, strict=True) if isinstance(work, _Work)]
+    look([work for picture, work in opened if picture.scene is None], models, settings)
+    for _, work in opened:
+        add_masks(work.image, work.rows, models, work.dropped)
+    describe([work for _, work in opened], models, len(pictures))
+    return [work.record() if isinstance(work, _Work) else work for work in works]
+
+
+def look(works: Sequence[_Work], models: Models, settings: AnnotateSettings) -> None:
+    """Finds instances by tags, of all pictures that have a tag together."""
+    if not works:
+        return
+    assert models.grounder is not None
+    found: list[dict[str, Found]] = [{} for _ in works]
+    for tag in dict.fromkeys(tag for work in works for tag in work.tags):
+        those = [k for k, work in enumerate(works) if tag in work.tags]
+        answers = ground_all(models.grounder, [works[k].image for k in those], [tag] * len(those))
+        for k, answer in zip(those, answers, strict=True):
+            found[k][tag] = answer
+    for work, by_tag in zip(works, found, strict=True):
+        height, width = work.image.shape[:2]
+        work.rows, work.dropped = choose(width, height, {tag: by_tag[tag] for tag in work.tags}, settings)
+
+
+def describe(works: Sequence[_Work], models: Models, batch: int) -> None:
+    """Adds captions to the instances and pictures that have none, `batch` descriptions in a call."""
+    if models.captioner is None:
+        for work in works:
+            if not work.captions and work.tags:
+                work.captions = [", ".join(dict.fromkeys(work.tags))]
+        return
+    waiting: list[tuple[Pixels, Callable[[str], object]]] = []
+    for work in works:
+        for row in work.rows:
+            if not row.get("iscrowd") and not row.get("caption"):
+                waiting.append((crop(work.image, corners(row)), partial(row.__setitem__, "caption")))
+        if not work.captions:
+            waiting.append((work.image, work.captions.append))
+    for first in range(0, len(waiting), batch):
+        part = waiting[first : first + batch]
+        for (_, keep), said in zip(part, caption_all(models.captioner, [image for image, _ in part]), strict=True):
+            keep(said)
+    for work in works:
+        work.captions = [caption for caption in work.captions if caption]
 
 
 def open_picture(picture: Picture) -> Pixels:
@@ -168,18 +237,23 @@ def open_picture(picture: Picture) -> Pixels:
     return np.asarray(image)
 
 
-def complete(row: dict[str, Any], image: Pixels, models: Models, dropped: list[dict[str, str]]) -> None:
-    """Adds a mask and a caption to a row that has none, where there are models for them."""
+def corners(row: Mapping[str, Any]) -> list[float]:
+    """A row's box as x0, y0, x1, y1."""
     x, y, w, h = row["bbox"]
-    box = [x, y, x + w, y + h]
-    if models.segmenter is not None and not row.get("segmentation"):
-        mask = np.asarray(models.segmenter.segment(image, box), bool)
-        if mask.any():
-            row["segmentation"] = encode_mask(mask)
+    return [x, y, x + w, y + h]
+
+
+def add_masks(image: Pixels, rows: Sequence[dict[str, Any]], models: Models, dropped: list[dict[str, str]]) -> None:
+    """Adds masks to the rows of a picture that have none, where there is a model for them."""
+    if models.segmenter is None:
+        return
+    waiting = [row for row in rows if not row.get("iscrowd") and not row.get("segmentation")]
+    masks = segment_all(models.segmenter, image, [corners(row) for row in waiting])
+    for row, mask in zip(waiting, masks, strict=True):
+        if np.asarray(mask, bool).any():
+            row["segmentation"] = encode_mask(np.asarray(mask, bool))
         else:
             dropped.append({"what": f"the mask of {row['category']}", "reason": "no pixel"})
-    if models.captioner is not None and not row.get("caption"):
-        row["caption"] = models.captioner.caption(crop(image, box))
 
 
 def own_instances(scene: Scene, width: int, height: int) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
@@ -218,19 +292,19 @@ def own_row(item: Item | InputError, width: int, height: int) -> tuple[dict[str,
 def ask_tags(image: Pixels, models: Models) -> list[str]:
     """What the answerer says is in the picture, each once."""
     assert models.answerer is not None
-    words = models.answerer.answer(image, TAGS_QUESTION).replace("\n", ",").split(",")
+    if isinstance(models.answerer, Tagger):
+        words = models.answerer.tags(image)
+    else:
+        words = models.answerer.answer(image, TAGS_QUESTION).replace("\n", ",").split(",")
     return list(dict.fromkeys(tag for word in words if (tag := " ".join(word.strip(" .-*").lower().split()))))
 
 
-def find_instances(
-    image: Pixels, tags: Sequence[str], grounder: Grounder | None, settings: AnnotateSettings
+def choose(
+    width: int, height: int, found_by_tag: Mapping[str, Found], settings: AnnotateSettings
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Category, score and bbox of what stays, highest score first; what was dropped, with the reason."""
-    assert grounder is not None
-    height, width = image.shape[:2]
     names, boxes, scores, dropped = [], [], [], []
-    for tag in tags:
-        found = grounder.ground(image, tag)
+    for tag, found in found_by_tag.items():
         for box, score in zip(np.asarray(found.boxes, float).reshape(-1, 4), found.scores, strict=True):
             box = np.clip(box, 0, [width, height, width, height])
             area = max(box[2] - box[0], 0) * max(box[3] - box[1], 0) / (width * height)
@@ -262,58 +336,3 @@ def crop(image: Pixels, box: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:
     dx, dy = _MARGIN * (x1 - x0), _MARGIN * (y1 - y0)
     left, top = int(max(x0 - dx, 0)), int(max(y0 - dy, 0))
     return image[top : max(int(min(y1 + dy, height)), top + 1), left : max(int(min(x1 + dx, width)), left + 1)]
-
-
-def write_coco(
-    pictures: Sequence[Picture], output: Path, source: Mapping[str, str], report: Report | None = None
-) -> tuple[dict, Report]:
-    """Makes OUTPUT/coco of all records, with a report of what was left out, added to one that there is.
-
-    Args:
-        pictures: all pictures; InputError if one has no record yet.
-        output: the annotations' folder.
-        source: what report.json says of the pictures.
-        report: what was left out before.
-    """
-    report = report or Report()
-
-    def scenes() -> Iterator[tuple[str, Scene]]:
-        for picture in pictures:
-            path = record_path(output, picture)
-            values = read_json(path)
-            if "error" in values:
-                report.skip("image", picture.split, picture.name, str(values["error"]))
-                continue
-            for entry in values.get("dropped", []):
-                report.note("instance", picture.split, picture.name, f"{entry['what']}: {entry['reason']}")
-            captions = tuple(values.get("captions", ()))
-            yield picture.split, scene_of_values(picture.image, picture.name, values, captions, str(path), Options())
-
-    return write_scenes(scenes(), output / "coco", report, source, overwrite=True), report
-
-
-def write_page(pictures: Sequence[Picture], output: Path, count: int = 48) -> None:
-    """OUTPUT/page.html with some pictures, their boxes and captions, to look at."""
-    step = max(1, len(pictures) // count)
-    parts = ["<!doctype html><meta charset='utf-8'><title>Annotations</title>"]
-    parts.append("<style>body{font:14px sans-serif}figure{display:inline-block;width:320px;vertical-align:top}</style>")
-    (output / "page").mkdir(exist_ok=True)
-    for number, picture in enumerate(list(pictures)[::step][:count]):
-        values = read_json(record_path(output, picture))
-        if "error" in values:
-            continue
-        image = Image.fromarray(open_picture(picture))
-        draw = ImageDraw.Draw(image)
-        lines = []
-        for row in values["annotations"]:
-            x, y, w, h = row["bbox"]
-            draw.rectangle((x, y, x + w, y + h), outline=(255, 0, 90), width=max(1, image.width // 200))
-            score = f" {row['score']:.2f}" if "score" in row else ""
-            lines.append(f"{row['category']}{score}: {row.get('caption', '')}")
-        image.thumbnail((320, 320))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG")
-        write_file(output / "page" / f"{number}.jpg", lambda file, data=buffer.getvalue(): file.write(data), sync=False)
-        text = "<br>".join(html.escape(line) for line in [*values["captions"][:1], *lines])
-        parts.append(f"<figure><img src='page/{number}.jpg' alt=''><figcaption>{text}</figcaption></figure>")
-    write_text(output / "page.html", "\n".join(parts))

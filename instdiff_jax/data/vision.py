@@ -1,7 +1,11 @@
-"""What models of other libraries do here: find what a phrase names, mask what a box is around, caption, answer."""
+"""What models of other libraries do here: find what a phrase names, mask what a box is around, caption, answer.
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+A model may have a second method that takes several at once: `ground_all(images, phrases)`, `segment_all(image, boxes)`
+and `caption_all(images)`, each with a list of what the first method returns.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -43,6 +47,40 @@ class Answerer(Protocol):
     """Answers questions about pictures: a vision language model."""
 
     def answer(self, image: Pixels, question: str) -> str: ...
+
+
+@runtime_checkable
+class Tagger(Protocol):
+    """Names the kinds of things in a picture, such as Florence-2."""
+
+    def tags(self, image: Pixels) -> list[str]: ...
+
+
+def ground_all(grounder: Grounder, images: Sequence[Pixels], phrases: Sequence[str]) -> list[Found]:
+    """What each phrase names in its image."""
+    return _all(grounder, "ground", len(images), (list(images), list(phrases)), zip(images, phrases, strict=True))
+
+
+def segment_all(
+    segmenter: BoxSegmenter, image: Pixels, boxes: Sequence[Sequence[float]]
+) -> list[Bool[np.ndarray, "H W"]]:
+    """The masks of what boxes of one image are around."""
+    return _all(segmenter, "segment", len(boxes), (image, list(boxes)), ((image, box) for box in boxes))
+
+
+def caption_all(captioner: Captioner, images: Sequence[Pixels]) -> list[str]:
+    """A description of each image."""
+    return _all(captioner, "caption", len(images), (list(images),), ((image,) for image in images))
+
+
+def _all(model: Any, method: str, count: int, together: tuple, one_by_one: Iterable[tuple]) -> list[Any]:
+    many = getattr(model, f"{method}_all", None)
+    if many is None or count < 2:
+        return [getattr(model, method)(*each) for each in one_by_one]
+    found = list(many(*together))
+    if len(found) != count:
+        raise ValueError(f"{method}_all: expected {count} results, got {len(found)}")
+    return found
 
 
 def box_ious(boxes: Float[np.ndarray, "n 4"], box: Sequence[float]) -> Float[np.ndarray, " n"]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from instdiff_jax.cli.annotate import OWN, main
 from instdiff_jax.coco import Coco
-from instdiff_jax.data.annotate import AnnotateSettings, Models, annotate, ask_tags, find_instances, find_pictures
+from instdiff_jax.data.annotate import AnnotateSettings, Models, annotate, ask_tags, choose, find_pictures
 from instdiff_jax.data.build_coco import build
 from instdiff_jax.data.vision import Found
 from instdiff_jax.errors import InputError
@@ -120,12 +120,8 @@ def test_a_run_goes_on_and_shards_make_up_the_whole(tmp_path, capsys):
 
 
 def test_small_boxes_and_the_31st_are_dropped_and_named():
-    class Many:
-        def ground(self, image, phrase):
-            boxes = np.array([[2 * i, 0, 2 * i + 2, 8] for i in range(32)] + [[0, 20, 1, 21]], float)
-            return Found(boxes, np.linspace(0.9, 0.5, 33))
-
-    rows, dropped = find_instances(np.zeros((24, 64, 3), np.uint8), ["x"], Many(), AnnotateSettings())
+    boxes = np.array([[2 * i, 0, 2 * i + 2, 8] for i in range(32)] + [[0, 20, 1, 21]], float)
+    rows, dropped = choose(64, 24, {"x": Found(boxes, np.linspace(0.9, 0.5, 33))}, AnnotateSettings())
     assert len(rows) == 30 and rows[0] == {"category": "x", "score": 0.9, "bbox": [0, 0, 2, 8]}
     reasons = [entry["reason"] for entry in dropped]
     assert reasons == ["area 0.0007 of the picture, below 0.005", *["more than 30 instances"] * 2]
@@ -135,7 +131,8 @@ def test_tags_are_asked_for_once_each(tmp_path):
     make_pictures(tmp_path / "pictures")
     image = np.zeros((8, 8, 3), np.uint8)
     assert ask_tags(image, Models(Sees(), answerer=Sees())) == ["red thing", "blue thing"]
-    values = annotate(find_pictures(tmp_path / "pictures")[0], Models(Sees(), answerer=Sees()), AnnotateSettings())
+    first = find_pictures(tmp_path / "pictures")[:1]
+    (values,) = annotate(first, Models(Sees(), answerer=Sees()), AnnotateSettings())
     assert [row["category"] for row in values["annotations"]] == ["red thing", "blue thing"]
     assert values["captions"] == ["red thing, blue thing"] and "segmentation" not in values["annotations"][0]
 

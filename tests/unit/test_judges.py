@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_hub import BLIP_WORDS, save_blip, save_grounding_dino, save_sam
 
 from instdiff_jax.cli import annotate
 from instdiff_jax.coco import Coco
@@ -14,44 +15,7 @@ from instdiff_jax.geometry.masks import decode_mask
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-BLIP_WORDS = ("a", "cat", "dog", "on", "sand")
 IMAGE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
-
-
-def save_grounding_dino(folder):
-    backbone = transformers.SwinConfig(
-        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
-        out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "cat", "dog", "?"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    text = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    config = transformers.GroundingDinoConfig(
-        backbone_config=backbone, text_config=text, d_model=32, encoder_layers=1, decoder_layers=2,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=20,
-        max_text_len=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.GroundingDinoForObjectDetection(config).save_pretrained(folder)
-    tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
-    images = transformers.GroundingDinoImageProcessor(size={"shortest_edge": 96, "longest_edge": 128})
-    transformers.GroundingDinoProcessor(images, tokenizer).save_pretrained(folder)
-
-
-def save_sam(folder):
-    config = transformers.SamConfig(
-        vision_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16,
-                           num_pos_feats=8, output_channels=16, global_attn_indexes=[0], window_size=2, mlp_dim=16),
-        prompt_encoder_config=dict(hidden_size=16, image_size=64, patch_size=16, image_embedding_size=4),
-        mask_decoder_config=dict(hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2,
-                                 iou_head_hidden_dim=16),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.SamModel(config).save_pretrained(folder)
-    images = transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
-    transformers.SamProcessor(images).save_pretrained(folder)
 
 
 def test_a_grounder_gives_boxes_on_the_image_best_first(tmp_path, monkeypatch):
@@ -77,21 +41,6 @@ def test_a_segmenter_gives_the_mask_that_it_rates_highest(tmp_path):
     with torch.no_grad():
         scores = inner._model(**inputs).iou_scores
     assert scores.shape[-1] == 3
-
-
-def save_blip(folder):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *BLIP_WORDS]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, projection_dim=16)
-    text = sizes | dict(vocab_size=len(words), encoder_hidden_size=16, max_position_embeddings=64)
-    text |= dict(bos_token_id=5, pad_token_id=0, eos_token_id=3, sep_token_id=3)
-    config = transformers.BlipConfig(text_config=text, vision_config=sizes | dict(image_size=32, patch_size=16))
-    torch.manual_seed(0)
-    transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
-    images = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
-    transformers.BlipProcessor(images, transformers.BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(
-        folder
-    )
 
 
 def test_a_captioner_takes_the_likeliest_word_at_each_step(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from instdiff_jax.data.plugs import import_plug
-from instdiff_jax.data.vision import Pixels
+from instdiff_jax.data.vision import Answerer, Pixels
 from instdiff_jax.data.vision_hub import open_model
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.benchmarks import coco_mig, coco_position, coco_protocol, layoutsam, lvis, overlaybench
@@ -72,7 +72,10 @@ def _open_judge(field: str, name: str | None, cases: Sequence[Case], size: int) 
             found = import_plug("--clip", name)
             return found() if isinstance(found, type) else found
         return Clip.from_name(name)
-    return open_model(_FLAGS[field], name)
+    model = open_model(_FLAGS[field], name)
+    if field == "answerer" and not isinstance(model, Answerer):
+        raise InputError(f"--vlm: {name}: expected a model that answers questions; Florence-2 does not")
+    return model
 
 
 def picture_path(folder: Path, case: Case) -> Path:
