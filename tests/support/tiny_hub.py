@@ -74,6 +74,34 @@ def save_blip(folder: Path) -> None:
     )
 
 
+def save_blip2(folder: Path) -> None:
+    import torch
+    import transformers
+    from tokenizers import pre_tokenizers
+
+    words = ["<s>", "<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    ends = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>")
+    tokenizer = transformers.GPT2Tokenizer(vocab={word: k for k, word in enumerate(words)}, merges=[], **ends)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.Blip2Config(
+        vision_config=sizes | dict(image_size=32, patch_size=16),
+        qformer_config=sizes | dict(encoder_hidden_size=16, vocab_size=30),
+        text_config=dict(model_type="opt", vocab_size=len(tokenizer), hidden_size=16, ffn_dim=16, num_hidden_layers=1,
+                         num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=128, bos_token_id=0,
+                         pad_token_id=1, eos_token_id=2),
+        num_query_tokens=4, image_token_index=len(tokenizer) - 1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Blip2ForConditionalGeneration(config)
+    for weights in model.parameters():  # as they are, it says the same of all pictures
+        if weights.ndim > 1:
+            torch.nn.init.normal_(weights, std=0.7)
+    model.save_pretrained(folder)
+    images = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+    transformers.Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(folder)
+
+
 def save_sam2(folder: Path) -> None:
     import torch
     import transformers

@@ -137,6 +137,29 @@ def test_tags_are_asked_for_once_each(tmp_path):
     assert values["captions"] == ["red thing, blue thing"] and "segmentation" not in values["annotations"][0]
 
 
+def test_pictures_are_upright_8_bit_and_without_alpha(tmp_path):
+    white = np.full((48, 64, 3), 255, np.uint8)
+    white[4:20, 8:24] = COLOURS["red thing"]
+    turned = Image.fromarray(np.rot90(white))
+    turned.save(tmp_path / "turned.png", exif=(lambda exif: exif.__setitem__(0x0112, 6) or exif)(turned.getexif()))
+    Image.fromarray(np.dstack([white, np.full((48, 64), 255, np.uint8)])).save(tmp_path / "alpha.png")
+    Image.fromarray(np.full((48, 64), 60_000, np.uint16)).save(tmp_path / "deep.png")
+    seen = []
+
+    class Looks(Sees):
+        def ground(self, image, phrase):
+            seen.append((image.dtype, image.shape, int(image[0, 0, 0])))
+            return super().ground(image, phrase)
+
+    settings = AnnotateSettings(("red thing",))
+    alpha, deep, upright = annotate(find_pictures(tmp_path), Models(Looks()), settings)
+    assert seen == [(np.uint8, (48, 64, 3), value) for value in (255, 233, 255)]
+    for values in (alpha, upright):
+        assert [row["bbox"] for row in values["annotations"]] == [[8, 4, 16, 16]]
+        assert (values["width"], values["height"]) == (64, 48)
+    assert deep["annotations"] == []
+
+
 def test_bad_flags_are_one_line(tmp_path):
     make_pictures(tmp_path / "pictures")
     flags = ["--images", f"{tmp_path}/pictures", "--output", f"{tmp_path}/out", "--detector", f"python:{__name__}:Sees"]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_hub import save_all, save_blip, save_florence2, save_grounding_dino, save_sam, save_sam2
+from tiny_hub import save_all, save_blip, save_blip2, save_florence2, save_grounding_dino, save_sam, save_sam2
 
 from benchmarks import annotation
 from instdiff_jax.cli import annotate
@@ -25,7 +25,8 @@ BOXES = [(8, 8, 40, 40), (0, 0, 64, 48), (30, 10, 60, 30)]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """What flags say to open each model."""
-    savers = dict(dino=save_grounding_dino, sam=save_sam, sam2=save_sam2, blip=save_blip, florence=save_florence2)
+    savers = dict(dino=save_grounding_dino, sam=save_sam, sam2=save_sam2)
+    savers |= dict(blip=save_blip, blip2=save_blip2, florence=save_florence2)
     return save_all(tmp_path_factory.mktemp("hub"), **savers)
 
 
@@ -97,9 +98,10 @@ def test_several_at_once_are_the_same_as_one_by_one(models, monkeypatch):
         alone = grounder.ground(image, phrase)
         np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-3)
         np.testing.assert_allclose(found.scores, alone.scores, atol=1e-6)
-    for name in ("blip", "florence"):
+    for name, kinds in {"blip": 1, "blip2": 4, "florence": 4}.items():
         captioner = open_model("--captioner", models[name])
-        assert caption_all(captioner, images) == [captioner.caption(image) for image in images]
+        said = caption_all(captioner, images)
+        assert said == [captioner.caption(image) for image in images] and len(set(said)) == kinds and all(said)
     segmenter = open_model("--segmenter", models["sam"])
     for box, mask in zip(BOXES, segmenter.segment_all(IMAGE, BOXES), strict=True):
         np.testing.assert_array_equal(mask, segmenter.segment(IMAGE, box))

@@ -77,6 +77,7 @@ def test_the_page_runs_as_pasted(tmp_path):
         assert words[0] == "python"
         words = [sys.executable, *words[1:]]
         words = [re.sub("train.steps=300", "train.steps=20", word) for word in words]
+        words = [re.sub("warmup_steps=20", "warmup_steps=2", word) for word in words]
         words += ["--count", "2"] if "evaluate" in words else []
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
