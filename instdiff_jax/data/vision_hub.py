@@ -20,7 +20,7 @@ ANSWER, DESCRIPTION = 1024, 40
 class _HubModel:
     """A model and its processor; subclasses name their classes in the library."""
 
-    _classes = ("AutoModelForImageTextToText", "AutoProcessor")
+    _classes: tuple[str, ...] = ("AutoModelForImageTextToText", "AutoProcessor")
 
     def __init__(self, model: Any, processor: Any):
         self._model, self._processor = model.eval(), processor
@@ -83,7 +83,7 @@ class HubGrounder(_HubModel):
 class HubSegmenter(_HubModel):
     """A model that segments what a box is around: SAM."""
 
-    _classes = ("SamModel", "SamProcessor")
+    _classes: tuple[str, ...] = ("SamModel", "SamProcessor")
 
     def segment(self, image: Pixels, box: Sequence[float]) -> Bool[np.ndarray, "H W"]:
         """Of the masks that the model proposes, the one that it rates highest."""
@@ -123,7 +123,7 @@ class HubSegmenter2(HubSegmenter):
 
         side, (height, width) = self._model.config.prompt_encoder_config.image_size, image.shape[:2]
         squeezed = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255
-        pixels = (squeezed - np.float32(IMAGENET_DEFAULT_MEAN)) / np.float32(IMAGENET_DEFAULT_STD)
+        pixels = (squeezed - np.array(IMAGENET_DEFAULT_MEAN, np.float32)) / np.array(IMAGENET_DEFAULT_STD, np.float32)
         scaled = torch.tensor(boxes) * torch.tensor([side / width, side / height] * 2)
         outputs = self._model(
             pixel_values=torch.from_numpy(pixels.transpose(2, 0, 1)[None]), input_boxes=scaled[None].float()
@@ -200,14 +200,14 @@ class _Function:
 
 
 # Flag -> the method that its model needs, and the class for models of the transformers library.
-_KINDS = {
+_KINDS: dict[str, tuple[str, type[_HubModel]]] = {
     "--detector": ("ground", HubGrounder),
     "--segmenter": ("segment", HubSegmenter),
     "--captioner": ("caption", HubCaptioner),
     "--vlm": ("answer", HubAnswerer),
 }
 # Models that are opened in another way, by the flag and the `model_type` of their config.
-_OTHERS = {
+_OTHERS: dict[tuple[str, str], type[_HubModel]] = {
     ("--segmenter", "sam2"): HubSegmenter2,
     ("--segmenter", "sam2_video"): HubSegmenter2,
     ("--captioner", "florence2"): HubFlorence,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -79,10 +79,10 @@ def measure_fid(
         InputError: for pictures that are missing or broken, and features that are not finite.
     """
     path = output / "fid.json"
-    facts = {"features": reference.name, "real": str(reference.folder.absolute())}
+    facts: dict[str, Any] = {"features": reference.name, "real": str(reference.folder.absolute())}
     facts |= {"pictures": len(drawn), "real_pictures": len(reference.pictures)}
     kept = read_json(path) if path.exists() else {}
-    if not isinstance(kept, dict) or any(kept.get(key) != value for key, value in facts.items()) or "FID" not in kept:
+    if not isinstance(kept, dict) or {key: kept.get(key) for key in facts} != facts or "FID" not in kept:
         with Image.open(drawn[0]) as first:
             size = first.size
         described = [_describe(files, size, reference.features, report) for files in (drawn, reference.pictures)]
@@ -91,7 +91,7 @@ def measure_fid(
         kept = facts | {"FID": distance, "remarks": remarks}
         write_json(path, kept, indent=2)
     said = f"FID (lower is better): {len(drawn)} drawn and {len(reference.pictures)} real pictures, {reference.name}."
-    return Fid(float(kept["FID"]), [said, *kept["remarks"]])
+    return Fid(float(kept["FID"]), [said, *kept.get("remarks", ())])
 
 
 def _describe(

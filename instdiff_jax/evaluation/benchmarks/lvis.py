@@ -119,8 +119,8 @@ def federated_precision(
         places[row["category_id"]].add(row["image_id"])
     partly = {(k, number_of[name]) for k, federation in enumerate(known, 1) for name in federation.partly}
     with contextlib.redirect_stdout(io.StringIO()):
-        both = [coco_of_rows([one["side"] for one in pictures], rows, names) for rows in (truth, found)]
-        each = [_Category(*both, kind, number, sorted(places[number]), partly).measure() for number in places]
+        marked, guessed = (coco_of_rows([one["side"] for one in pictures], rows, names) for rows in (truth, found))
+        each = [_Category(marked, guessed, kind, k, sorted(places[k]), partly).measure() for k in places]
     return np.stack(each, -1)
 
 
