@@ -38,6 +38,14 @@ FILES = {
         ],
         "categories": [{"id": 2, "name": "cat"}],
     },
+    "lvis-box": {
+        "images": [
+            {"id": 1, "width": 90, "height": 60, "coco_url": "http://x/val2017/1.jpg"}
+            | {"neg_category_ids": [3], "not_exhaustive_category_ids": [2]}
+        ],
+        "annotations": [{"id": 4, "image_id": 1, "category_id": 2, "bbox": [9, 9, 30, 30], "segmentation": []}],
+        "categories": [{"id": k, "name": f"big_cat_{k}", "frequency": "r"} for k in (2, 3)],
+    },
     "layoutsam": [{"file_name": "1.jpg", "width": 90, "height": 90, "global_caption": "one"} | _REGIONS],
     "overlaybench": [{"image_id": 3, "annotation": _ANNOTATION}],
 }

@@ -121,6 +121,7 @@ def test_files_without_lvis_fields_are_one_line(tmp_path):
             r"image 1: not_exhaustive_category_ids: expected ids of categories, got \[7\]",
         ),
         ("categories", {"id": 1, "name": "x"}, "category 1: frequency: expected r, c or f, got None"),
+        ("categories", category(1, ["r"]), r"category 1: frequency: expected r, c or f, got \['r'\]"),
     ):
         write(tmp_path, good | {key: [row]}, [])
         with pytest.raises(InputError, match=message):

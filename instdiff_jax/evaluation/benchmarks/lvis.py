@@ -57,7 +57,7 @@ def read(path: Path) -> list[Case]:
 
 def _frequency(coco: Coco, number: int) -> str:
     value = coco.category_rows[number].get("frequency")
-    if value not in FREQUENCIES:
+    if not isinstance(value, str) or value not in FREQUENCIES:
         raise InputError(f"{coco.path}: category {number}: frequency: expected r, c or f, got {short(value)}")
     return value
 
