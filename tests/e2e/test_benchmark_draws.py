@@ -53,4 +53,4 @@ def test_pictures_are_drawn_in_shards_and_judged_by_predictions(checkpoint, tmp_
     benchmark.main(["coco-box", *judged, "--detector", f"predictions:{tmp_path / 'predictions.json'}"])
     numbers = read_json(folder / "results.json")["numbers"]
     assert numbers == pytest.approx({"box AP": 51 / 101, "box AP50": 51 / 101, "box AR": 0.5})
-    assert "| InstanceDiffusion (printed) | 38.8 | 55.4 | 52.9 |" in capsys.readouterr().out
+    assert "| InstanceDiffusion (printed, 1) | 38.8 | 55.4 | 52.9 |" in capsys.readouterr().out

@@ -57,8 +57,8 @@ def test_the_distance_is_in_the_table_beside_the_papers(tmp_path, capsys):
     expected = 100**2 + (10 - 800**0.5) ** 2
     assert read_json(tmp_path / "out" / "results.json")["numbers"]["FID"] == pytest.approx(expected, rel=1e-12)
     assert f"| this run | 0.0 | 0.0 | 0.0 | {expected:.1f} |" in told
-    assert "| InstanceDiffusion (printed) | 38.8 | 55.4 | 52.9 | 23.9 |" in told
-    assert "| GLIGEN (printed) | 24.1 | 42.6 | 35.9 |  |" in told, "its FID is not known"
+    assert "| InstanceDiffusion (printed, 1) | 38.8 | 55.4 | 52.9 | 23.9 |" in told
+    assert "| GLIGEN (printed, 2) | 24.1 | 42.6 | 35.9 |  |" in told, "its FID is not known"
     assert "FID (lower is better): 3 drawn and 2 real pictures" in told
     assert asked == [(3, SIDE, SIDE, 3), (2, SIDE, SIDE, 3)]
     command.main(flags)

@@ -197,7 +197,7 @@ def test_the_command_judges_attributes(tmp_path, capsys):
     flags = ["--data", str(path), "--output", str(tmp_path / "out"), "--clip", f"python:{__name__}:RedLeft"]
     command.main(["coco-colour", *flags])
     told = capsys.readouterr().out
-    assert "| InstanceDiffusion (printed) | 54.4 | 25.0 |" in told and "3 pictures judged" in told
+    assert "| InstanceDiffusion (printed, 1) | 54.4 | 25.0 |" in told and "3 pictures judged" in told
     numbers = read_json(tmp_path / "out" / "results.json")["numbers"]
     # Picture 1: a black dog on red, a red cat on blue. Picture 5: a yellow dog (id 4), and a green crowd (id 11).
     assert numbers["accuracy"] == 0 and set(numbers) == {"accuracy", "CLIP"}

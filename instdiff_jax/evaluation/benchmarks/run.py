@@ -203,9 +203,9 @@ def markdown(benchmark: Benchmark, numbers: Mapping[str, float], pictures: int, 
         f"| --- |{' --- |' * len(columns)}",
         f"| this run | {' | '.join(_cell(name, value) for name, value in numbers.items())} |",
     ]
+    sources = list(dict.fromkeys(row.source for row in benchmark.published))
     for row in benchmark.published:
         values = (_cell(name, row.numbers.get(name)) for name in columns)
-        lines.append(f"| {row.method} (printed) | {' | '.join(values)} |")
-    sources = dict.fromkeys(f"- printed rows: {row.source}" for row in benchmark.published)
+        lines.append(f"| {row.method} (printed, {sources.index(row.source) + 1}) | {' | '.join(values)} |")
     notes = [f"- {note}" for note in (benchmark.notes, *more_notes)]
-    return "\n".join([*lines, "", *notes, *sources, ""])
+    return "\n".join([*lines, "", *notes, *(f"- printed, {k}: {source}" for k, source in enumerate(sources, 1)), ""])
