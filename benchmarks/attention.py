@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.processes import cores
 from benchmarks.tables import machine_line
-from instdiff_jax.models.kernels import chunked, flash_cpu
+from instdiff_jax.models.kernels import chunked, cpu, flash_cpu
 
 # b, n, m, h, d: self-attention in a fuser, in a transformer block, on text; then the deeper levels.
 SHAPES = (
@@ -35,7 +35,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(cores())
     print(machine_line())
-    print(f"the CPU's own kernel: {'built' if flash_cpu.is_available() else 'not available'}")
+    print(f"the CPU's own kernel: {'built' if cpu.is_available() else 'not available'}")
     print("| queries, keys, heads x width | ours, ms | chunked, ms | PyTorch, ms | ours / PyTorch | difference |")
     print("| --- | --- | --- | --- | --- | --- |")
     for b, n, m, h, d in SHAPES:

@@ -63,6 +63,10 @@ def _own_flops(equation: core.JaxprEqn) -> int:
         # The kernel's input axis is already per group.
         per_output = math.prod(kernel[axis] for axis in spec[1:])
         return 2 * math.prod(equation.outvars[0].aval.shape) * per_output
+    if name == "ffi_call" and params["target_name"] == "instdiff_product":
+        # Every output takes the kernel's weights of one channel.
+        kernel = equation.invars[1].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])
     if name.startswith("dot_product_attention_"):
         # cuDNN's: two products forward; backward five, of which the first again.
         (b, n, h, d), m = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]

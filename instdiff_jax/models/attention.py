@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from instdiff_jax.models.kernels import chunked, cudnn, flash_cpu
-from instdiff_jax.models.layers import platform
+from instdiff_jax.models.layers import Dense, platform
 from instdiff_jax.models.regions import Regions
 
 # A function of (q, k, v, query_bits, key_bits), as in `kernels/`.
@@ -75,8 +75,8 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.q, self.k, self.v = (nn.Dense(self.channels, use_bias=False, dtype=self.dtype) for _ in range(3))
-        self.out = nn.Dense(self.channels, dtype=self.dtype)
+        self.q, self.k, self.v = (Dense(self.channels, use_bias=False, dtype=self.dtype) for _ in range(3))
+        self.out = Dense(self.channels, dtype=self.dtype)
 
     def _split(self, x: Float[Array, "b n c"]) -> Float[Array, "b n h d"]:
         return x.reshape(*x.shape[:-1], self.num_heads, self.channels // self.num_heads)

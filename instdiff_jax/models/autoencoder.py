@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from instdiff_jax.config import AutoencoderConfig
 from instdiff_jax.models.attention import attention
-from instdiff_jax.models.layers import Conv, GroupNorm, upsample_nearest
+from instdiff_jax.models.layers import Conv, Dense, GroupNorm, upsample_nearest
 
 # For every GroupNorm here; the UNet's res blocks use 1e-5.
 EPS = 1e-6
@@ -33,8 +33,8 @@ class Autoencoder(nn.Module):
     def setup(self):
         self.encoder = _Encoder(self.config, dtype=self.dtype)
         self.decoder = _Decoder(self.config, dtype=self.dtype)
-        self.quant_conv = nn.Dense(2 * self.config.z_channels, dtype=self.dtype)
-        self.post_quant_conv = nn.Dense(self.config.z_channels, dtype=self.dtype)
+        self.quant_conv = Dense(2 * self.config.z_channels, dtype=self.dtype)
+        self.post_quant_conv = Dense(self.config.z_channels, dtype=self.dtype)
 
     def encode(self, image: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
         """Mean and log-variance of the latents' posterior, neither scaled nor clamped.
@@ -132,7 +132,7 @@ class _ResBlock(nn.Module):
         hidden = nn.silu(GroupNorm(EPS, name="norm2", dtype=self.dtype)(hidden))
         hidden = Conv(self.channels, (3, 3), name="conv2", dtype=self.dtype)(hidden)
         if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, name="skip", dtype=self.dtype)(x)
+            x = Dense(self.channels, name="skip", dtype=self.dtype)(x)
         return x + hidden
 
 
@@ -145,5 +145,5 @@ class _Attention(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         batch, _, _, channels = x.shape
         normed = GroupNorm(EPS, name="norm", dtype=self.dtype)(x).reshape(batch, -1, channels)
-        q, k, v = (nn.Dense(channels, name=name, dtype=self.dtype)(normed)[:, :, None] for name in "qkv")
-        return x + nn.Dense(channels, name="out", dtype=self.dtype)(attention(q, k, v).reshape(x.shape))
+        q, k, v = (Dense(channels, name=name, dtype=self.dtype)(normed)[:, :, None] for name in "qkv")
+        return x + Dense(channels, name="out", dtype=self.dtype)(attention(q, k, v).reshape(x.shape))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from instdiff_jax.models.attention import Attention, KeyValue
 from instdiff_jax.models.fuser import Fuser
-from instdiff_jax.models.layers import GEGLU, Conv, GroupNorm, LayerNorm, kept
+from instdiff_jax.models.layers import GEGLU, Conv, Dense, GroupNorm, LayerNorm, kept
 from instdiff_jax.models.regions import Regions
 
 
@@ -24,11 +24,11 @@ class ResBlock(nn.Module):
         y = nn.silu(GroupNorm(name="norm1", dtype=self.dtype)(x))
         y = Conv(self.channels, (3, 3), name="conv1", dtype=self.dtype)(y)
         y = kept(y)
-        y = y + nn.Dense(self.channels, name="time_proj", dtype=self.dtype)(time)[:, None, None, :]
+        y = y + Dense(self.channels, name="time_proj", dtype=self.dtype)(time)[:, None, None, :]
         y = nn.silu(GroupNorm(name="norm2", dtype=self.dtype)(y))
         y = Conv(self.channels, (3, 3), name="conv2", dtype=self.dtype)(y)
         if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, name="skip", dtype=self.dtype)(x)
+            x = Dense(self.channels, name="skip", dtype=self.dtype)(x)
         return x + y
 
 
@@ -46,13 +46,13 @@ class Transformer(nn.Module):
 
     def setup(self):
         self.norm = GroupNorm(eps=1e-6, dtype=self.dtype)
-        self.proj_in = nn.Dense(self.channels, dtype=self.dtype)
+        self.proj_in = Dense(self.channels, dtype=self.dtype)
         self.norm1, self.norm2, self.norm3 = (LayerNorm(dtype=self.dtype) for _ in range(3))
         self.self_attn = Attention(self.channels, self.num_heads, self.dtype)
         self.fuser = Fuser(self.channels, self.num_heads, self.dtype)
         self.cross_attn = Attention(self.channels, self.num_heads, self.dtype)
         self.ff = GEGLU(self.channels, self.dtype)
-        self.proj_out = nn.Dense(self.channels, dtype=self.dtype)
+        self.proj_out = Dense(self.channels, dtype=self.dtype)
 
     def condition(
         self, context: Float[Array, "b m e"], tokens: Float[Array, "b k e"] | None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import TextEncoderConfig
-from instdiff_jax.models.layers import LayerNorm, gelu
+from instdiff_jax.models.layers import Dense, LayerNorm, gelu
 
 
 class CLIPTextEncoder(nn.Module):
@@ -86,7 +86,7 @@ class _CausalAttention(nn.Module):
         batch, length, width = x.shape
 
         def dense(name: str) -> nn.Dense:
-            return nn.Dense(width, name=name, dtype=self.dtype)
+            return Dense(width, name=name, dtype=self.dtype)
 
         q, k, v = (dense(name)(x).reshape(batch, length, self.num_heads, -1) for name in "qkv")
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -104,7 +104,7 @@ class _Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        hidden = nn.Dense(self.intermediate_size, name="in", dtype=self.dtype)(x)
+        hidden = Dense(self.intermediate_size, name="in", dtype=self.dtype)(x)
         # OpenAI trained CLIP with this approximation of GELU.
         hidden = gelu(hidden) if self.exact else hidden * nn.sigmoid(1.702 * hidden)
-        return nn.Dense(x.shape[-1], name="out", dtype=self.dtype)(hidden)
+        return Dense(x.shape[-1], name="out", dtype=self.dtype)(hidden)

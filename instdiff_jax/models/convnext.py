@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from instdiff_jax.models.layers import LayerNorm, gelu
+from instdiff_jax.models.layers import Dense, LayerNorm, gelu
 
 EPS = 1e-6
 
@@ -52,7 +52,7 @@ class _Block(nn.Module):
         channels = x.shape[-1]
         hidden = nn.Conv(channels, (7, 7), feature_group_count=channels, name="dwconv", dtype=self.dtype)(x)
         hidden = LayerNorm(EPS, name="norm", dtype=self.dtype)(hidden)
-        hidden = gelu(nn.Dense(4 * channels, name="pw1", dtype=self.dtype)(hidden))
-        hidden = nn.Dense(channels, name="pw2", dtype=self.dtype)(hidden)
+        hidden = gelu(Dense(4 * channels, name="pw1", dtype=self.dtype)(hidden))
+        hidden = Dense(channels, name="pw2", dtype=self.dtype)(hidden)
         gamma = self.param("gamma", nn.initializers.constant(1e-6), (channels,))
         return x + gamma.astype(self.dtype) * hidden

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from instdiff_jax.models.attention import Attention, KeyValue
-from instdiff_jax.models.layers import GEGLU, LayerNorm
+from instdiff_jax.models.layers import GEGLU, Dense, LayerNorm
 from instdiff_jax.models.regions import Regions
 
 
@@ -27,7 +27,7 @@ class Fuser(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.proj = nn.Dense(self.channels, dtype=self.dtype)
+        self.proj = Dense(self.channels, dtype=self.dtype)
         self.norm1, self.norm2 = LayerNorm(dtype=self.dtype), LayerNorm(dtype=self.dtype)
         self.attn = Attention(self.channels, self.num_heads, self.dtype)
         self.ff = GEGLU(self.channels, self.dtype)

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import GROUPS
+from instdiff_jax.models.kernels import product_cpu
 
 # What recomputation of blocks keeps: it costs much time and little memory.
 KEPT = "kept"
@@ -43,11 +44,16 @@ def platform() -> str:
 def _convolve(
     x: Float[Array, "b h w in"], kernel: Float[Array, "k k in out"], strides, padding, *args, **kwargs
 ) -> Float[Array, "b h2 w2 out"]:
-    """`jax.lax.conv_general_dilated`, as matrix products where `_GATHERED` and `_SHIFTED` say so."""
-    rows, (b, h, w, c) = x.size // x.shape[-1], x.shape
+    """`jax.lax.conv_general_dilated`; on CPUs by our own kernel or as matrix products where that is faster."""
+    (b, h, w, c), (step, *others) = x.shape, strides
+    rows, same = x.size // c, kernel.shape[:3] == (3, 3, c) and others == [step]
+    same &= padding in ("SAME", [(1, 1), (1, 1)]) if step == 1 else padding == [(1, 1), (1, 1)]
+    if not (same and platform() == "cpu") or h % step or w % step:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, *args, **kwargs)
+    if product_cpu.supports(rows // step**2, kernel, x.dtype):
+        return product_cpu.convolution(x, kernel, step)
     small = rows <= _GATHERED or (rows <= _SHIFTED and max(kernel.shape[2:]) <= _NARROW)
-    same = kernel.shape[:3] == (3, 3, c) and tuple(strides) == (1, 1) and padding == "SAME"
-    if not (small and same and platform() == "cpu"):
+    if not small or step != 1:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, *args, **kwargs)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     near = [padded[:, i : i + h, j : j + w].reshape(rows, c) for i in range(3) for j in range(3)]
@@ -58,8 +64,16 @@ def _convolve(
     return y.reshape(b, h, w, -1)
 
 
-# `nn.Conv`, faster on CPUs.
+def _multiply(x: Float[Array, "*n in"], kernel: Float[Array, "in out"], *args, **kwargs) -> Float[Array, "*n out"]:
+    """`jax.lax.dot_general`; on CPUs by our own kernel where that is faster."""
+    if platform() == "cpu" and product_cpu.supports(x.size // x.shape[-1], kernel, x.dtype):
+        return product_cpu.product(x, kernel)
+    return jax.lax.dot_general(x, kernel, *args, **kwargs)
+
+
+# `nn.Conv` and `nn.Dense`, faster on CPUs.
 Conv = functools.partial(nn.Conv, conv_general_dilated=_convolve)
+Dense = functools.partial(nn.Dense, dot_general=_multiply)
 
 
 def _centre(x: Float[Array, "*b"], mean_of: Callable[[Array], Array]) -> tuple[Array, Array]:
@@ -121,8 +135,8 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         layers = {
-            "in": nn.Dense(8 * self.channels, name="in", dtype=self.dtype),
-            "out": nn.Dense(self.channels, name="out", dtype=self.dtype),
+            "in": Dense(8 * self.channels, name="in", dtype=self.dtype),
+            "out": Dense(self.channels, name="out", dtype=self.dtype),
         }
         if self.is_initializing() or not feeds_in_parts(x.shape):
             return _feed(x, **layers)

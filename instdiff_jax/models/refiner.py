@@ -19,7 +19,7 @@ from instdiff_jax.config import AutoencoderConfig, ScheduleConfig, TextEncoderCo
 from instdiff_jax.models.attention import Attention, KeyValue
 from instdiff_jax.models.blocks import ResBlock
 from instdiff_jax.models.clip_text import Layer
-from instdiff_jax.models.layers import GEGLU, Conv, GroupNorm, LayerNorm, timestep_embedding, upsample_nearest
+from instdiff_jax.models.layers import GEGLU, Conv, Dense, GroupNorm, LayerNorm, timestep_embedding, upsample_nearest
 
 NUMBERS = 5  # height and width, the crop's top and left, the aesthetic score
 NUMBER_WIDTH = 256  # Fourier features of each
@@ -63,9 +63,7 @@ class RefinerUNet(nn.Module):
     def setup(self):
         config = self.config
         width, last = 4 * config.model_channels, len(config.channel_mult) - 1
-        self.time_in, self.time_out, self.label_in, self.label_out = (
-            nn.Dense(width, dtype=self.dtype) for _ in range(4)
-        )
+        self.time_in, self.time_out, self.label_in, self.label_out = (Dense(width, dtype=self.dtype) for _ in range(4))
         self.conv_in = Conv(config.model_channels, (3, 3), dtype=self.dtype)
         blocks = config.num_res_blocks
         self.down = [self._blocks("down", level, blocks) for level in range(last + 1)]
@@ -157,7 +155,7 @@ class _Transformer(nn.Module):
 
     def setup(self):
         self.norm = GroupNorm(eps=1e-6, dtype=self.dtype)
-        self.proj_in, self.proj_out = (nn.Dense(self.channels, dtype=self.dtype) for _ in range(2))
+        self.proj_in, self.proj_out = (Dense(self.channels, dtype=self.dtype) for _ in range(2))
         self.layers = [_TransformerLayer(self.channels, self.num_heads, self.dtype) for _ in range(self.depth)]
 
     def condition(self, context: Float[Array, "b m e"]) -> list[KeyValue]:
@@ -209,4 +207,4 @@ class RefinerText(nn.Module):
             )
         end = jnp.argmax(ids, axis=1)[:, None, None]
         pooled = jnp.take_along_axis(LayerNorm(name="final_norm", dtype=self.dtype)(x), end, axis=1)[:, 0]
-        return before, nn.Dense(config.hidden_size, use_bias=False, name="projection", dtype=self.dtype)(pooled)
+        return before, Dense(config.hidden_size, use_bias=False, name="projection", dtype=self.dtype)(pooled)

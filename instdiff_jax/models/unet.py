@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from instdiff_jax.config import UNetConfig
 from instdiff_jax.models.attention import KeyValue
 from instdiff_jax.models.blocks import ResBlock, Transformer
-from instdiff_jax.models.layers import KEPT, Conv, GroupNorm, timestep_embedding, upsample_nearest
+from instdiff_jax.models.layers import KEPT, Conv, Dense, GroupNorm, timestep_embedding, upsample_nearest
 from instdiff_jax.models.regions import Regions
 from instdiff_jax.models.scaleu import ScaleU
 from instdiff_jax.models.unifusion import fourier_features
@@ -73,12 +73,12 @@ class UNet(nn.Module):
     def setup(self):
         config = self.config
         width, last = config.model_channels, len(config.channel_mult) - 1
-        self.time_in = nn.Dense(4 * width, dtype=self.dtype)
-        self.time_out = nn.Dense(4 * width, dtype=self.dtype)
+        self.time_in = Dense(4 * width, dtype=self.dtype)
+        self.time_out = Dense(4 * width, dtype=self.dtype)
         self.conv_in = Conv(width, (3, 3), dtype=self.dtype)
         if config.positions:
             # Zeros: a model trained without positions is not changed by them.
-            self.position_in = nn.Dense(width, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype)
+            self.position_in = Dense(width, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype)
         self.down = [self._down_level(level) for level in range(last + 1)]
         self.mid_res_0 = self._res_block("mid_res_0", last)
         self.mid_attn = self._transformer("mid_attn", last, masked=False)

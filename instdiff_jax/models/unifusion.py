@@ -19,6 +19,7 @@ from instdiff_jax.config import NUM_MAP_TOKENS, UniFusionConfig
 from instdiff_jax.grounding import ARRAYS, COORDINATES, Grounding
 from instdiff_jax.layout import MAX_INSTANCES
 from instdiff_jax.models.convnext import ConvNeXt
+from instdiff_jax.models.layers import Dense
 
 NUM_TOKENS = 4 * MAX_INSTANCES + NUM_MAP_TOKENS
 NUM_FREQUENCIES = 16
@@ -50,9 +51,9 @@ class TokenMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n k"]) -> Float[Array, "b n e"]:
-        x = nn.silu(nn.Dense(self.hidden, name="in", dtype=self.dtype)(x))
-        x = nn.silu(nn.Dense(self.hidden, name="mid", dtype=self.dtype)(x))
-        return nn.Dense(self.features, name="out", dtype=self.dtype)(x)
+        x = nn.silu(Dense(self.hidden, name="in", dtype=self.dtype)(x))
+        x = nn.silu(Dense(self.hidden, name="mid", dtype=self.dtype)(x))
+        return Dense(self.features, name="out", dtype=self.dtype)(x)
 
 
 class UniFusion(nn.Module):

@@ -22,7 +22,7 @@ from instdiff_jax.copies import local_copy
 from instdiff_jax.errors import InputError
 from instdiff_jax.files import read_json, replace_folder, write_json
 from instdiff_jax.layout import Instance, Layout
-from instdiff_jax.models.kernels.flash_cpu import processor
+from instdiff_jax.models.kernels.cpu import processor
 from instdiff_jax.sampling.pipeline import Pipeline
 from instdiff_jax.sampling.request import SamplingOptions, make_request
 

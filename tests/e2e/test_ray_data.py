@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 
@@ -11,7 +12,9 @@ from instdiff_jax import Layout, Pipeline
 
 @pytest.mark.slow
 def test_two_actors_sample_what_one_pipeline_does(tmp_path, tiny_checkpoint, monkeypatch, capsys):
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # of a busy machine
+    # On a busy machine: Ray's workers yield to everybody (nice 15), and would never come to sample.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     ray = pytest.importorskip("ray", reason='Ray is 70 MB and no requirement of the project: pip install "ray[data]"')
     import numpy as np
     from PIL import Image
@@ -25,8 +28,8 @@ def test_two_actors_sample_what_one_pipeline_does(tmp_path, tiny_checkpoint, mon
         anno = {"caption": "a circle", "bbox": [i, 1, 8, 8]}
         scene = {"caption": "a picture of shapes", "width": 16, "height": 16, "annos": [anno]}
         (layouts / f"scene{i}.json").write_text(json.dumps(scene))
-    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"JAX_PLATFORMS": "cpu"}})
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH, prepend=os.pathsep)  # Ray may itself come from there
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"JAX_PLATFORMS": "cpu"}})
     try:
         flags = ["--checkpoint", tiny_checkpoint, "--layouts", layouts, "--output", tmp_path / "images"]
         flags = [*map(str, flags), "--actors", "2", "--batch_size", "2", "--steps", "2", "--num_images", "2"]

@@ -18,7 +18,7 @@ from instdiff_jax.cli import train
 from instdiff_jax.cli.config_flags import read_config as read_flags
 from instdiff_jax.cli.config_flags import read_settings
 from instdiff_jax.errors import InputError
-from instdiff_jax.models.kernels import flash_cpu
+from instdiff_jax.models.kernels import cpu
 from instdiff_jax.training import export, loop, metrics
 from instdiff_jax.training.metrics import Clock, MetricsWriter, ProfilerWindow, peak_flops
 from instdiff_jax.training.settings import RunSettings
@@ -260,7 +260,7 @@ def test_no_utilisation_of_an_unknown_chip():
 def test_a_devices_share_of_a_step_is_counted_once(monkeypatch):
     """Rows are split over the devices; computing again and taking the batch in parts is no work of the model."""
     # Its gradient computes the forward products again, and small batches do not take it.
-    monkeypatch.setattr(flash_cpu, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
     batch = jax.eval_shape(lambda: tiny_batch(0, 8))
 
     def flops(devices, *more):

@@ -1,9 +1,4 @@
-"""The CPU's own flash attention against the plain kernel: outputs, gradients, region bits; and how it is built."""
-
-import os
-import shutil
-import subprocess
-import sys
+"""The CPU's own flash attention against the plain kernel: outputs, gradients, region bits."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +9,7 @@ from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.models.attention import choose_kernel
 from instdiff_jax.models.kernels import chunked, flash_cpu, plain
 from instdiff_jax.models.regions import EVERYWHERE
-
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-WITH_COMPILER = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: the chunked kernel runs instead")
+from tests.jax.test_cpu_kernels import WITH_COMPILER
 
 
 def random_case(n: int, m: int, d: int, bits: str | None = None, scale: float = 1.0):
@@ -111,33 +104,3 @@ def test_chosen_for_float32_on_one_device(monkeypatch):
 def test_flops_are_counted():
     q, k = (jax.ShapeDtypeStruct((2, length, 8, 40), jnp.float32) for length in (256, 333))
     assert count_flops(flash_cpu.attention, q, k, k) == 4 * 2 * 256 * 333 * 8 * 40
-
-
-CHOOSE = """
-import jax.numpy as jnp
-from instdiff_jax.models.attention import choose_kernel
-print(choose_kernel("cpu", (2, 256, 8, 40), (2, 256, 8, 40), jnp.dtype("float32"), False).__module__)
-"""
-
-
-@pytest.mark.parametrize(
-    "env",
-    [
-        pytest.param({"INSTDIFF_CPU_KERNEL": "0"}, id="switched_off"),
-        pytest.param({"PATH": "/nowhere", "CXX": "none"}, id="no_compiler"),
-        pytest.param({"CXX": "false"}, id="a_compiler_that_fails", marks=WITH_COMPILER),
-    ],
-)
-def test_without_it_the_chunked_kernel_runs(env, tmp_path):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)} | env
-    done = subprocess.run([sys.executable, "-c", CHOOSE], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{chunked.__name__}\n", done.stderr
-    assert not list(tmp_path.rglob("*.so"))
-
-
-@WITH_COMPILER
-def test_built_once(tmp_path):
-    first = flash_cpu.build(COMPILER, tmp_path)
-    made = first.stat().st_mtime_ns
-    assert flash_cpu.build(COMPILER, tmp_path) == first and first.stat().st_mtime_ns == made
-    assert [path.name for path in tmp_path.iterdir()] == [first.name]

@@ -2,40 +2,35 @@
 //
 // A tile has kQueries queries, which lie in the lanes of vectors: every product multiplies a scalar of a key or value
 // with vectors of queries, and maximum and sum over keys need no shuffle. Logits exist for one tile of queries and
-// kKeys keys at a time, in the first cache (an online softmax, as in arXiv 2205.14135). flash_cpu.py builds and calls it.
+// kKeys keys at a time, in the first cache (an online softmax, as in arXiv 2205.14135). flash_cpu.py calls it.
 #include <algorithm>
-#include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "cpu.h"
 
-namespace ffi = xla::ffi;
+namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kVectors = 3, kRows = 8;  // 24 sums, 3 queries and a scalar in 32 registers
+constexpr int kVectors = 3, kRows = 8;  // 24 sums, 3 queries and a scalar in 32 registers
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kVectors = 2, kRows = 6;  // 12, 2 and 1 in 16
+constexpr int kVectors = 2, kRows = 6;  // 12, 2 and 1 in 16
 #else
-constexpr int kLanes = 4, kVectors = 3, kRows = 8;
+constexpr int kVectors = 3, kRows = 8;
 #endif
 constexpr int kQueries = kLanes * kVectors;
 constexpr int kKeys = 120;  // a multiple of kRows
 
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
-static inline Floats splat(float x) { return x - Floats{}; }
-static inline Ints splat_int(int32_t x) { return x - Ints{}; }
+inline Ints splat_int(int32_t x) { return x - Ints{}; }
 
 // 2^x for x <= 0; 0 below the normal numbers; NaN stays NaN.
-static inline Floats exp2_of_negative(Floats x) {
+inline Floats exp2_of_negative(Floats x) {
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   Ints tiny = x < splat(-125.5f);
   x = tiny ? splat(-125.5f) : x;
@@ -55,7 +50,7 @@ static inline Floats exp2_of_negative(Floats x) {
 
 // out[rows][kQueries] = (or +=) sum over i < n of left[row, i] * right[i][kQueries].
 template <bool kAdd>
-static inline void multiply(int64_t n, const float* left, int64_t row_stride, int64_t step, const float* right,
+inline void multiply(int64_t n, const float* left, int64_t row_stride, int64_t step, const float* right,
                             float* out) {
   Floats sum[kRows][kVectors];
   for (int r = 0; r < kRows; r++)
@@ -97,7 +92,7 @@ struct Buffers {
 };
 
 // Keys and values of one head, packed: read once for every tile of queries.
-static void load_keys(const Shape& s, const float* k, const float* v, int64_t b, int64_t h, Buffers& to) {
+void load_keys(const Shape& s, const float* k, const float* v, int64_t b, int64_t h, Buffers& to) {
   for (int64_t j = 0; j < s.m; j++) {
     int64_t from = ((b * s.m + j) * s.h + h) * s.d;
     std::memcpy(to.keys + j * s.d, k + from, s.d * sizeof(float));
@@ -107,7 +102,7 @@ static void load_keys(const Shape& s, const float* k, const float* v, int64_t b,
 
 // Attention of one head's queries from `first` on, kQueries of them at most.
 template <bool kMasked>
-static void attend(const Shape& s, const float* q, const uint32_t* query_bits, const uint32_t* key_bits, int64_t b,
+void attend(const Shape& s, const float* q, const uint32_t* query_bits, const uint32_t* key_bits, int64_t b,
                    int64_t h, int64_t first, Buffers& with, float* out) {
   int64_t count = std::min<int64_t>(kQueries, s.n - first);
   float scale = 1.44269504f / std::sqrt((float)s.d);  // powers of 2 instead of e
@@ -169,13 +164,7 @@ static void attend(const Shape& s, const float* q, const uint32_t* query_bits, c
           with.out[c * kQueries + i] * total[i / kLanes][i % kLanes];
 }
 
-struct Work {
-  std::atomic<int64_t> next{0}, done{0};
-  std::mutex mutex;
-  std::condition_variable finished;
-};
-
-static ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
+ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
                             ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::U32> query_bits,
                             ffi::Buffer<ffi::U32> key_bits, ffi::ResultBuffer<ffi::F32> out) {
   auto dims = q.dimensions();
@@ -184,33 +173,21 @@ static ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   int64_t tiles = (s.n + kQueries - 1) / kQueries, threads = std::max<int64_t>(1, pool.num_threads());
   // Parts of a head's queries, so that all threads have work to the end.
   int64_t parts = std::min(tiles, (4 * threads + s.b * s.h - 1) / (s.b * s.h));
-  int64_t items = s.b * s.h * parts;
-  auto work = std::make_shared<Work>();
   const float *qs = q.typed_data(), *ks = k.typed_data(), *vs = v.typed_data();
   const uint32_t *qb = query_bits.typed_data(), *kb = key_bits.typed_data();
   float* to = out->typed_data();
-  // Every thread takes the next item until none is left.
-  auto run = [=] {
-    std::unique_ptr<Buffers> buffers;
-    for (int64_t item; (item = work->next++) < items;) {
-      if (!buffers) buffers = std::make_unique<Buffers>(s);
-      int64_t head = item / parts, part = item % parts, b = head / s.h, h = head % s.h;
-      load_keys(s, ks, vs, b, h, *buffers);
-      for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; t++)
-        masked ? attend<true>(s, qs, qb, kb, b, h, t * kQueries, *buffers, to)
-               : attend<false>(s, qs, qb, kb, b, h, t * kQueries, *buffers, to);
-      if (++work->done == items) {
-        std::lock_guard<std::mutex> lock(work->mutex);
-        work->finished.notify_all();
-      }
-    }
-  };
-  for (int64_t i = 1; i < std::min(threads, items); i++) pool.Schedule(decltype(run)(run));
-  run();  // this thread works too; one that starts too late finds nothing to do
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->finished.wait(lock, [&] { return work->done == items; });
+  auto buffers = [=] { return std::make_unique<Buffers>(s); };
+  share(pool, s.b * s.h * parts, buffers, [=](int64_t item, Buffers& with) {
+    int64_t head = item / parts, part = item % parts, b = head / s.h, h = head % s.h;
+    load_keys(s, ks, vs, b, h, with);
+    for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; t++)
+      masked ? attend<true>(s, qs, qb, kb, b, h, t * kQueries, with, to)
+             : attend<false>(s, qs, qb, kb, b, h, t * kQueries, with, to);
+  });
   return ffi::Error::Success();
 }
+
+}  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffAttention, Attention,
                               ffi::Ffi::Bind()

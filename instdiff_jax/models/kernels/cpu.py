@@ -1,0 +1,87 @@
+"""Builds the CPU's own kernels (`*_cpu.cc`) with the machine's C++ compiler, once, and makes them known to XLA.
+
+The library is built for this very processor when a program first needs it, in a few seconds, and kept in the cache
+folder. Without a C++ compiler, or with `INSTDIFF_CPU_KERNEL=0`, XLA's own operations run.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+
+from instdiff_jax.paths import cache_folder
+
+# The kernels by their names in XLA.
+TARGETS = {"instdiff_flash_attention": "InstdiffAttention", "instdiff_product": "InstdiffProduct"}
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
+_FOLDER = Path(__file__).parent
+SOURCES = sorted(_FOLDER.glob("*_cpu.cc"))
+_HEADERS = sorted(_FOLDER.glob("*.h"))
+_log = logging.getLogger(__name__)
+
+
+def is_used() -> bool:
+    """Whether this process has the kernels and a use for them.
+
+    XLA cannot split a custom call, so a process with several devices has none.
+    """
+    return jax.device_count() == 1 and is_available()
+
+
+@functools.cache
+def is_available() -> bool:
+    """Builds the library if the cache folder has none, and makes it known to XLA; False where that fails."""
+    if os.environ.get("INSTDIFF_CPU_KERNEL") == "0":
+        return False
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    if compiler is None:
+        _log.info("no C++ compiler: the CPU's own kernels are not used")
+        return False
+    try:
+        library = ctypes.CDLL(str(build(compiler, cache_folder() / "kernels")))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", "") or str(error)
+        _log.warning("the CPU's own kernels are not used: %s", reason.strip().partition("\n")[0])
+        return False
+    for name, function in TARGETS.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, function)), platform="cpu")
+    return True
+
+
+def build(compiler: str, folder: Path) -> Path:
+    """The library, built unless the folder has it. Several processes may build at once.
+
+    Raises:
+        OSError, subprocess.SubprocessError: if it cannot be built.
+    """
+    made_from = [path.read_bytes() for path in SOURCES + _HEADERS]
+    made_from += [text.encode() for text in (compiler, jax.__version__, processor(), *FLAGS)]
+    path = folder / f"cpu_{hashlib.sha256(b'|'.join(made_from)).hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / path.name
+        sources = [str(source) for source in SOURCES]
+        command = [compiler, *FLAGS, "-march=native", f"-I{jax.ffi.include_dir()}", *sources, "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        os.replace(made, path)
+    return path
+
+
+@functools.cache
+def processor() -> str:
+    """What a library built for this processor depends on: a folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor() + platform.machine()

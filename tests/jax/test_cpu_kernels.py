@@ -1,0 +1,44 @@
+"""How the CPU's own kernels are built, and what runs without them."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from instdiff_jax.models.kernels import chunked, cpu
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+WITH_COMPILER = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: XLA's operations run instead")
+
+CHOOSE = """
+import jax.numpy as jnp
+from instdiff_jax.models.attention import choose_kernel
+from instdiff_jax.models.kernels import product_cpu
+assert not product_cpu.supports(512, jnp.zeros((512, 512)), jnp.dtype("float32"))
+print(choose_kernel("cpu", (2, 256, 8, 40), (2, 256, 8, 40), jnp.dtype("float32"), False).__module__)
+"""
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        pytest.param({"INSTDIFF_CPU_KERNEL": "0"}, id="switched_off"),
+        pytest.param({"PATH": "/nowhere", "CXX": "none"}, id="no_compiler"),
+        pytest.param({"CXX": "false"}, id="a_compiler_that_fails", marks=WITH_COMPILER),
+    ],
+)
+def test_without_them_xla_runs(env, tmp_path):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)} | env
+    done = subprocess.run([sys.executable, "-c", CHOOSE], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{chunked.__name__}\n", done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@WITH_COMPILER
+def test_built_once(tmp_path):
+    first = cpu.build(COMPILER, tmp_path)
+    made = first.stat().st_mtime_ns
+    assert cpu.build(COMPILER, tmp_path) == first and first.stat().st_mtime_ns == made
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
