@@ -22,12 +22,9 @@ def supports(rows: int, weights: Float[Array, "*k in out"], dtype: jnp.dtype) ->
 
     The sizes are those from which it took less time than XLA on one core of a Xeon.
     """
-    (*sides, c, out), products = weights.shape, rows * math.prod(weights.shape)
-    narrow = min(c, out) < 128
-    if sides:
-        worth_it = min(c, out) >= 32 and products >= 1 << 23 and (rows <= 8192 or not narrow)
-    else:
-        worth_it = rows >= 64 and products >= 1 << 24 and not narrow
+    products = rows * math.prod(weights.shape)
+    least = 1 << 23 if weights.ndim == 4 else 1 << 24
+    worth_it = rows >= 64 and min(weights.shape[-2:]) >= 128 and products >= least
     return worth_it and dtype == weights.dtype == jnp.float32 and is_faster() and cpu.is_used()
 
 
