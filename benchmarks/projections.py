@@ -1,4 +1,4 @@
-"""Projections and feed-forwards on a CPU, ours and PyTorch's in turn in one process.
+"""Projections, convolutions and feed-forwards on a CPU: XLA's, ours and PyTorch's in turn in one process.
 
     python -m benchmarks.projections
 
@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +20,15 @@ import torch
 from benchmarks.processes import alternate, cores, seconds
 from benchmarks.tables import machine_line
 from instdiff_jax.models import layers
+from instdiff_jax.models.kernels import product_cpu
 
 # Tokens of two latents and channels, by level.
 LEVELS = ((8192, 320), (2048, 640), (512, 1280))
 # Tokens, channels in and out: attention's, and those of the feed-forward; then the text's keys and values.
 PRODUCTS = [(n, i * c, o * c) for n, c in LEVELS for i, o in ((1, 1), (1, 8), (4, 1))] + [(154, 768, 1280)]
+# Latents, side, channels in and out.
+CONVOLUTIONS = [(2, 64, 320, 320), (2, 64, 960, 320), (2, 32, 640, 640), (2, 32, 1920, 640), (2, 16, 1280, 1280)]
+CONVOLUTIONS += [(2, 16, 2560, 1280), (2, 8, 1280, 1280)]
 
 
 def main() -> None:
@@ -32,18 +37,27 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(cores())
     print(f"{machine_line()}\n")
-    print("| tokens × in × out | ours, ms | PyTorch, ms | ours / PyTorch |\n| --- | --- | --- | --- |")
-    total = np.zeros(2)
-    for n, i, o in PRODUCTS:
-        ours, pytorch = in_turn(product(n, i, o), repeats)
-        total += ours, pytorch
-        print(f"| {n} × {i} × {o} | {ours:.1f} | {pytorch:.1f} | {ours / pytorch:.2f} |", flush=True)
-    print(f"| sum | {total[0]:.1f} | {total[1]:.1f} | {total[0] / total[1]:.2f} |\n")
+    for title, shapes, make in (
+        ("tokens × in × out", PRODUCTS, product),
+        ("3×3 convolution, latents × side² × in × out", CONVOLUTIONS, convolution),
+    ):
+        print(f"| {title} | XLA, ms | ours, ms | PyTorch, ms | ours / PyTorch |\n| --- | --- | --- | --- | --- |")
+        total = np.zeros(3)
+        for shape in shapes:
+            taken = np.asarray(in_turn(make(*shape), repeats))
+            total += taken
+            print(_line(" × ".join(map(str, shape)), taken), flush=True)
+        print(f"{_line('sum', total)}\n")
     head = "| feed-forward, tokens × channels | at once, ms | ours, ms | PyTorch, at once, ms | ours / PyTorch |"
     print(f"{head}\n| --- | --- | --- | --- | --- |")
     for n, c in LEVELS:
         whole, ours, pytorch = in_turn(feed_forward(n, c), repeats)
         print(f"| {n} × {c} | {whole:.1f} | {ours:.1f} | {pytorch:.1f} | {ours / pytorch:.2f} |", flush=True)
+
+
+def _line(name: str, taken: np.ndarray) -> str:
+    xla, ours, pytorch = taken
+    return f"| {name} | {xla:.1f} | {ours:.1f} | {pytorch:.1f} | {ours / pytorch:.2f} |"
 
 
 def in_turn(sides: list[Callable[[], object]], repeats: int) -> list[float]:
@@ -57,7 +71,23 @@ def in_turn(sides: list[Callable[[], object]], repeats: int) -> list[float]:
 def product(n: int, i: int, o: int) -> list[Callable[[], object]]:
     rng = np.random.default_rng(0)
     x, weights, bias = (rng.standard_normal(size, np.float32) for size in ((n, i), (i, o), (o,)))
-    return [ours(lambda x, w, b: x @ w + b, x, weights, bias), theirs(torch.nn.Linear(i, o), x)]
+    layer, params = layers.Dense(o), {"params": {"kernel": weights, "bias": bias}}
+    return [*xla_and_ours(layer, params, x), theirs(torch.nn.Linear(i, o), x)]
+
+
+def convolution(b: int, side: int, i: int, o: int) -> list[Callable[[], object]]:
+    rng = np.random.default_rng(0)
+    x, weights, bias = (rng.standard_normal(size, np.float32) for size in ((b, side, side, i), (3, 3, i, o), (o,)))
+    layer, params = layers.Conv(o, (3, 3)), {"params": {"kernel": weights, "bias": bias}}
+    pytorch = theirs(torch.nn.Conv2d(i, o, 3, padding=1), np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    return [*xla_and_ours(layer, params, x), pytorch]
+
+
+def xla_and_ours(layer: nn.Module, params: dict, x: np.ndarray) -> list[Callable[[], object]]:
+    """The layer without the CPU's own kernel, and as it runs."""
+    with mock.patch.object(product_cpu, "supports", lambda *given: False):
+        xla = ours(layer.apply, params, x)
+    return [xla, ours(layer.apply, params, x)]
 
 
 def feed_forward(n: int, c: int) -> list[Callable[[], object]]:

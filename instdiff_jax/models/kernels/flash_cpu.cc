@@ -13,7 +13,7 @@
 
 #include "cpu.h"
 
-namespace {
+namespace flash {
 
 #if defined(__AVX512F__)
 constexpr int kVectors = 3, kRows = 8;  // 24 sums, 3 queries and a scalar in 32 registers
@@ -187,9 +187,9 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<
   return ffi::Error::Success();
 }
 
-}  // namespace
+}  // namespace flash
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffAttention, Attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffAttention, flash::Attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

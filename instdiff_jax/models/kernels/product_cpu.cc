@@ -11,7 +11,7 @@
 
 #include "cpu.h"
 
-namespace {
+namespace product {
 
 #if defined(__AVX512F__)
 constexpr int kRows = 14;  // 28 sums, 2 weights and a scalar in 32 registers
@@ -170,9 +170,9 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   return ffi::Error::Success();
 }
 
-}  // namespace
+}  // namespace product
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffProduct, Product,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffProduct, product::Product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
