@@ -45,23 +45,27 @@ def _one_line(text: str) -> str:
     return text if len(text) <= 2000 else text[:1997] + "..."
 
 
+def explained(error: Exception) -> str | None:
+    """One line for an error that the user can mend: an `InputError`, a full disk, a bucket's; None for any other."""
+    if isinstance(error, InputError):
+        return _one_line(str(error))
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return f"{_one_line(str(error.filename or 'output'))}: {error.strerror}"
+    if type(error).__module__.partition(".")[0] in ("gcsfs", "google"):  # what reads gs:// paths
+        return f"the bucket: {_one_line(str(error))}"
+    return None
+
+
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Ends the process with one line on stderr and exit code 2 where an `InputError` arises inside, or a full disk."""
+    """Ends the process with one line on stderr and exit code 2 at an error that has an explanation (`explained`)."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        print(f"error: {_one_line(str(error.filename or 'output'))}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except InputError as error:
-        print("error: " + _one_line(str(error)), file=sys.stderr)
-        sys.exit(2)
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("gcsfs", "google"):  # what reads gs:// paths
+        line = explained(error)
+        if line is None:
             raise
-        print("error: the bucket: " + _one_line(str(error)), file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax._src import distributed  # the coordinator's client has no public name; orbax takes it from there too
 
-from instdiff_jax.errors import FULL_DISK, InputError
+from instdiff_jax.errors import explained
 
 _KEY = "instdiff/failed"
 _EVERY = 1.0  # seconds between two looks
@@ -22,8 +22,8 @@ _GRACE = 10.0  # seconds for a process to end by itself: most faults are seen by
 def end_together() -> Iterator[None]:
     """Inside, an error of one process ends the whole job, also those that wait for it in a collective or a barrier.
 
-    They end with a line that names the process and its error, and with exit code 2 where that was an InputError or a
-    full disk, else 1. Does nothing in a job of one process.
+    They end with a line that names the process and its error, and with exit code 2 where `errors.explained` explains
+    it, else 1. Does nothing in a job of one process.
     """
     client = distributed.global_state.client
     if jax.process_count() == 1 or client is None:
@@ -35,9 +35,9 @@ def end_together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        expected = isinstance(error, InputError) or (isinstance(error, OSError) and error.errno in FULL_DISK)
-        said = str(error) if expected else f"{type(error).__name__}: {error}"
-        line = f"{2 if expected else 1} process {jax.process_index()}: {' '.join(said.split())[:1000]}"
+        line = explained(error)
+        code, said = (1, f"{type(error).__name__}: {error}") if line is None else (2, line)
+        line = f"{code} process {jax.process_index()}: {' '.join(said.split())[:1000]}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or the coordinator is gone
             client.key_value_set(_KEY, line)
         raise

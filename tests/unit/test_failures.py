@@ -52,10 +52,14 @@ def job(monkeypatch):
     ("error", "said"),
     [
         (InputError("a/b:\nfull"), "2 process 1: a/b: full"),
-        (OSError(errno.ENOSPC, "No space left on device", "x"), "2 process 1: [Errno 28] No space left on device: 'x'"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "2 process 1: x: No space left on device"),
+        (
+            type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("Forbidden"),
+            "2 process 1: the bucket: Forbidden",
+        ),
         (KeyError("x"), "1 process 1: KeyError: 'x'"),
     ],
-    ids=["input", "disk", "other"],
+    ids=["input", "disk", "bucket", "other"],
 )
 def test_an_error_is_told_and_raised(job, error, said):
     client = job()
