@@ -12,6 +12,7 @@ import pycocotools.mask as coco_mask
 from jaxtyping import Bool, Float, UInt8
 
 Pixels = UInt8[np.ndarray, "H W 3"]
+Pictures = Sequence[UInt8[np.ndarray, "_ _ 3"]]  # each of its own size
 
 
 class Found(NamedTuple):
@@ -56,7 +57,7 @@ class Tagger(Protocol):
     def tags(self, image: Pixels) -> list[str]: ...
 
 
-def ground_all(grounder: Grounder, images: Sequence[Pixels], phrases: Sequence[str]) -> list[Found]:
+def ground_all(grounder: Grounder, images: Pictures, phrases: Sequence[str]) -> list[Found]:
     """What each phrase names in its image."""
     return _all(grounder, "ground", len(images), (list(images), list(phrases)), zip(images, phrases, strict=True))
 
@@ -68,7 +69,7 @@ def segment_all(
     return _all(segmenter, "segment", len(boxes), (image, list(boxes)), ((image, box) for box in boxes))
 
 
-def caption_all(captioner: Captioner, images: Sequence[Pixels]) -> list[str]:
+def caption_all(captioner: Captioner, images: Pictures) -> list[str]:
     """A description of each image."""
     return _all(captioner, "caption", len(images), (list(images),), ((image,) for image in images))
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from instdiff_jax.data.plugs import import_plug, loading_model, require_transformers
-from instdiff_jax.data.vision import Found, Pixels
+from instdiff_jax.data.vision import Found, Pictures, Pixels
 from instdiff_jax.errors import InputError
 
 # Grounding DINO's thresholds of COCO-MIG's scorer.
@@ -44,7 +44,7 @@ class HubGrounder(_HubModel):
         """Boxes of what the phrase names, highest score first."""
         return self.ground_all([image], [phrase])[0]
 
-    def ground_all(self, images: Sequence[Pixels], phrases: Sequence[str]) -> list[Found]:
+    def ground_all(self, images: Pictures, phrases: Sequence[str]) -> list[Found]:
         """The same for several images, each with its phrase. Only images of one size share a call: others are padded,
         which changes what is found; so do texts of one length."""
         texts = [f"{phrase.lower().strip().rstrip('.')}." for phrase in phrases]  # it was trained on such captions
@@ -58,7 +58,7 @@ class HubGrounder(_HubModel):
             found |= dict(zip(members, together, strict=True))
         return [found[k] for k in range(len(texts))]
 
-    def _ground(self, images: Sequence[Pixels], texts: Sequence[str]) -> list[Found]:
+    def _ground(self, images: Pictures, texts: Sequence[str]) -> list[Found]:
         import torch
 
         pictures = [Image.fromarray(image) for image in images]
@@ -159,7 +159,7 @@ class HubCaptioner(_HubModel):
         """The description, in one line."""
         return self.caption_all([image])[0]
 
-    def caption_all(self, images: Sequence[Pixels]) -> list[str]:
+    def caption_all(self, images: Pictures) -> list[str]:
         """The same for several images in one call."""
         import torch
 
