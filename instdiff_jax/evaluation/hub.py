@@ -153,7 +153,7 @@ class Inception:
             torch.load(file, weights_only=True)  # the library would execute what a broken or foreign file says
             return cls(FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file))
 
-    def __call__(self, images: UInt8[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b 2048"]:
+    def __call__(self, images: UInt8[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b features"]:
         """The features of images."""
         import torch
 
