@@ -42,7 +42,7 @@ def platform() -> str:
 
 
 def _convolve(
-    x: Float[Array, "b h w in"], kernel: Float[Array, "k k in out"], strides, padding, *args, **kwargs
+    x: Float[Array, "b h w in"], kernel: Float[Array, "k k _ out"], strides, padding, *args, **kwargs
 ) -> Float[Array, "b h2 w2 out"]:
     """`jax.lax.conv_general_dilated`; on CPUs by our own kernel or as matrix products where that is faster."""
     (b, h, w, c), (step, *others) = x.shape, strides

@@ -66,6 +66,9 @@ def test_the_distance_is_in_the_table_beside_the_papers(tmp_path, capsys):
     write_gray(tmp_path / "real" / "c.png", 0)
     command.main(flags)
     assert len(asked) == 4 and "3 drawn and 3 real pictures" in capsys.readouterr().out
+    write_gray(tmp_path / "real" / "c.png", 9)
+    command.main(flags)
+    assert len(asked) == 6, "as many pictures, another one"
 
 
 def test_what_is_missing_is_one_line_before_anything_is_judged(tmp_path):

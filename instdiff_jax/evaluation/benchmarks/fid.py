@@ -1,5 +1,6 @@
 """FID of a benchmark's pictures: their Fréchet distance to a folder of real pictures."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def open_reference(name: str | None, folder: Path | None) -> Reference | None:
 def measure_fid(
     drawn: Sequence[Path], reference: Reference, output: Path, report: Callable[[int], object] = lambda count: None
 ) -> Fid:
-    """The distance of drawn to real pictures; kept in OUTPUT/fid.json, so that it is measured once.
+    """The distance of drawn to real pictures; kept in OUTPUT/fid.json until a picture changes.
 
     Args:
         drawn: files of pictures of one size; real ones are squeezed into that size, as layouts are.
@@ -80,7 +81,8 @@ def measure_fid(
     """
     path = output / "fid.json"
     facts: dict[str, Any] = {"features": reference.name, "real": str(reference.folder.absolute())}
-    facts |= {"pictures": len(drawn), "real_pictures": len(reference.pictures)}
+    for key, files in (("pictures", drawn), ("real_pictures", reference.pictures)):
+        facts |= {key: len(files), f"{key}_crc32": _contents(files)}
     kept = read_json(path) if path.exists() else {}
     if not isinstance(kept, dict) or {key: kept.get(key) for key in facts} != facts or "FID" not in kept:
         with Image.open(drawn[0]) as first:
@@ -92,6 +94,13 @@ def measure_fid(
         write_json(path, kept, indent=2)
     said = f"FID (lower is better): {len(drawn)} drawn and {len(reference.pictures)} real pictures, {reference.name}."
     return Fid(float(kept["FID"]), [said, *kept.get("remarks", ())])
+
+
+def _contents(files: Sequence[Path]) -> int:
+    crc = 0
+    for path in files:
+        crc = zlib.crc32(read_file(path), crc)
+    return crc
 
 
 def _describe(

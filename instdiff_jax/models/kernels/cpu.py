@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+from jaxtyping import Array
 
 from instdiff_jax.paths import cache_folder
 
@@ -34,6 +35,17 @@ def is_used() -> bool:
     XLA cannot split a custom call, so a process with several devices has none.
     """
     return jax.device_count() == 1 and is_available()
+
+
+def call(name: str, out: jax.ShapeDtypeStruct, *given: Array, **settings: int) -> Array:
+    """A kernel's result: `name` is one of TARGETS; vmap runs it row by row.
+
+    Raises:
+        RuntimeError: where the kernels are not available.
+    """
+    if not is_available():
+        raise RuntimeError("the CPU's own kernels could not be built; `supports` says so")
+    return jax.ffi.ffi_call(name, out, vmap_method="sequential")(*given, **settings)
 
 
 @functools.cache

@@ -37,10 +37,8 @@ def attention(
 
 @jax.custom_vjp
 def _flash(q, k, v, query_bits, key_bits) -> Float[Array, "b n h d"]:
-    if not cpu.is_available():
-        raise RuntimeError("the CPU's attention kernel could not be built; `supports` says so")
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    return jax.ffi.ffi_call("instdiff_flash_attention", out, vmap_method="sequential")(q, k, v, query_bits, key_bits)
+    return cpu.call("instdiff_flash_attention", out, q, k, v, query_bits, key_bits)
 
 
 def _flash_forward(*given):

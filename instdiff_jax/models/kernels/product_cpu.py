@@ -45,14 +45,13 @@ def product(x: Float[Array, "*n in"], weights: Float[Array, "in out"]) -> Float[
 
 
 def _call(x: Array, weights: Array, shape: tuple[int, ...], step: int = 1) -> Array:
-    out = jax.ShapeDtypeStruct(shape, x.dtype)
-    return jax.ffi.ffi_call("instdiff_product", out, vmap_method="sequential")(x, weights, step=step)
+    return cpu.call("instdiff_product", jax.ShapeDtypeStruct(shape, x.dtype), x, weights, step=step)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolution(
     x: Float[Array, "b h w in"], weights: Float[Array, "k k in out"], step: int
-) -> Float[Array, "b h/{step} w/{step} out"]:
+) -> Float[Array, "b h//{step} w//{step} out"]:
     """The k×k convolution (k odd) at every `step`-th pixel, with k // 2 zeros around; `step` divides h and w."""
     b, h, w, _ = x.shape
     return _call(x, weights, (b, h // step, w // step, weights.shape[-1]), step)
