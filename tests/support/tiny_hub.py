@@ -6,6 +6,15 @@ from typing import Any
 BLIP_WORDS = ("a", "cat", "dog", "on", "sand")
 
 
+def _spread_weights(model: Any) -> None:
+    """With a new model's own weights, it says the same of all pictures."""
+    import torch
+
+    for weights in model.parameters():
+        if weights.ndim > 1:
+            torch.nn.init.normal_(weights, std=0.7)
+
+
 def save_all(root: Path, **models: Any) -> dict[str, str]:
     """Saves models into folders of a root; returns what flags say to open them."""
     for name, save in models.items():
@@ -94,9 +103,7 @@ def save_blip2(folder: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.Blip2ForConditionalGeneration(config)
-    for weights in model.parameters():  # as they are, it says the same of all pictures
-        if weights.ndim > 1:
-            torch.nn.init.normal_(weights, std=0.7)
+    _spread_weights(model)
     model.save_pretrained(folder)
     images = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
     transformers.Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(folder)
@@ -145,9 +152,7 @@ def save_florence2(folder: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.Florence2ForConditionalGeneration(config)
-    for weights in model.parameters():  # as they are, it says the same of all pictures
-        if weights.ndim > 1:
-            torch.nn.init.normal_(weights, std=0.7)
+    _spread_weights(model)
     letters = set(tokenizer.convert_tokens_to_ids([*"abcdefgh", "</s>"]))
     model.generation_config.min_new_tokens = 4
     model.generation_config.suppress_tokens = sorted(set(range(len(tokenizer))) - letters)
