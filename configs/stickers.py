@@ -13,7 +13,7 @@ to get the pictures in package/assets):
     python -m instdiff_jax build-coco --coco_dir stickers --data_dir datasets/stickers \
         --instance_captions stickers/annotations/instance_captions.json
     python -m instdiff_jax build-tokenizer --data_dir datasets/stickers --output datasets/stickers_tokenizer \
-        --max_length 64
+        --max_length 80
     python train.py --config=configs/stickers.py:autoencoder --workdir=runs/stickers_autoencoder
     python -m instdiff_jax export --workdir runs/stickers_autoencoder --output runs/stickers_1
     python train.py --config=configs/stickers.py:text --workdir=runs/stickers_text
@@ -68,7 +68,7 @@ STAGES = {
         masked_attention="strict",
         loss_weight="velocity",
         loss_weight_limit=20.0,
-        steps=30000,
+        steps=20000,
         batch_size=16,
         optimizer=dict(learning_rate=8e-4, warmup_steps=100, ema_decay=0.998),
     ),
@@ -108,7 +108,7 @@ def get_model() -> dict[str, Any]:
             intermediate_size=512,
             num_layers=3,
             num_heads=2,
-            max_length=64,
+            max_length=80,
             tokenizer="datasets/stickers_tokenizer",
         ),
     )

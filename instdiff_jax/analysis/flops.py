@@ -63,19 +63,30 @@ def _own_flops(equation: core.JaxprEqn) -> int:
         # The kernel's input axis is already per group.
         per_output = math.prod(kernel[axis] for axis in spec[1:])
         return 2 * math.prod(equation.outvars[0].aval.shape) * per_output
-    if name == "ffi_call" and params["target_name"] == "instdiff_product":
-        # Every output takes the kernel's weights of one channel.
-        kernel = equation.invars[1].aval.shape
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])
+    if name == "ffi_call":
+        return _cpu_kernel_flops(params["target_name"], equation)
     if name.startswith("dot_product_attention_"):
         # cuDNN's: two products forward; backward five, of which the first again.
         (b, n, h, d), m = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
         return (10 if "bwd" in name else 4) * b * n * h * d * m
-    if name == "ffi_call" and params["target_name"] == "instdiff_flash_attention":
-        (b, n, h, d), m = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-        return 4 * b * n * h * d * m
     if name == "pallas_call" and params["name"] in ("flash_forward", "flash_backward"):
         # `flash_tpu`'s: the same products. Region bits come before the arrays, which are [b, h, d, tokens].
         arrays = [variable.aval.shape for variable in equation.invars if len(variable.aval.shape) == 4]
         return (10 if params["name"] == "flash_backward" else 4) * math.prod(arrays[0]) * arrays[-1][3]
+    return 0
+
+
+def _cpu_kernel_flops(name: str, equation: core.JaxprEqn) -> int:
+    """FLOPs of one of the CPU's own kernels."""
+    shapes = [variable.aval.shape for variable in equation.invars]
+    if name in ("instdiff_product", "instdiff_amx_product"):
+        # Every output takes the kernel's weights of one channel.
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[1][:-1])
+    if name == "instdiff_amx_gradient":
+        # And every weight all outputs of its channel.
+        weights = equation.outvars[0].aval.shape
+        return 2 * math.prod(shapes[1]) * math.prod(weights[:-1])
+    if name in ("instdiff_flash_attention", "instdiff_amx_attention", "instdiff_amx_attention_gradient"):
+        (b, n, h, d), m = shapes[0], shapes[1][1]
+        return (10 if name.endswith("gradient") else 4) * b * n * h * d * m
     return 0

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import GROUPS
-from instdiff_jax.models.kernels import product_cpu
+from instdiff_jax.models.kernels import product_amx, product_cpu
 
 # What recomputation of blocks keeps: it costs much time and little memory.
 KEPT = "kept"
@@ -75,9 +75,46 @@ def _multiply(x: Float[Array, "*n in"], kernel: Float[Array, "in out"], *args, *
     return jax.lax.dot_general(x, kernel, *args, **kwargs)
 
 
-# `nn.Conv` and `nn.Dense`, faster on CPUs.
-Conv = functools.partial(nn.Conv, conv_general_dilated=_convolve)
-Dense = functools.partial(nn.Dense, dot_general=_multiply)
+class Dense(nn.Dense):
+    """`nn.Dense`, faster on CPUs."""
+
+    dot_general: Callable[..., Array] = _multiply
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n {self.features}"]:
+        shape = (x.shape[-1], self.features)
+        if not _takes_amx(x, shape, self.dtype):
+            return super().__call__(x)
+        return product_amx.product(x, *_parameters(self, shape))
+
+
+class Conv(nn.Conv):
+    """`nn.Conv`, faster on CPUs."""
+
+    conv_general_dilated: Callable[..., Array] = _convolve
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 {self.features}"]:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        step = self.strides if isinstance(self.strides, int) else 1
+        padding = ("SAME", ((1, 1), (1, 1))) if step == 1 else (((1, 1), (1, 1)),)
+        same = self.kernel_size == (3, 3) and self.strides in (step, None) and self.padding in padding
+        same &= x.ndim == 4 and not (x.shape[1] % step or x.shape[2] % step) and self.feature_group_count == 1
+        if not (same and _takes_amx(x, shape, self.dtype)):
+            return super().__call__(x)
+        return product_amx.convolution(x, *_parameters(self, shape), step)
+
+
+def _takes_amx(x: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
+    return platform() == "cpu" and product_amx.supports(x.size // x.shape[-1], shape, dtype)
+
+
+def _parameters(layer: Dense | Conv, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Weights and bias as flax's own layers have them."""
+    weights = layer.param("kernel", layer.kernel_init, shape, layer.param_dtype)
+    if not layer.use_bias:
+        return weights, jnp.zeros(shape[-1])
+    return weights, layer.param("bias", layer.bias_init, shape[-1:], layer.param_dtype)
 
 
 def _centre(x: Float[Array, "*b"], mean_of: Callable[[Array], Array]) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Builds the CPU's own kernels (`*_cpu.cc`) with the machine's C++ compiler, once, and makes them known to XLA.
+"""Builds the CPU's own kernels (`*.cc`) with the machine's C++ compiler, once, and makes them known to XLA.
 
 The library is built for this very processor when a program first needs it, in a few seconds, and kept in the cache
 folder. Without a C++ compiler, or with `INSTDIFF_CPU_KERNEL=0`, XLA's own operations run.
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -21,10 +22,17 @@ from jaxtyping import Array
 from instdiff_jax.paths import cache_folder
 
 # The kernels by their names in XLA.
-TARGETS = {"instdiff_flash_attention": "InstdiffAttention", "instdiff_product": "InstdiffProduct"}
+TARGETS = {
+    "instdiff_flash_attention": "InstdiffAttention",
+    "instdiff_product": "InstdiffProduct",
+    "instdiff_amx_product": "InstdiffAmxProduct",
+    "instdiff_amx_gradient": "InstdiffAmxGradient",
+    "instdiff_amx_attention": "InstdiffAmxAttention",
+    "instdiff_amx_attention_gradient": "InstdiffAmxAttentionGradient",
+}
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 _FOLDER = Path(__file__).parent
-SOURCES = sorted(_FOLDER.glob("*_cpu.cc"))
+SOURCES = sorted(_FOLDER.glob("*.cc"))
 _HEADERS = sorted(_FOLDER.glob("*.h"))
 _log = logging.getLogger(__name__)
 
@@ -37,35 +45,48 @@ def is_used() -> bool:
     return jax.device_count() == 1 and is_available()
 
 
-def call(name: str, out: jax.ShapeDtypeStruct, *given: Array, **settings: int) -> Array:
-    """A kernel's result: `name` is one of TARGETS; vmap runs it row by row.
+def call(name: str, out: Any, *given: Array, **settings: int) -> Any:
+    """A kernel's results, of the types in `out`: `name` is one of TARGETS; vmap runs it row by row.
 
     Raises:
         RuntimeError: where the kernels are not available.
     """
-    if not is_available():
-        raise RuntimeError("the CPU's own kernels could not be built; `supports` says so")
+    # AMX has to be asked for before it is used.
+    if not (has_amx() if "_amx_" in name else is_available()):
+        raise RuntimeError("the CPU's own kernels are not available here; `supports` says so")
     return jax.ffi.ffi_call(name, out, vmap_method="sequential")(*given, **settings)
 
 
-@functools.cache
 def is_available() -> bool:
-    """Builds the library if the cache folder has none, and makes it known to XLA; False where that fails."""
+    """Whether this process has the kernels."""
+    return _library() is not None
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the kernels are there, and the processor and its system have AMX for them."""
+    library = _library()
+    return library is not None and library.InstdiffHasAmx() == 1
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Builds the library if the cache folder has none, and makes it known to XLA; None where that fails."""
     if os.environ.get("INSTDIFF_CPU_KERNEL") == "0":
-        return False
+        return None
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
     if compiler is None:
         _log.info("no C++ compiler: the CPU's own kernels are not used")
-        return False
+        return None
     try:
         library = ctypes.CDLL(str(build(compiler, cache_folder() / "kernels")))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", "") or str(error)
         _log.warning("the CPU's own kernels are not used: %s", reason.strip().partition("\n")[0])
-        return False
+        return None
     for name, function in TARGETS.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, function)), platform="cpu")
-    return True
+    return library
 
 
 def build(compiler: str, folder: Path) -> Path:

@@ -25,28 +25,7 @@ constexpr int kVectors = 3, kRows = 8;
 constexpr int kQueries = kLanes * kVectors;
 constexpr int kKeys = 120;  // a multiple of kRows
 
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
 inline Ints splat_int(int32_t x) { return x - Ints{}; }
-
-// 2^x for x <= 0; 0 below the normal numbers; NaN stays NaN.
-inline Floats exp2_of_negative(Floats x) {
-  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Ints tiny = x < splat(-125.5f);
-  x = tiny ? splat(-125.5f) : x;
-  Floats rounded = x + magic;
-  Floats f = x - (rounded - magic);
-  // The polynomial of degree 6 with the least relative error on [-0.5, 0.5]; rounded to float32, 1.0e-7.
-  Floats y = splat(1.53458008e-4f);
-  y = y * f + splat(1.33999311e-3f);
-  y = y * f + splat(9.61848907e-3f);
-  y = y * f + splat(5.55032864e-2f);
-  y = y * f + splat(2.40226462e-1f);
-  y = y * f + splat(6.93147182e-1f);
-  y = y * f + splat(1.0f);
-  Ints bits = (Ints)y + ((Ints)rounded << 23);
-  return tiny ? splat(0.0f) : (Floats)bits;
-}
 
 // out[rows][kQueries] = (or +=) sum over i < n of left[row, i] * right[i][kQueries].
 template <bool kAdd>
