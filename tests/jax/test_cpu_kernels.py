@@ -39,8 +39,9 @@ def test_without_them_xla_runs(env, tmp_path):
 
 
 @WITH_COMPILER
-def test_built_once(tmp_path):
-    first = cpu.build(COMPILER, tmp_path)
+@pytest.mark.parametrize("name", cpu.TARGETS)
+def test_built_once(name, tmp_path):
+    first = cpu.build(name, COMPILER, tmp_path)
     made = first.stat().st_mtime_ns
-    assert cpu.build(COMPILER, tmp_path) == first and first.stat().st_mtime_ns == made
+    assert cpu.build(name, COMPILER, tmp_path) == first and first.stat().st_mtime_ns == made
     assert [path.name for path in tmp_path.iterdir()] == [first.name]

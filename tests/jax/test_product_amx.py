@@ -1,5 +1,7 @@
 """Matrix products and convolutions of bfloat16 on Intel's AMX: outputs, gradients, and where they are used."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -47,10 +49,10 @@ def as_bf16(*arrays: np.ndarray) -> list[jax.Array]:
 )
 def test_products_and_gradients_are_sums_in_float32(rows, c, out):
     x, weights, bias, g = random_arrays((*rows, c), (c, out), (out,), (*rows, out))
-    y, pull = jax.vjp(product_amx.product, jnp.asarray(x, BF16), weights, bias)
+    y, gradients = outputs(product_amx.product, x, weights, bias, g)
     x64, w64, g64 = (array.astype(np.float64) for array in (x.reshape(-1, c), weights, g.reshape(-1, out)))
     assert_rounded(y, (x64 @ w64 + bias).reshape(y.shape))
-    of_x, of_weights, of_bias = pull(jnp.asarray(g, BF16))
+    of_x, of_weights, of_bias = gradients
     assert (of_x.dtype, of_weights.dtype, of_bias.dtype) == (BF16, jnp.float32, jnp.float32)
     assert_rounded(of_x, (g64 @ w64.T).reshape(x.shape))
     assert_rounded(of_weights, x64.T @ g64)
@@ -73,23 +75,35 @@ def test_products_and_gradients_are_sums_in_float32(rows, c, out):
 def test_convolutions_and_gradients_are_sums_in_float32(shape, k, out, step):
     b, h, w, c = shape
     x, weights, bias, g = random_arrays(shape, (k, k, c, out), (out,), (b, h // step, w // step, out))
-    y, pull = jax.vjp(
-        lambda *given: product_amx.convolution(*given, step), *as_bf16(x), jnp.asarray(weights), jnp.asarray(bias)
-    )
+    y, gradients = outputs(lambda *given: product_amx.convolution(*given, step), x, weights, bias, g)
     assert_rounded(y, exact_convolution(x, weights, step) + bias)
-    with jax.enable_x64(True):
-        x64, w64, g64 = (jnp.asarray(array, jnp.float64) for array in (x, weights, g))
-        around = [(k // 2,) * 2] * 2
-        _, pull64 = jax.vjp(
-            lambda x, w: jax.lax.conv_general_dilated(
-                x, w, (step, step), around, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            ),
-            x64,
-            w64,
-        )
-        expected = [*map(np.asarray, pull64(g64)), g.astype(np.float64).sum((0, 1, 2))]
-    for found, exact in zip(pull(jnp.asarray(g, BF16)), expected, strict=True):
+    for found, exact in zip(gradients, exact_gradients(x, weights, g, step), strict=True):
         assert_rounded(found, exact)
+
+
+def outputs(function: Callable, x: np.ndarray, weights: np.ndarray, bias: np.ndarray, g: np.ndarray):
+    """The result, and the gradients of x, weights and bias."""
+
+    @jax.jit
+    def run(x, g, *parameters):
+        y, pull = jax.vjp(function, x, *parameters)
+        return y, pull(g)
+
+    return run(*as_bf16(x, g), weights, bias)
+
+
+def exact_gradients(x: np.ndarray, weights: np.ndarray, g: np.ndarray, step: int) -> list[np.ndarray]:
+    """Of a convolution, in float64."""
+    k, (_, h, w, _) = len(weights), x.shape
+    around = [(0, 0), (k // 2,) * 2, (k // 2,) * 2, (0, 0)]
+    padded, g = np.pad(x.astype(np.float64), around), g.astype(np.float64)
+    of_padded, of_weights = np.zeros_like(padded), np.zeros(weights.shape)
+    for i in range(k):
+        for j in range(k):
+            near = np.s_[:, i : i + h : step, j : j + w : step]
+            of_weights[i, j] = np.einsum("bhwi,bhwo->io", padded[near], g)
+            of_padded[near] += np.einsum("bhwo,io->bhwi", g, weights[i, j])
+    return [of_padded[:, k // 2 :, k // 2 :][:, :h, :w], of_weights, g.sum((0, 1, 2))]
 
 
 @WITH_AMX
