@@ -52,14 +52,17 @@ def sides(args: argparse.Namespace, model: Model, dtype: str) -> dict[str, Worke
             raise InputError(
                 "--reference: expected --model full or small: UniFusion's sizes are fixed in the official code"
             )
-        wanted = "float32" if on_cpu() else "bfloat16"
-        if dtype != wanted:
-            raise InputError(f"--dtype {dtype}: expected {wanted} with --reference, as the official code uses here")
+        if dtype == "float32" and not on_cpu():
+            raise InputError(
+                "--dtype float32: expected bfloat16 with --reference, as the official code uses 16 bits here"
+            )
     cached = getattr(args, "cached", False)
     found = {"ours": Worker("benchmarks.ours:Ours", model, dtype, cached, cores=args.cores)}
     if args.reference is not None:
         for name, compiled in (("official", False), ("compiled", True))[: 1 + args.compile]:
-            found[name] = Worker("benchmarks.official:Official", args.reference, model, compiled, cores=args.cores)
+            found[name] = Worker(
+                "benchmarks.official:Official", args.reference, model, compiled, dtype, cores=args.cores
+            )
     return found
 
 
@@ -69,6 +72,13 @@ def on_cpu() -> bool:
     import jax
 
     return jax.default_backend() == "cpu"
+
+
+def about(args: argparse.Namespace, model: Model, dtype: str) -> str:
+    """What was measured, for a table's notes."""
+    line = f"Model {model.name}, {model.canvas}x{model.canvas} pixels, {dtype}"
+    halved = args.reference is not None and on_cpu() and dtype == "bfloat16"
+    return f"{line} (the official code under autocast, which is not as released)" if halved else line
 
 
 def choose(args: argparse.Namespace) -> tuple[Model, str]:

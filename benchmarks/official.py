@@ -27,14 +27,17 @@ from benchmarks.processes import HostMemory, cores
 class Official:
     """The baseline as released: float32 on a CPU, float16 autocast and flash attention on a GPU.
 
+    On a CPU "bfloat16" puts it under autocast, which the released code does not do.
+
     It has CLIP's text encoder once; the released program has it twice, and the image encoder too.
     """
 
-    def __init__(self, clone: Path, model: Model, compiled: bool):
+    def __init__(self, clone: Path, model: Model, compiled: bool, dtype: str):
         self._stack = contextlib.ExitStack()
         self._official = official = self._stack.enter_context(official_classes(clone))
         self.model, self._memory = model, HostMemory()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._half = torch.float16 if self.device == "cuda" else torch.bfloat16 if dtype == "bfloat16" else None
         torch.set_num_threads(cores())
         torch.manual_seed(0)
         options = dict(use_checkpoint=True, efficient_attention=True)
@@ -220,8 +223,7 @@ class Official:
         return float(torch.cuda.max_memory_allocated()) if self.device == "cuda" else self._memory.peak()
 
     def _autocast(self) -> Any:
-        enabled = self.device == "cuda"
-        return torch.autocast(self.device, dtype=torch.float16 if enabled else torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device, dtype=self._half or torch.bfloat16, enabled=self._half is not None)
 
     def _wait(self) -> None:
         if self.device == "cuda":

@@ -22,6 +22,7 @@ from instdiff_jax.diffusion.plan import SamplerSettings, SamplingPlan, make_plan
 from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.diffusion.solvers import solver_table
 from instdiff_jax.models.clip_text import CLIPTextEncoder
+from instdiff_jax.models.layers import Dense
 from instdiff_jax.models.tokenizer import Tokenizer
 from instdiff_jax.models.unet import UNet
 from instdiff_jax.models.unifusion import UniFusion
@@ -238,7 +239,9 @@ class Ours:
         a = jax.random.normal(jax.random.key(0), (side, side), jnp.float32).astype(DTYPES[self.dtype])
         # This scale keeps the products as large as their operands.
         scale = jnp.asarray(side**-0.5, a.dtype)
-        products = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, x: (x @ a) * scale, a))
+        layer = Dense(side, use_bias=False, dtype=a.dtype)
+        multiply = lambda x, a: layer.apply({"params": {"kernel": a}}, x)  # noqa: E731
+        products = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, x: multiply(x, a) * scale, a))
         jax.block_until_ready(products(a))
         return 20 * side**3 / min(seconds(lambda: jax.block_until_ready(products(a))) for _ in range(3))
 

@@ -32,7 +32,7 @@ def record_layers(call: Callable[[], Any]) -> Counter:
         return tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in args)
 
     def layer(run, args, options, context):
-        kind = KINDS.get(type(context.module))
+        kind = next((kind for made, kind in KINDS.items() if isinstance(context.module, made)), None)
         if kind is not None and context.method_name == "__call__":
             found[kind, context.module.clone(parent=None, name=None), shapes(args)] += 1
         return run(*args, **options)

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rate = workers["ours"].matmul_rate()
     rows: list[dict] = []
     notes = [
-        f"Model {model.name}, {model.canvas}x{model.canvas} pixels, {dtype}, PLMS, guidance 7.5, alpha {args.alpha}, "
+        f"{cli.about(args, model, dtype)}, PLMS, guidance 7.5, alpha {args.alpha}, "
         f"--steps {steps}. Evaluations are of single latents, guidance included. Utilisation: the UNet's FLOPs per "
         f"second, relative to a matrix product: measured {rate / 1e12:.3g} TFLOP/s."
     ]

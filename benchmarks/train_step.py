@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for worker in workers.values():
             worker.close()
     columns = COLUMNS + tables.baseline_columns(names, seconds=".3f")
-    notes = [f"Model {model.name}, {model.canvas}x{model.canvas} pixels, {dtype}, remat {args.remat}."]
+    notes = [f"{cli.about(args, model, dtype)}, remat {args.remat}."]
     tables.write_table(args.output, f"train_step_{model.name}_{dtype}", "Training step", columns, rows, notes)
 
 

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rate = workers["ours"].matmul_rate()
     counts = args.rows or ([2] if cli.on_cpu() else [2, 16, 64])
     rows = [evaluation(args, model, workers, count, rate) for count in counts]
-    about = f"Model {model.name}, {model.canvas}x{model.canvas} pixels, {dtype}"
+    about = cli.about(args, model, dtype)
     notes = [f"{about}. Utilisation is relative to a matrix product: measured {rate / 1e12:.3g} TFLOP/s."]
     name = f"unet_{model.name}_{dtype}"
     tables.write_table(args.output, name, "One UNet evaluation", evaluation_columns(list(workers)), rows, notes)

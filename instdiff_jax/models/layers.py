@@ -4,6 +4,7 @@ Axes: b batch, h height, w width, c channels, g groups.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -75,6 +76,10 @@ def _multiply(x: Float[Array, "*n in"], kernel: Float[Array, "in out"], *args, *
     return jax.lax.dot_general(x, kernel, *args, **kwargs)
 
 
+# Flax's layers without what it wraps methods in: to whoever records calls, each layer is one.
+_flax_dense, _flax_conv = inspect.unwrap(nn.Dense.__call__), inspect.unwrap(nn.Conv.__call__)
+
+
 class Dense(nn.Dense):
     """`nn.Dense`, faster on CPUs."""
 
@@ -84,7 +89,7 @@ class Dense(nn.Dense):
     def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n {self.features}"]:
         shape = (x.shape[-1], self.features)
         if not _takes_amx(x, shape, self.dtype):
-            return super().__call__(x)
+            return _flax_dense(self, x)
         return product_amx.product(x, *_parameters(self, shape))
 
 
@@ -101,7 +106,7 @@ class Conv(nn.Conv):
         same = self.kernel_size == (3, 3) and self.strides in (step, None) and self.padding in padding
         same &= x.ndim == 4 and not (x.shape[1] % step or x.shape[2] % step) and self.feature_group_count == 1
         if not (same and _takes_amx(x, shape, self.dtype)):
-            return super().__call__(x)
+            return _flax_conv(self, x)
         return product_amx.convolution(x, *_parameters(self, shape), step)
 
 
