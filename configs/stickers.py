@@ -101,7 +101,7 @@ def get_model() -> dict[str, Any]:
         ),
         unifusion=dict(mid_dim=192, trunk_depths=(1, 1, 2, 1), trunk_dims=(16, 32, 64, 64), map_size=64),
         # One latent pixel stands for 8x8 pixels; scale_factor is 1 / standard deviation of the latents.
-        autoencoder=dict(ch=64, ch_mult=(1, 1, 2, 2), num_res_blocks=0, z_channels=16, scale_factor=1.0),
+        autoencoder=dict(ch=64, ch_mult=(1, 1, 2, 2), num_res_blocks=0, z_channels=16, scale_factor=1.0293),
         text_encoder=dict(
             vocab_size=1024,
             hidden_size=128,

@@ -20,6 +20,7 @@ from instdiff_jax.aot.programs import Program, place
 from instdiff_jax.config import ModelConfig
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.blocks import ResBlock, Transformer
+from instdiff_jax.models.layers import Conv
 from instdiff_jax.models.scaleu import ScaleU
 from instdiff_jax.models.unet import KEEP, UNet
 from instdiff_jax.models.unifusion import NUM_TOKENS
@@ -28,7 +29,7 @@ from instdiff_jax.training.settings import TrainSettings
 from instdiff_jax.tree import flatten, unflatten
 
 # The arguments of a block that the training loss depends on through what trains: its gradients go on from there.
-_DIFFERENTIATED = {ResBlock: (0,), Transformer: (0, 2), ScaleU: (0, 1), nn.Conv: (0,)}
+_DIFFERENTIATED = {ResBlock: (0,), Transformer: (0, 2), ScaleU: (0, 1), Conv: (0,)}
 
 
 class Kind(NamedTuple):

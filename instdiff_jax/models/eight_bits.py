@@ -28,7 +28,7 @@ def products(kind: str) -> Callable[..., Any]:
 
     def intercept(run: Callable[..., Any], args: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
-        if type(layer) is not nn.Dense or context.method_name != "__call__":
+        if not isinstance(layer, nn.Dense) or context.method_name != "__call__":
             return run(*args, **options)
         params = layer.variables["params"]
         y = product(args[0], params["kernel"], kind).astype(layer.dtype or args[0].dtype)

@@ -92,7 +92,7 @@ def test_every_projection_of_the_unet_and_nothing_else(evaluation, monkeypatch):
     layers, taken, product = [], [], eight_bits.product
 
     def count(run, args, options, context):
-        layers.append(context.module.name) if type(context.module) is nn.Dense else None
+        layers.append(context.module.name) if isinstance(context.module, nn.Dense) else None
         return run(*args, **options)
 
     monkeypatch.setattr(eight_bits, "product", lambda *operands: taken.append(1) or product(*operands))
