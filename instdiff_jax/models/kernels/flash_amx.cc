@@ -36,7 +36,8 @@ struct Given {
 struct Buffers {
   Aligned<Bf16> queries, keys, values, gradient;                              // rows, zeros around
   Aligned<Bf16> keys_across, values_across, keys_down, values_down;           // as right sides
-  Aligned<Bf16> queries_down, gradient_down, weights, of_logits, turned;      // of some queries
+  Aligned<Bf16> queries_down, gradient_down, weights, turned;                 // of some queries
+  Aligned<Bf16> of_logits[2];  // rounded, and what rounding took: they are multiplied with keys, which may be large
   Aligned<float> logits, others, out, of_keys, of_values;
 };
 
@@ -166,20 +167,8 @@ void attend(const Shape& s, const Given& from, int64_t b, int64_t h, int64_t fir
     }
 }
 
-// The sum over channels of gradient · out, for one query.
-inline float along(const Shape& s, const Bf16* gradient, const Bf16* out) {
-  Floats sums{};
-  for (int64_t c = 0; c < s.d; c += kTile) {
-    __mmask16 mask = first_of_16(s.d - c);
-    __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, gradient + c));
-    __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, out + c));
-    sums += (Floats)_mm512_slli_epi32(a, 16) * (Floats)_mm512_slli_epi32(b, 16);
-  }
-  return _mm512_reduce_add_ps(sums);
-}
-
 struct Result {
-  const Bf16 *out, *gradient;
+  const Bf16* gradient;
   const Scaled* scaled;
 };
 
@@ -188,27 +177,37 @@ void load_weights(const Shape& s, const Given& from, const Result& result, int64
                   Buffers& with) {
   for (int64_t r = 0; r < rows; r++) {
     int64_t i = first + r, keys = s.keys();
-    Bf16 *weights = with.weights.data + r * keys, *of_logits = with.of_logits.data + r * keys;
+    Bf16 *weights = with.weights.data + r * keys, *parts[2];
+    for (int part = 0; part < 2; part++) parts[part] = with.of_logits[part].data + r * keys;
     if (i >= s.n) {
-      std::memset(weights, 0, keys * sizeof(Bf16)), std::memset(of_logits, 0, keys * sizeof(Bf16));
+      for (Bf16* row : {weights, parts[0], parts[1]}) std::memset(row, 0, keys * sizeof(Bf16));
       continue;
     }
     Scaled scaled = result.scaled[(b * s.h + h) * s.n + i];
-    int64_t row = s.row(s.n, b, h, i);
-    float mean = along(s, result.gradient + row, result.out + row);
     float* logits = with.logits.data + r * keys;
     const float* of_weights = with.others.data + r * keys;
     hide(s, from, b, i, logits);
     __m512 by = _mm512_set1_ps(scale(s)), highest = _mm512_set1_ps(scaled.highest);
-    __m512 share = _mm512_set1_ps(scaled.share), means = _mm512_set1_ps(mean), down = _mm512_set1_ps(s.scale());
+    __m512 share = _mm512_set1_ps(scaled.share), mean = _mm512_setzero_ps(), down = _mm512_set1_ps(s.scale());
     for (int64_t j = 0; j < keys; j += kTile) {
       __m512 weight = _mm512_mul_ps(exp2(_mm512_fmsub_ps(_mm512_load_ps(logits + j), by, highest)), share);
-      __m512 change = _mm512_sub_ps(_mm512_load_ps(of_weights + j), means);
+      mean = _mm512_fmadd_ps(weight, _mm512_load_ps(of_weights + j), mean);
+      _mm512_store_ps(logits + j, weight);
+    }
+    // Not from the rounded result: large keys would multiply what the changes then lack to a sum of 0.
+    mean = _mm512_set1_ps(_mm512_reduce_add_ps(mean));
+    for (int64_t j = 0; j < keys; j += kTile) {
+      __m512 weight = _mm512_load_ps(logits + j), change = _mm512_sub_ps(_mm512_load_ps(of_weights + j), mean);
       store(weight, 0xffff, weights + j);
-      store(_mm512_mul_ps(_mm512_mul_ps(weight, change), down), 0xffff, of_logits + j);
+      change = _mm512_mul_ps(_mm512_mul_ps(weight, change), down);
+      store(change, 0xffff, parts[0] + j);
+      __m512i rounded = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)(parts[0] + j)));
+      change = _mm512_sub_ps(change, _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16)));
+      store(change, 0xffff, parts[1] + j);
     }
     // A query that sees nothing has weights, and nothing that its logits could change.
-    if (scaled.highest < kHidden / 2 * scale(s)) std::memset(of_logits, 0, keys * sizeof(Bf16));
+    if (scaled.highest < kHidden / 2 * scale(s))
+      for (Bf16* row : parts) std::memset(row, 0, keys * sizeof(Bf16));
   }
 }
 
@@ -225,7 +224,7 @@ void pull(const Shape& s, const Given& from, const Result& result, int64_t b, in
   // As many queries at a time as leave their logits in the second cache.
   int64_t rows = std::min(round_up(s.n, kBlock), std::max<int64_t>(kBlock, (1 << 16) / keys / kBlock * kBlock));
   for (auto* buffer : {&with.logits, &with.others}) buffer->need(rows * keys);
-  for (auto* buffer : {&with.weights, &with.of_logits, &with.turned}) buffer->need(rows * keys);
+  for (auto* buffer : {&with.weights, with.of_logits, with.of_logits + 1, &with.turned}) buffer->need(rows * keys);
   for (auto* buffer : {&with.of_keys, &with.of_values}) buffer->need(keys * width);
   with.out.need(rows * width);
   for (int64_t first = 0; first < s.n; first += rows) {
@@ -237,12 +236,14 @@ void pull(const Shape& s, const Given& from, const Result& result, int64_t b, in
     multiply(rows, width, keys, with.queries.data, with.keys_across.data, false, with.logits.data);
     multiply(rows, width, keys, with.gradient.data, with.values_across.data, false, with.others.data);
     load_weights(s, from, result, b, h, first, rows, with);
-    multiply(rows, keys, width, with.of_logits.data, with.keys_down.data, false, with.out.data);
+    for (int part = 0; part < 2; part++) {
+      multiply(rows, keys, width, with.of_logits[part].data, with.keys_down.data, part > 0, with.out.data);
+      turn(rows, keys, with.of_logits[part].data, with.turned.data);
+      multiply(keys, rows, width, with.turned.data, with.queries_down.data, first + part > 0, with.of_keys.data);
+    }
     store_rows(s, with.out.data, count, of_q + row);
     turn(rows, keys, with.weights.data, with.turned.data);
     multiply(keys, rows, width, with.turned.data, with.gradient_down.data, first > 0, with.of_values.data);
-    turn(rows, keys, with.of_logits.data, with.turned.data);
-    multiply(keys, rows, width, with.turned.data, with.queries_down.data, first > 0, with.of_keys.data);
   }
   store_rows(s, with.of_keys.data, s.m, of_k + s.row(s.m, b, h, 0));
   store_rows(s, with.of_values.data, s.m, of_v + s.row(s.m, b, h, 0));
@@ -308,13 +309,13 @@ static ffi::Error AmxAttention(ffi::ThreadPool pool, AmxBuffer q, AmxBuffer k, A
 }
 
 static ffi::Error AmxAttentionGradient(ffi::ThreadPool pool, AmxBuffer q, AmxBuffer k, AmxBuffer v, BitsBuffer query_bits,
-                                       BitsBuffer key_bits, AmxBuffer out, ffi::Buffer<ffi::F32> scaled, AmxBuffer gradient,
+                                       BitsBuffer key_bits, ffi::Buffer<ffi::F32> scaled, AmxBuffer gradient,
                                        ffi::Result<AmxBuffer> of_q, ffi::Result<AmxBuffer> of_k,
                                        ffi::Result<AmxBuffer> of_v) {
 #if AMX
   auto from = reinterpret_cast<const amx_flash::Scaled*>(scaled.typed_data());
   amx_flash::run_gradient(pool, amx_flash::shape_of(q, k), amx_flash::given(q, k, v, query_bits, key_bits),
-                          {amx::data(out), amx::data(gradient), from}, amx::data(*of_q), amx::data(*of_k), amx::data(*of_v));
+                          {amx::data(gradient), from}, amx::data(*of_q), amx::data(*of_k), amx::data(*of_v));
   return ffi::Error::Success();
 #else
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor has no AMX");
@@ -340,7 +341,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffAmxAttentionGradient, AmxAttentionGradient
                                   .Arg<AmxBuffer>()
                                   .Arg<BitsBuffer>()
                                   .Arg<BitsBuffer>()
-                                  .Arg<AmxBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<AmxBuffer>()
                                   .Ret<AmxBuffer>()

@@ -49,7 +49,7 @@ def _call(q, k, v, query_bits, key_bits) -> tuple[Float[Array, "b n h d"], Float
 
 def _flash_forward(*given):
     out, scaled = _call(*given)
-    return out, (*given, out, scaled)
+    return out, (*given, scaled)
 
 
 def _flash_backward(given, gradient):
