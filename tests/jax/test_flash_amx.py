@@ -68,7 +68,7 @@ def test_as_close_to_the_truth_as_plain(n, m, d, bits, scale):
 
 @WITH_AMX
 def test_large_keys_do_not_multiply_rounding():
-    """A channel in which all keys are alike and large has no gradient; the plain kernel's is noise, 7 times the rest."""
+    """A channel whose keys are all alike and large has no gradient; the plain kernel's is noise, 7 times the rest."""
     (q, k, v, gradient), _ = random_case(64, 77, 32)
     q, k, v = q / 10, k / 10, v / 10
     q[..., 0], k[..., 0] = 1, -565
