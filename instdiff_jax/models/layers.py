@@ -104,7 +104,8 @@ class Conv(nn.Conv):
         step = self.strides if isinstance(self.strides, int) else 1
         padding = ("SAME", ((1, 1), (1, 1))) if step == 1 else (((1, 1), (1, 1)),)
         same = self.kernel_size == (3, 3) and self.strides in (step, None) and self.padding in padding
-        same &= x.ndim == 4 and not (x.shape[1] % step or x.shape[2] % step) and self.feature_group_count == 1
+        same &= x.ndim == 4 and not (x.shape[1] % step or x.shape[2] % step)
+        same &= self.feature_group_count == self.kernel_dilation == self.input_dilation == 1
         if not (same and _takes_amx(x, shape, self.dtype)):
             return _flax_conv(self, x)
         return product_amx.convolution(x, *_parameters(self, shape), step)

@@ -7,7 +7,7 @@ import pytest
 
 from instdiff_jax.analysis.flops import count_flops
 from instdiff_jax.models.attention import choose_kernel
-from instdiff_jax.models.kernels import chunked, flash_cpu, plain
+from instdiff_jax.models.kernels import chunked, cpu, flash_cpu, plain
 from instdiff_jax.models.regions import EVERYWHERE
 from tests.jax.test_cpu_kernels import WITH_COMPILER
 
@@ -95,7 +95,8 @@ def test_rows_of_a_map_and_many_calls_at_once():
 def test_chosen_for_float32_on_one_device(monkeypatch):
     shapes = (2, 256, 8, 40), (2, 333, 8, 40)
     assert choose_kernel("cpu", *shapes, jnp.dtype("float32"), True) is flash_cpu.attention
-    assert not flash_cpu.supports(*shapes, jnp.dtype("bfloat16"))
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)
+    assert choose_kernel("cpu", *shapes, jnp.dtype("bfloat16"), True) is chunked.attention
     assert choose_kernel("cpu", (1, 8, 1, 8), (1, 8, 1, 8), jnp.dtype("float32"), False) is chunked.attention
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert choose_kernel("cpu", *shapes, jnp.dtype("float32"), True) is chunked.attention

@@ -146,6 +146,7 @@ def test_used_by_dense_and_conv_in_bfloat16(monkeypatch):
         (layers.Conv(64, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=BF16), (2, 16, 16, 64), False),
         (layers.Conv(64, (3, 3), strides=2, padding=((1, 1), (1, 1)), dtype=BF16), (2, 17, 17, 64), False),
         (layers.Conv(64, (3, 3), feature_group_count=64, dtype=BF16), (2, 64, 64, 64), False),
+        (layers.Conv(64, (3, 3), kernel_dilation=2, dtype=BF16), (2, 16, 16, 64), False),
         (layers.Conv(4, (3, 3), dtype=BF16), (1, 64, 64, 320), False),
     ]
     for layer, shape, used in cases:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, UInt32
 
 from instdiff_jax.models.kernels import cpu
 
-# With fewer products the call takes longer than the work.
+# Around this many products the kernel is about as fast as XLA's (tens of microseconds on two cores of a Xeon).
 MIN_PRODUCTS = 1 << 18
 
 

@@ -98,7 +98,7 @@ struct Buffers {
   Aligned<Bf16> zeros{kMostChannels};  // a pixel outside of the picture
 };
 
-// A thread keeps its own: 4 MB, which take longer to get than a small product.
+// A thread keeps its own: 2.5 MB, which take longer to get than a small product.
 Buffers* buffers() {
   static thread_local Buffers own;
   return &own;

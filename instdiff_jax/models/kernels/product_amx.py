@@ -19,7 +19,7 @@ _MOST = 1 << 15
 def supports(rows: int, shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
     """Whether the kernels take products of so many rows of this type with weights of this shape here, and are worth it.
 
-    Narrower and smaller ones took no less time than XLA's on one core of a Xeon.
+    Around this size they are about as fast as XLA's (tens of microseconds on two cores of a Xeon); above, faster.
     """
     *_, width, out = shape
     worth_it = min(width, out) >= 16 and rows * math.prod(shape) >= 1 << 18
