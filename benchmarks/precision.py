@@ -38,11 +38,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace, dtype: str, workdir: Path, latents: int = 8) -> tuple[dict[str, Any], np.ndarray]:
     """A row of the table, and the latents of the first scenes."""
     from instdiff_jax.evaluation.layouts import make_layout
-    from projects.shapes.study.rows import Task
-    from projects.shapes.study.runs import Study, StudySettings
-    from projects.shapes.study.sections import BOX
+    from projects.common.study.rows import Task
+    from projects.common.study.runs import Study, StudySettings
+    from projects.common.study.sections import BOX
+    from projects.shapes.study import SUBJECT
 
-    study = Study(StudySettings(args.checkpoint, args.segmenter, workdir, 64, args.count, dtype))
+    study = Study(StudySettings(args.checkpoint, args.segmenter, workdir, 64, args.count, dtype), SUBJECT)
     task = Task(BOX, 0, args.count)
     numbers = study.run(task, lambda: None)["metrics"]
     scenes = study.split(BOX.scenes, args.count).scenes[:latents]

@@ -1,17 +1,16 @@
 """The study's tables: which rows each section has, and the order in which they are measured."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from instdiff_jax.config import PRESETS, SamplingConfig
-from projects.shapes.study.rows import COUNTS, Row, Section, Task
+from projects.common.study.rows import Row, Section, Subject, Task
 
 # Groups of metrics.
 PLACES = ("box_AP", "box_AP50", "box_AR", "mask_AP", "mask_AP50", "mask_IoU", "PiM_point", "PiM_scribble")
-LOOKS = ("colour_accuracy", "texture_accuracy", "FID")
-_SHORT = ("box_AP", "box_AP50", "mask_IoU", *LOOKS)
-_LEAKS = tuple(f"{kind}_{what}" for kind in ("colour", "texture") for what in ("accuracy", "accuracy_found", "leak"))
+LOOKS, LEAKS = "accuracy", "accuracy, accuracy_found, leak"
+_SHORT = ("box_AP", "box_AP50", "mask_IoU", LOOKS, "FID")
 
 REAL = Row("real images", source="real")
 BOX = Row("box")
@@ -39,6 +38,7 @@ _LONG = {"sampler": "dpm++", "steps": 20, "mis": 0.36}
 FIFTY = Row("50 steps", sampling=_LONG | {"steps": 50})
 
 # Most important first: an interrupted study has measured the first ones.
+# LOOKS and LEAKS stand for those of each kind of attribute. `make_sections` puts in what depends on the subject.
 SECTIONS: dict[str, Section] = {
     "formats": Section(
         "Formats",
@@ -46,7 +46,7 @@ SECTIONS: dict[str, Section] = {
         "sampler adds the box of a mask and the centre of a box. Mixed: box, mask, scribble and point in turn. "
         "Real images show what the detector can reach: the upper bound.",
         (REAL, BOX, *(Row(name, format=name) for name in ("mask", "scribble", "point", "mixed"))),
-        (*PLACES, *LOOKS),
+        (*PLACES, LOOKS, "FID"),
         large=True,
     ),
     "baselines": Section(
@@ -55,13 +55,13 @@ SECTIONS: dict[str, Section] = {
         "samples. GLIGEN-like: only UniFusion's box tokens have a location, and MIS and masked attention (with which "
         "the model was trained) are off; a trained GLIGEN would do better.",
         (REAL, BOX, GLIGEN, CAPTION),
-        (*PLACES, *LOOKS),
+        (*PLACES, LOOKS, "FID"),
         large=True,
     ),
     "leakage": Section(
         "Attributes between confusable neighbours",
-        "Neighbours have the same shape and swapped colours and textures. Accuracy is over all instances, then over "
-        "those found. Leak: the share of wrong attributes that belong to another instance of the image.",
+        "Accuracy is over all instances, then over those found. Leak: the share of wrong attributes that belong to "
+        "another instance of the image.",
         (
             dataclasses.replace(REAL, scenes="confusable"),
             Row("MIS and masked attention", scenes="confusable", sampling=MIS | MASKED),
@@ -70,7 +70,7 @@ SECTIONS: dict[str, Section] = {
             Row("neither", scenes="confusable", sampling=NO_MIS | UNMASKED),
             Row("MIS merged by crop and paste", scenes="confusable", sampling=MIS | MASKED | {"merge": "crop"}),
         ),
-        ("box_AP50", "found", *_LEAKS),
+        ("box_AP50", "found", LEAKS),
         large=True,
     ),
     "ablations": Section(
@@ -95,7 +95,7 @@ SECTIONS: dict[str, Section] = {
             Row("all but scribble", format="auto", drop=("scribble",)),
             Row("all but mask", format="auto", drop=("mask",)),
         ),
-        ("box_AP", "box_AP50", "mask_IoU", "PiM_point", "PiM_scribble", *LOOKS),
+        ("box_AP", "box_AP50", "mask_IoU", "PiM_point", "PiM_scribble", LOOKS, "FID"),
     ),
     "mis": Section(
         "Fraction of steps of the multi-instance sampler",
@@ -115,12 +115,8 @@ SECTIONS: dict[str, Section] = {
     "instances": Section(
         "Number of instances",
         "Scenes with exactly this many instances, boxes. In brackets: the real images.",
-        tuple(
-            Row(f"{n}{', real' * (source == 'real')}", scenes=f"count_{n}", source=source)
-            for n in COUNTS
-            for source in ("layouts", "real")
-        ),
-        ("box_AP", "box_AP50", "mask_IoU", "PiM_point", *LOOKS),
+        (),
+        ("box_AP", "box_AP50", "mask_IoU", "PiM_point", LOOKS, "FID"),
     ),
     "guidance": Section(
         "Guidance scale",
@@ -162,11 +158,37 @@ SECTIONS: dict[str, Section] = {
             }.items()
         )
         + (Row("--preset fast, with MIS", sampling=PRESETS["fast"] | {"mis": 0.36}),),
-        ("UNets", "speedup", "box_AP50", "mask_IoU", *LOOKS, "distance"),
+        ("UNets", "speedup", "box_AP50", "mask_IoU", LOOKS, "FID", "distance"),
     ),
 }
 COST, FEWER = "cost", "fewer"
 NAMES = (*SECTIONS, COST)
+
+
+def make_sections(subject: Subject, names: Sequence[str] = tuple(SECTIONS)) -> dict[str, Section]:
+    """The tables of a subject, most important first, without those that are not among the names."""
+
+    def columns(section: Section) -> tuple[str, ...]:
+        made: list[str] = []
+        for column in section.columns:
+            each = column in (LOOKS, LEAKS)
+            made += (
+                [f"{kind}_{what}" for kind in subject.attributes for what in column.split(", ")] if each else [column]
+            )
+        return tuple(made)
+
+    sections = {name: dataclasses.replace(section, columns=columns(section)) for name, section in SECTIONS.items()}
+    leakage, counted = (
+        sections["leakage"],
+        tuple(
+            Row(f"{n}{', real' * (source == 'real')}", scenes=f"count_{n}", source=source)
+            for n in subject.counts
+            for source in ("layouts", "real")
+        ),
+    )
+    sections["leakage"] = dataclasses.replace(leakage, text=f"{subject.confusable} {leakage.text}")
+    sections["instances"] = dataclasses.replace(sections["instances"], rows=counted)
+    return {name: section for name, section in sections.items() if name in names}
 
 
 class Sizes(NamedTuple):
@@ -191,15 +213,14 @@ def row_keys(row: Row, section: Section, sizes: Sizes, own: SamplingConfig) -> l
     return [(row.slug(own), seed, count) for seed in range(1 if row.source == "real" else seeds)]
 
 
-def make_tasks(names: Sequence[str], sizes: Sizes, own: SamplingConfig) -> dict[Key, Task]:
-    """The tasks of some sections, in order: the first seed of all rows comes before the second of any.
+def make_tasks(sections: Mapping[str, Section], sizes: Sizes, own: SamplingConfig) -> dict[Key, Task]:
+    """The tasks of sections, in order: the first seed of all rows comes before the second of any.
 
     A task that two sections share is listed once.
     """
-    sections = [SECTIONS[name] for name in SECTIONS if name in names]
     tasks: dict[Key, Task] = {}
     for number in range(max(sizes.seeds, sizes.small_seeds)):
-        for section in sections:
+        for section in sections.values():
             for row in section.rows:
                 for key in row_keys(row, section, sizes, own)[number : number + 1]:
                     tasks.setdefault(key, Task(row, *key[1:]))

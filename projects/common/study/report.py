@@ -1,4 +1,4 @@
-"""Writes the study's results: results.md, results.json and plots. All of them follow from the results alone."""
+"""Writes the study's results: a page, its numbers as JSON, and plots. All of them follow from the results alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from instdiff_jax.errors import InputError
 from instdiff_jax.evaluation.report import label, lower_is_better, show, table_line
 from instdiff_jax.files import write_file, write_json, write_text
-from projects.shapes.study.plots import draw_plots
+from projects.common.study.plots import draw_plots
 
 # Published numbers on COCO val2017, with YOLOv8m-seg as the detector: FID, and percentages.
 _PAPER = (
@@ -24,17 +24,18 @@ _PAPER_HEAD += ("PiM point", "PiM scribble", "colour accuracy", "texture accurac
 
 
 def write_study(results: Mapping[str, Any], docs: Path) -> None:
-    """Writes results.json, figures/results_*.png and results.md into a folder.
+    """Writes PAGE.json, figures/PAGE_*.png and PAGE.md into a folder; PAGE is "results" for the shapes.
 
     Args:
         results: as `results.make_results` returns them.
         docs: the folder.
     """
-    write_json(docs / "results.json", results)
+    name = results["made"]["page"]
+    write_json(docs / f"{name}.json", results)
     figures = draw_plots(results)
-    for name, png in figures.items():
-        write_file(docs / "figures" / f"results_{name}.png", lambda file, png=png: file.write(png))
-    write_text(docs / "results.md", page(results, list(figures)))
+    for section, png in figures.items():
+        write_file(docs / "figures" / f"{name}_{section}.png", lambda file, png=png: file.write(png))
+    write_text(docs / f"{name}.md", page(results, list(figures)))
 
 
 def merge_tables(results: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def merge_tables(results: Mapping[str, Any], other: Mapping[str, Any]) -> dict[s
     """
     made = other["made"]
     if made["checkpoint"] != results["made"]["checkpoint"]:
-        raise InputError("results.json: expected results of the same checkpoint")
+        raise InputError(f"{results['made']['page']}.json: expected results of the same checkpoint")
     apart = {"command": made["command"], "device": made["machine"]["device"]}
     tables = dict(results["tables"])
     for name, table in other["tables"].items():
@@ -75,7 +76,7 @@ def page(results: Mapping[str, Any], figures: Sequence[str]) -> str:
         shown = _counted(table) if name == "instances" else _table(table)
         parts += [f"## {table['title']}", table["text"], _sizes(table), shown]
         if name in figures:
-            parts.append(f"![{table['title']}](figures/results_{name}.png)")
+            parts.append(f"![{table['title']}](figures/{results['made']['page']}_{name}.png)")
         if name == "formats":
             parts += [
                 "### The paper's numbers, on COCO",
@@ -93,7 +94,8 @@ def _introduction(made: Mapping[str, Any]) -> str:
     machine, sizes, sampling = made["machine"], made["sizes"], made["sampling"]
     alpha = "/".join(f"{part:g}" for part in sampling["alpha"])
     side = made["size"]
-    return f"""The small model on held-out scenes of shapes, {side}×{side} pixels. One command made this page; it
+    scenes = f"{made['scenes_of']}, {side}×{side} pixels"
+    return f"""The small model on held-out scenes of {scenes}. One command made this page; it
 generates only images that its workdir lacks:
 
 ```bash
@@ -188,7 +190,7 @@ def _targets(targets: Sequence[Mapping[str, Any]]) -> str:
         if item["reached"] is False and not item["share_counts"] and real is not None and real < item["least"]:
             reached = "no; nor by real images"
         rows.append([item["target"], *map(percent, values), reached])
-    text = "In percent, on the main scenes (2 to 6 instances). The first two use boxes, the others the format named."
+    text = "In percent, on the main scenes (2 to 6 instances). The last three get that format, the others boxes."
     return f"{text}\n\n{_lines(head, rows)}"
 
 

@@ -12,11 +12,12 @@ import pytest
 
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
-from projects.shapes.study import cost as study_cost
-from projects.shapes.study.report import half_interval, merge_tables, page, show_metric, write_study
-from projects.shapes.study.results import TARGETS, make_results, paired_difference
-from projects.shapes.study.runs import StudySettings
-from projects.shapes.study.sections import NAMES, SECTIONS, Sizes, make_tasks
+from projects.common.study import cost as study_cost
+from projects.common.study.report import half_interval, merge_tables, page, show_metric, write_study
+from projects.common.study.results import make_results, make_targets, paired_difference
+from projects.common.study.runs import StudySettings
+from projects.common.study.sections import NAMES, SECTIONS, Sizes, make_sections, make_tasks
+from projects.shapes.study import SUBJECT
 
 DOCS = Path(__file__).parents[3] / "docs"
 OWN = SamplingConfig(steps=20, sampler="dpm++", guidance_scale=4.0, alpha=(0.75, 0.0, 0.25), mis=0.36)
@@ -41,7 +42,8 @@ def numbers_of(tasks, accuracy):
 def results_of(accuracy, sizes=Sizes(40, 2, 40, 2), keep=lambda task: True, own=OWN):
     settings = StudySettings(Path("c"), Path("d"), Path("w"), size=64, reference_count=3, dtype="float32")
     made = types.SimpleNamespace(settings=settings, sampling=own, fingerprint="f", segmenter="s")
-    tasks = {key: task for key, task in make_tasks(list(NAMES), sizes, own).items() if keep(task)}
+    made.subject, made.scenes = SUBJECT, SUBJECT.scenes
+    tasks = {key: task for key, task in make_tasks(make_sections(SUBJECT), sizes, own).items() if keep(task)}
     cost = {"pictures": 2, "instances": 4, "parts": [{"part": "decoding", "seconds": 0.1, "gflop": 1.0}], "key": {}}
     return make_results(made, list(NAMES), sizes, numbers_of(tasks, accuracy), cost, "python -m command")
 
@@ -83,7 +85,7 @@ def test_targets_follow_from_the_numbers():
     assert share["share"] == pytest.approx(share["value"] / share["upper_bound"]) and share["reached"] is True
     assert share["GLIGEN_like"] < share["value"] and share["caption_alone"] < share["GLIGEN_like"]
     low = results_of(lambda task: 3.9 if task.row.source == "real" else 2)["targets"]
-    assert [item["reached"] for item in low] == [False] * len(TARGETS)
+    assert [item["reached"] for item in low] == [False] * len(make_targets(SUBJECT.goals))
     assert page(results_of(lambda task: 2), []).count("| no; nor by real images |") == 3
     nothing = results_of(right_of, keep=lambda task: False)
     assert all(item["reached"] is None for item in nothing["targets"])

@@ -1,13 +1,11 @@
-"""What a row of the study's tables is: held-out scenes, and how images of them are made."""
+"""What a study is about, and what a row of its tables is: held-out scenes, and how images of them are made."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from instdiff_jax.config import SamplingConfig
-from projects.shapes.worlds import WORLDS, SceneSettings
-
-COUNTS = tuple(range(1, 11))
+from instdiff_jax.config import SamplingConfig, Settings
+from projects.common.coco_folder import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,19 +21,67 @@ class Scenes:
 
     seed: int
     reference_seed: int
-    settings: SceneSettings
+    settings: Settings
     group: str
 
 
-def _scenes(least: int, most: int, confusable: bool = False) -> SceneSettings:
-    """Settings of the world in which the model was trained (configs/shapes.py)."""
-    return dataclasses.replace(WORLDS["calm"], min_instances=least, max_instances=most, confusable=confusable)
+class Goals(NamedTuple):
+    """What a model should reach on the main scenes, as fractions. None: no goal.
+
+    Attributes:
+        box_AP50: of the real images' (boxes).
+        colour: of the real images' accuracy (boxes).
+        found: things in the right place (boxes).
+        point: points in masks.
+        scribble: scribble points in masks.
+        mask_IoU: of masks.
+    """
+
+    box_AP50: float
+    colour: float
+    found: float | None
+    point: float
+    scribble: float
+    mask_IoU: float
 
 
-SCENES: dict[str, Scenes] = {
-    "main": Scenes(101, 201, _scenes(2, 6), "main"),
-    "confusable": Scenes(102, 202, _scenes(2, 6, confusable=True), "confusable"),
-} | {f"count_{n}": Scenes(110 + n, 210 + n, _scenes(n, n), "counts") for n in COUNTS}
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The world that a study is about.
+
+    Attributes:
+        world: renders the scenes.
+        settings: of the scenes that the model was trained with; min_instances, max_instances and confusable change.
+        attributes: their kinds, such as ("colour", "texture").
+        most: the table by number of instances goes from 1 to this.
+        confusable: a sentence that says what confusable neighbours are.
+        goals: what the model should reach.
+        page: name of the page and its results, without .md and .json.
+    """
+
+    world: World
+    settings: Settings
+    attributes: tuple[str, ...]
+    most: int
+    confusable: str
+    goals: Goals
+    page: str = "results"
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of instances that have scenes of their own."""
+        return tuple(range(1, self.most + 1))
+
+    @property
+    def scenes(self) -> dict[str, Scenes]:
+        """The sets of scenes by name."""
+        main, confusable = self._scenes(2, 6), self._scenes(2, 6, confusable=True)
+        sets = {"main": Scenes(101, 201, main, "main"), "confusable": Scenes(102, 202, confusable, "confusable")}
+        return sets | {f"count_{n}": Scenes(110 + n, 210 + n, self._scenes(n, n), "counts") for n in self.counts}
+
+    def _scenes(self, least: int, most: int, confusable: bool = False) -> Settings:
+        changes: dict[str, Any] = {"min_instances": least, "max_instances": most, "confusable": confusable}
+        return dataclasses.replace(self.settings, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +90,7 @@ class Row:
 
     Attributes:
         label: its name in the table.
-        scenes: a name in SCENES.
+        scenes: a name in `Subject.scenes`.
         source: generated from layouts, or the real (rendered) images.
         format: what layouts contain, see `generate.make_layout`.
         drop: formats that layouts contain but the model does not see.

@@ -23,10 +23,9 @@ from instdiff_jax.evaluation.split import Split, read_split
 from instdiff_jax.files import write_json
 from instdiff_jax.sampling.loading import checkpoint_fingerprint
 from instdiff_jax.sampling.pipeline import Pipeline
+from projects.common.coco_folder import write_split
 from projects.common.segmenter import Segmenter
-from projects.shapes.render import write_coco
-from projects.shapes.scenes import render_scene
-from projects.shapes.study.rows import SCENES, Row, Task
+from projects.common.study.rows import Row, Subject, Task
 
 # Increased when the meaning of the numbers changes, so that older ones are measured again.
 _VERSION = 1
@@ -70,15 +69,17 @@ class Study:
 
     Attributes:
         settings: as given.
+        subject: as given.
+        scenes: its sets of scenes.
         config: the checkpoint's model sizes.
         sampling: the checkpoint's sampling settings, with the steps of `settings`.
         fingerprint: of the checkpoint.
         segmenter: fingerprint of the detector.
     """
 
-    def __init__(self, settings: StudySettings):
+    def __init__(self, settings: StudySettings, subject: Subject):
         """Reads the checkpoint's config and the detector; InputError if either is missing or invalid."""
-        self.settings = settings
+        self.settings, self.subject, self.scenes = settings, subject, subject.scenes
         changes = {} if settings.steps is None else {"steps": settings.steps}
         self.sampling = sampling_settings(settings.checkpoint, changes)
         self.fingerprint = checkpoint_fingerprint(settings.checkpoint)
@@ -102,9 +103,9 @@ class Study:
     def split(self, scenes: str, count: int) -> Split:
         """The first scenes of a set, rendered if necessary."""
         if (scenes, count) not in self._splits:
-            size, kind = self.settings.size, SCENES[scenes]
+            size, kind = self.settings.size, self.scenes[scenes]
             folder = self.settings.workdir / "scenes" / f"{scenes}_{count}_{size}"
-            write_coco(folder, "held_out", count, kind.seed, size, kind.settings)
+            write_split(folder, "held_out", self.subject.world, (count, kind.seed, size), kind.settings)
             self._splits[scenes, count] = read_split(folder, "held_out")
         return self._splits[scenes, count]
 
@@ -127,10 +128,10 @@ class Study:
         Returns:
             `metrics` by name, and `of_picture`: sums over the instances of each image.
         """
-        row, group = task.row, SCENES[task.row.scenes].group
+        row, group = task.row, self.scenes[task.row.scenes].group
         folder = self.folder(task)
         claim_folder(folder, self._image_settings(task), "--workdir")
-        together = [self.split(name, task.count).scenes for name, kind in SCENES.items() if kind.group == group]
+        together = [self.split(name, task.count).scenes for name, kind in self.scenes.items() if kind.group == group]
         # The sets alternate, so that batches have similar sizes.
         scenes = [scene for some in itertools.zip_longest(*together) for scene in some if scene is not None]
         if row.source == "real":
@@ -146,7 +147,7 @@ class Study:
 
     def folder(self, task: Task) -> Path:
         """Folder of a task's images."""
-        slug = task.row.slug(self.sampling, SCENES[task.row.scenes].group)
+        slug = task.row.slug(self.sampling, self.scenes[task.row.scenes].group)
         return self.settings.workdir / "pictures" / f"{slug}-seed_{task.seed}"
 
     def _measured(self, split: Split, folder: Path, row: Row) -> Numbers:
@@ -158,9 +159,9 @@ class Study:
     def _reference(self, scenes: str) -> Gaussian:
         """Gaussian of the features of other scenes with the settings of a set."""
         if scenes not in self._references:
-            kind = SCENES[scenes]
+            kind, render = self.scenes[scenes], self.subject.world.render
             numbers = range(self.settings.reference_count)
-            images = [render_scene(kind.reference_seed, i, self.settings.size, kind.settings).image for i in numbers]
+            images = [render(kind.reference_seed, i, self.settings.size, kind.settings).image for i in numbers]
             self._references[scenes] = fit_gaussian(self._detector.features(np.stack(images)))
         return self._references[scenes]
 
@@ -173,8 +174,8 @@ class Study:
 
     def _image_settings(self, task: Task) -> dict[str, Any]:
         """All settings that a task's images depend on."""
-        row, group = task.row, SCENES[task.row.scenes].group
-        kinds = {name: kind for name, kind in SCENES.items() if kind.group == group}
+        row, group = task.row, self.scenes[task.row.scenes].group
+        kinds = {name: kind for name, kind in self.scenes.items() if kind.group == group}
         settings: dict[str, Any] = {"pictures": row.source, "size": self.settings.size}
         settings["scenes"] = {name: {"seed": kind.seed} | kind.settings.to_dict() for name, kind in kinds.items()}
         if row.source != "real":
@@ -197,15 +198,19 @@ def machine() -> dict[str, Any]:
 
 
 def _sums(image: EvaluatedImage, kinds: Sequence[str]) -> dict[str, float]:
-    """An image's numbers as sums over its instances, for paired comparisons of two rows."""
+    """An image's numbers as sums over its instances, for paired comparisons of two rows.
+
+    KIND_accuracy_of is the number of instances that have the attribute.
+    """
     measures, targets = image.measures, image.scene.asked
     sums: dict[str, float] = {"instances": len(targets), "found": sum(item.match is not None for item in measures)}
     for name, field in (("mask_IoU", "mask_iou"), ("PiM_point", "point_in"), ("PiM_scribble", "scribble_in")):
         sums[name] = sum(getattr(item, field) or 0.0 for item in measures)
     for kind in kinds:
         right = [
-            item.match is not None and item.match.attributes.get(kind) == target.attributes.get(kind)
+            item.match is not None and item.match.attributes.get(kind) == target.attributes[kind]
             for target, item in zip(targets, measures, strict=True)
+            if kind in target.attributes
         ]
-        sums[f"{kind}_accuracy"] = sum(right)
+        sums |= {f"{kind}_accuracy": sum(right), f"{kind}_accuracy_of": len(right)}
     return sums

@@ -119,6 +119,7 @@ def _solvers(table: Mapping[str, Any], metrics: Sequence[str]) -> bytes:
 
 
 def _bars(table: Mapping[str, Any], metrics: Sequence[str]) -> bytes:
+    metrics = [metric for metric in metrics if metric in table["columns"]]
     figure, axes = _axes(metrics)
     rows = [row for row in table["rows"] if row["metrics"]]
     for axis, metric in zip(axes, metrics, strict=True):

@@ -32,9 +32,9 @@ from instdiff_jax.models.unifusion import NUM_TOKENS
 from instdiff_jax.sampling import programs
 from instdiff_jax.sampling.pipeline import Pipeline
 from instdiff_jax.sampling.request import Request, SamplingOptions, make_request, sampler_settings
-from projects.shapes.study.rows import Row, Task
-from projects.shapes.study.runs import Study, machine
-from projects.shapes.study.sections import FIFTY, MIS
+from projects.common.study.rows import Row, Task
+from projects.common.study.runs import Study, machine
+from projects.common.study.sections import FIFTY, MIS
 
 Numbers = Mapping[tuple[str, int, int], Any]
 INSTANCES = 4

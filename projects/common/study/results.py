@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from instdiff_jax.config import SamplingConfig
-from projects.shapes.study.rows import SCENES, Row, Section
-from projects.shapes.study.runs import Study, machine
-from projects.shapes.study.sections import (
+from projects.common.study.rows import Goals, Row, Section
+from projects.common.study.runs import Study, machine
+from projects.common.study.sections import (
     BOX,
     CAPTION,
     COST,
@@ -23,6 +23,7 @@ from projects.shapes.study.sections import (
     UNMASKED,
     Key,
     Sizes,
+    make_sections,
     row_keys,
 )
 
@@ -36,7 +37,7 @@ class Claim(NamedTuple):
         text: the claim, as the table shows it.
         section: of the rows.
         with_it, without: rows with the same images as two rows of the section; labels are ignored.
-        metrics: expected to be higher with the part; names of the sums that `runs.Study.run` returns.
+        metrics: expected to be higher with the part; names of the sums that `runs.Study.run` returns, or ACCURACY.
     """
 
     text: str
@@ -59,7 +60,9 @@ _MIS_ONLY, _NEITHER, _MASKED_ONLY, _BOTH, _BOTH_CROPPED = (
     )
 )
 _MASKED, _UNMASKED = _ABLATION["box, masked attention"], _ABLATION["box, no masked attention"]
-_ALL_THREE = ("found", "colour_accuracy", "texture_accuracy")
+# ACCURACY stands for that of each kind of attribute.
+ACCURACY = "accuracy"
+_ALL_THREE = ("found", ACCURACY)
 CLAIMS = (
     Claim("MIS separates confusable neighbours", "leakage", _BOTH, _MASKED_ONLY, _ALL_THREE),
     Claim("MIS with crop and paste separates them", "leakage", _BOTH_CROPPED, _MASKED_ONLY, _ALL_THREE),
@@ -89,13 +92,19 @@ class Target(NamedTuple):
 
 
 _FORMATS = {row.label: row for row in SECTIONS["formats"].rows}
-TARGETS = (
-    Target("box AP50, share of the upper bound", BOX, "box_AP50", 0.8, True),
-    Target("colour accuracy, share of the upper bound", BOX, "colour_accuracy", 0.9, True),
-    Target("points in masks (PiM)", _FORMATS["point"], "PiM_point", 0.85, False),
-    Target("scribble points in masks (PiM)", _FORMATS["scribble"], "PiM_scribble", 0.85, False),
-    Target("mask IoU", _FORMATS["mask"], "mask_IoU", 0.6, False),
-)
+
+
+def make_targets(goals: Goals) -> list[Target]:
+    """The targets of a subject."""
+    found = [] if goals.found is None else [Target("the right thing in its box", BOX, "found", goals.found, False)]
+    return [
+        Target("box AP50, share of the upper bound", BOX, "box_AP50", goals.box_AP50, True),
+        Target("colour accuracy, share of the upper bound", BOX, "colour_accuracy", goals.colour, True),
+        *found,
+        Target("points in masks (PiM)", _FORMATS["point"], "PiM_point", goals.point, False),
+        Target("scribble points in masks (PiM)", _FORMATS["scribble"], "PiM_scribble", goals.scribble, False),
+        Target("mask IoU", _FORMATS["mask"], "mask_IoU", goals.mask_IoU, False),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +155,19 @@ def make_results(
         cost: as `cost.measure_cost` returns it; None if not measured.
         command: the command that makes these results.
     """
-    sections = {name: SECTIONS[name] for name in SECTIONS if name in names}
+    subject, sections = study.subject, make_sections(study.subject, names)
     measured = Measured(study.sampling, sizes, numbers)
     made = {
         "command": command,
+        "scenes_of": f"{subject.world.supercategory}s",
+        "page": subject.page,
         "checkpoint": study.fingerprint,
         "sampling": study.sampling.to_dict(),
         "size": study.settings.size,
         "dtype": study.settings.dtype,
         "machine": machine(),
         "sizes": sizes._asdict(),
-        "scenes": {name: {"seed": kind.seed} | kind.settings.to_dict() for name, kind in SCENES.items()},
+        "scenes": {name: {"seed": kind.seed} | kind.settings.to_dict() for name, kind in study.scenes.items()},
         "segmenter": study.segmenter,
         "reference_count": study.settings.reference_count,
     }
@@ -165,8 +176,8 @@ def make_results(
         | {"rows": [_row(row, section, measured) for row in measured.different_rows(section)]}
         for name, section in sections.items()
     }
-    comparisons = [_compare(claim, measured) for claim in CLAIMS if claim.section in sections]
-    targets = [_target(target, measured) for target in TARGETS] if "formats" in sections else []
+    comparisons = [_compare(claim, subject.attributes, measured) for claim in CLAIMS if claim.section in sections]
+    targets = [_target(target, measured) for target in make_targets(subject.goals)] if "formats" in sections else []
     if cost is not None:
         cost = {name: cost[name] for name in ("pictures", "instances", "parts")}
     results = {"made": made, "tables": tables, "comparisons": comparisons, "targets": targets}
@@ -194,7 +205,7 @@ def paired_difference(
 
     Args:
         with_it, without: numbers of each seed; equally many.
-        metric: a name of the sums.
+        metric: a name of the sums. Its share is of METRIC_of where the sums have that, else of all instances.
 
     Returns:
         The metric of each row, their difference, and its standard error over scenes (after averaging over seeds).
@@ -203,7 +214,7 @@ def paired_difference(
         np.mean([[picture[metric] for picture in one["of_picture"]] for one in found], axis=0)
         for found in (with_it, without)
     ]
-    counts = np.array([picture["instances"] for picture in with_it[0]["of_picture"]])
+    counts = np.array([one.get(f"{metric}_of", one["instances"]) for one in with_it[0]["of_picture"]])
     total, gain = counts.sum(), sums[0] - sums[1]
     difference = gain.sum() / total
     # Standard error of a ratio of sums: from what each scene adds beyond its share of instances.
@@ -211,15 +222,17 @@ def paired_difference(
     return float(sums[0].sum() / total), float(sums[1].sum() / total), float(difference), float(error)
 
 
-def _compare(claim: Claim, measured: Measured) -> dict[str, Any]:
+def _compare(claim: Claim, attributes: Sequence[str], measured: Measured) -> dict[str, Any]:
     section = SECTIONS[claim.section]
+    accuracies = [f"{kind}_{ACCURACY}" for kind in attributes]
+    metrics = [name for metric in claim.metrics for name in (accuracies if metric == ACCURACY else [metric])]
     keys, numbers = [measured.keys(row, section) for row in (claim.with_it, claim.without)], measured.numbers
     # Only seeds that both rows have.
     pairs = [(numbers[a], numbers[b]) for a, b in zip(*keys, strict=True) if a in numbers and b in numbers]
     lines = []
     if pairs:
         with_it, without = zip(*pairs, strict=True)
-        for metric in claim.metrics:
+        for metric in metrics:
             higher, lower, difference, error = paired_difference(with_it, without, metric)
             clear = abs(difference) > 2 * error
             verdict = ("higher" if difference > 0 else "lower") if clear else "no clear difference"

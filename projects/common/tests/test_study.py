@@ -10,13 +10,13 @@ from tiny_checkpoint import SIDE, make_tiny_checkpoint, make_tiny_segmenter
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.evaluation import generate
 from instdiff_jax.evaluation.files import image_path, write_image
-from projects.shapes.study import __main__ as study_command
-from projects.shapes.study import cost as study_cost
-from projects.shapes.study.__main__ import main
-from projects.shapes.study.results import TARGETS
-from projects.shapes.study.rows import SCENES, Row, Task
-from projects.shapes.study.runs import Study, StudySettings
-from projects.shapes.study.sections import NAMES, SECTIONS, Sizes, make_tasks
+from projects.common.study import command as study_command
+from projects.common.study import cost as study_cost
+from projects.common.study.results import make_targets
+from projects.common.study.rows import Row, Task
+from projects.common.study.runs import Study, StudySettings
+from projects.common.study.sections import SECTIONS, Sizes, make_sections, make_tasks
+from projects.shapes.study import SUBJECT, main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -64,10 +64,10 @@ def test_a_reduced_run_and_its_resuming(folders, tmp_path, monkeypatch, capsys):
     done = image_times(tmp_path)
     assert first.items() <= done.items(), "images were made again"
     own = SamplingConfig.from_dict(results["made"]["sampling"])
-    tasks = make_tasks(sections.split(","), Sizes(2, 1, 2, 1), own)
+    tasks = make_tasks(make_sections(SUBJECT, sections.split(",")), Sizes(2, 1, 2, 1), own)
     assert len(done) == 2 * len(tasks)
     assert all(row["seeds"] == 1 and row["metrics"] for table in results["tables"].values() for row in table["rows"])
-    assert len(results["targets"]) == len(TARGETS) and results["comparisons"]
+    assert len(results["targets"]) == len(make_targets(SUBJECT.goals)) and results["comparisons"]
     text = (tmp_path / "docs" / "results.md").read_text()
     # (A share of an upper bound of zero, which so small a detector may have, reads "not measured".)
     assert "--sections formats,baselines,mis" in text
@@ -77,8 +77,8 @@ def test_a_reduced_run_and_its_resuming(folders, tmp_path, monkeypatch, capsys):
 
     # Nothing is missing, so nothing is generated or measured, and the numbers are the same.
     with monkeypatch.context() as patch:
-        patch.setattr("projects.shapes.study.runs.Pipeline", None)
-        patch.setattr("projects.shapes.study.runs.inspect", None)
+        patch.setattr("projects.common.study.runs.Pipeline", None)
+        patch.setattr("projects.common.study.runs.inspect", None)
         again = study(folders, tmp_path, "--sections", sections)
     assert image_times(tmp_path) == done and again["tables"] == results["tables"]
 
@@ -147,7 +147,7 @@ OWN = SamplingConfig(steps=20, sampler="dpm++", guidance_scale=4.0, alpha=(0.75,
 
 
 def test_the_order_of_tasks():
-    tasks = make_tasks(list(NAMES), Sizes(500, 3, 100, 2), OWN)
+    tasks = make_tasks(make_sections(SUBJECT), Sizes(500, 3, 100, 2), OWN)
     seeds = [task.seed for task in tasks.values()]
     assert seeds == sorted(seeds) and set(seeds) == {0, 1, 2}
     assert [task.row.label for task in tasks.values()][:2] == ["real images", "box"]
@@ -159,7 +159,7 @@ def test_the_order_of_tasks():
 
 
 def test_slugs_are_unique():
-    rows = {row.slug(OWN): row for section in SECTIONS.values() for row in section.rows}
+    rows = {row.slug(OWN): row for section in make_sections(SUBJECT).values() for row in section.rows}
     made = {(row.scenes, row.source, row.format, row.drop, row.scaleu, row.settings(OWN)) for row in rows.values()}
     assert len(made) == len(rows)
     assert Row("x", sampling={"mis": 0.36}).slug(OWN) == "main-box" != Row("x", sampling={"mis": 0.0}).slug(OWN)
@@ -176,7 +176,7 @@ def test_mis_is_on_where_a_row_says_so(mis):
 
 def test_what_options_cost(folders, tmp_path):
     """An evaluation that reuses features counts as its fraction of FLOPs; distance is that of pixels."""
-    study = Study(StudySettings(*folders, tmp_path, SIDE, 2, "float32"))
+    study = Study(StudySettings(*folders, tmp_path, SIDE, 2, "float32"), SUBJECT)
     rows = {row.label: row for row in SECTIONS["fewer"].rows}
     tasks = {label: Task(row, 0, 2) for label, row in rows.items()}
     keys = {label: (row.slug(study.sampling), 0, 2) for label, row in rows.items()}
@@ -203,7 +203,7 @@ def test_what_options_cost(folders, tmp_path):
 
 
 def test_scenes_are_held_out():
-    seeds = [seed for kind in SCENES.values() for seed in (kind.seed, kind.reference_seed)]
+    seeds = [seed for kind in SUBJECT.scenes.values() for seed in (kind.seed, kind.reference_seed)]
     assert len(set(seeds)) == len(seeds) and not {*range(10)} & set(seeds)
 
 
@@ -211,6 +211,6 @@ def test_scenes_are_held_out():
 def test_the_page_names_a_command_that_makes_all_of_it(monkeypatch, flags):
     """It leaves --minutes out."""
     said = []
-    monkeypatch.setattr(study_command, "run", lambda args, command: said.append((args.minutes, command)))
+    monkeypatch.setattr(study_command, "run", lambda args, command, find: said.append((args.minutes, command)))
     main(["--docs", "a b", *flags, "--count", "9"])
     assert said == [(5.0, "python -m projects.shapes.study --docs 'a b' --count 9")]
