@@ -7,7 +7,6 @@ has not seen.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import numpy as np
 FOLDER = Path(__file__).parent / "shapes"
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from instdiff_jax.geometry.masks import encode_mask  # noqa: E402
-from instdiff_jax.geometry.points import sample_scribble  # noqa: E402
+from projects.common.layouts import Annotations, Named, annotate, boxes, write_layouts  # noqa: E402
 from projects.shapes.scenes import render_scene  # noqa: E402
 from projects.shapes.worlds import WORLDS  # noqa: E402
 
@@ -28,41 +26,10 @@ SEED = 77
 GREY = "on a grey background"
 
 
-def boxes(*instances: tuple[str, int, int, int, int]) -> list[dict[str, Any]]:
-    """Annotations from (caption, x, y, width, height)."""
-    return [{"caption": caption, "bbox": list(box)} for caption, *box in instances]
-
-
-def scene(index: int, formats: str, **settings: Any) -> tuple[str, list[dict[str, Any]]]:
-    """Caption and annotations of a rendered scene.
-
-    Args:
-        index: of the scene.
-        formats: one letter per instance, repeated: b box, m mask, s scribble, p point.
-        settings: changes of the settings of the world in which the model was trained.
-    """
+def scene(index: int, formats: str, **settings: Any) -> tuple[str, Annotations]:
+    """Caption and annotations of a rendered scene; `settings` change those of the world that the model has seen."""
     rendered = render_scene(SEED, index, SIDE, dataclasses.replace(WORLDS["calm"], **settings))
-    rng = np.random.default_rng([SEED, index])
-    annos = []
-    for i, instance in enumerate(rendered.instances):
-        anno: dict[str, Any] = {"caption": instance.caption}
-        kind = formats[i % len(formats)]
-        if kind == "b":
-            anno["bbox"] = [int(value) for value in instance.box]
-        elif kind == "m":
-            anno["mask"] = encode_mask(instance.mask)
-        elif kind == "s":
-            anno["scribble"] = [round(float(value), 1) for value in sample_scribble(instance.mask, rng).ravel()]
-        else:
-            rows, columns = np.nonzero(instance.mask)
-            # The pixel of the mask that is nearest to its centroid.
-            nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
-            anno["point"] = [int(columns[nearest]), int(rows[nearest])]
-        annos.append(anno)
-    return rendered.captions[0], annos
-
-
-Named = dict[str, tuple[str, list[dict[str, Any]]]]  # name to caption and annotations
+    return rendered.captions[0], annotate(rendered.instances, formats, np.random.default_rng([SEED, index]))
 
 
 def box_layouts() -> Named:
@@ -131,11 +98,7 @@ def series_layouts() -> Named:
 
 
 def main() -> None:
-    FOLDER.mkdir(exist_ok=True)
-    for name, (caption, annos) in (box_layouts() | scene_layouts() | series_layouts()).items():
-        values = {"caption": caption, "width": SIDE, "height": SIDE, "annos": annos}
-        (FOLDER / f"{name}.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
-        print(f"{name}: {caption}")
+    write_layouts(FOLDER, SIDE, {**box_layouts(), **scene_layouts(), **series_layouts()})
 
 
 if __name__ == "__main__":
