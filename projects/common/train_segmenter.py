@@ -83,16 +83,27 @@ def describe(picture: Picture, classes: Classes) -> Scenes:
     return Scenes(owner, category, attributes, centre)
 
 
-def make_targets(scenes: Scenes, categories: int) -> Targets:
-    """The maps of a batch of scenes."""
+def thin_out(owner: UInt8[np.ndarray, "b H W"], stride: int, rng: np.random.Generator) -> UInt8[np.ndarray, "b h w"]:
+    """One pixel of each stride × stride, for each image another one of them.
+
+    Its expectation is how much of the small square an instance covers, so maps that are interpolated have their
+    outlines in the right place.
+    """
+    corners = rng.integers(stride, size=(len(owner), 2))
+    return np.stack([one[y::stride, x::stride] for one, (y, x) in zip(owner, corners, strict=True)])
+
+
+def make_targets(scenes: Scenes, categories: int, stride: int = 1) -> Targets:
+    """The maps of a batch of scenes, whose `owner` has every `stride`-th pixel; offsets are in pixels of the image."""
     owner = jnp.asarray(scenes.owner, jnp.int32)
     b, height, width = owner.shape
-    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
+    rows, columns = (stride * jnp.arange(side) + (stride - 1) / 2 for side in (height, width))
+    rows, columns = rows[:, None], columns[None]
     batch, inside = jnp.arange(b)[:, None, None], owner > 0
     own = jnp.maximum(owner - 1, 0)
     centre = jnp.asarray(scenes.centre, jnp.float32)
     offset = centre[batch, own] - jnp.stack(jnp.broadcast_arrays(rows, columns), -1)
-    width2 = 2 * (_SIGMA * scale_of(max(height, width))) ** 2
+    width2 = 2 * (_SIGMA * scale_of(stride * max(height, width))) ** 2
     y, x = centre[..., 0, None, None], centre[..., 1, None, None]
     bumps = jnp.exp(-((rows - y) ** 2 + (columns - x) ** 2) / width2)
     category = jnp.asarray(scenes.category, jnp.int32)
@@ -127,8 +138,13 @@ def augment(images: UInt8[np.ndarray, "b H W 3"], rng: np.random.Generator) -> U
     return np.clip(np.stack(out), 0, 255).astype(np.uint8)
 
 
-def segmentation_loss(maps: PixelMaps, targets: Targets) -> Float[Array, ""]:
-    """Cross-entropy of labels and of centre heights (centres weigh more), and L1 loss of offsets."""
+def segmentation_loss(maps: PixelMaps, targets: Targets, stride: int = 1) -> Float[Array, ""]:
+    """Cross-entropy of labels and of centre heights (centres weigh more), and L1 loss of offsets.
+
+    Args:
+        maps, targets: of a batch.
+        stride: pixels of the image to one of the maps.
+    """
     inside = (targets.category > 0).astype(jnp.float32)
 
     def labels(logits: Array, label: Array, weight: Array) -> Array:
@@ -136,7 +152,7 @@ def segmentation_loss(maps: PixelMaps, targets: Targets) -> Float[Array, ""]:
         return (losses * weight).sum() / jnp.maximum(weight.sum(), 1)
 
     heights = optax.sigmoid_binary_cross_entropy(maps.centre, targets.centre) * (1 + 20 * targets.centre)
-    offset = jnp.abs(maps.offset - targets.offset).sum(-1) / scale_of(max(targets.category.shape[1:]))
+    offset = jnp.abs(maps.offset - targets.offset).sum(-1) / scale_of(stride * max(targets.category.shape[1:]))
     attributes = [
         labels(logits, targets.attributes[:, k], (targets.attributes[:, k] >= 0).astype(jnp.float32))
         for k, logits in enumerate(maps.attributes)
@@ -157,6 +173,7 @@ class Training(NamedTuple):
     batch_size: int = 24
     seed: int = 0
     learning_rate: float = 2e-3
+    dtype: str = "float32"
 
 
 def train(
@@ -170,8 +187,8 @@ def train(
 
     With `state_file`, the state is saved there every 200 steps, and training goes on from it.
     """
-    steps, batch_size, seed, peak = training
-    network, categories = SegmentationNetwork(config), len(config.classes[0][1])
+    steps, batch_size, seed, peak, dtype = training
+    network, categories = SegmentationNetwork(config, jnp.dtype(dtype)), len(config.classes[0][1])
     params = init_params(config, jax.random.key(seed))
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(50, steps // 10 + 1), steps + 1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-4))
@@ -183,7 +200,7 @@ def train(
     def step(state, images, scenes):
         def loss(params):
             maps, _ = network.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)
-            return segmentation_loss(maps, make_targets(scenes, categories))
+            return segmentation_loss(maps, make_targets(scenes, categories, config.stride), config.stride)
 
         value, gradient = jax.value_and_grad(loss)(state[0])
         updates, adam = optimizer.update(gradient, state[1], state[0])
@@ -194,7 +211,10 @@ def train(
         rng = np.random.default_rng((seed, number))
         chosen = rng.integers(len(images), size=batch_size)
         batch = Scenes(*(part[chosen] for part in scenes))
-        state, value = step(state, augment(images[chosen], rng), batch)
+        pictures = augment(images[chosen], rng)
+        if config.stride > 1:
+            batch = batch._replace(owner=thin_out(batch.owner, config.stride, rng))
+        state, value = step(state, pictures, batch)
         losses.append(float(value))
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         if state_file is not None and (number + 1) % _SAVE_EVERY == 0:
@@ -242,6 +262,7 @@ def training_parser(module: str, worlds: Mapping[str, Settings], size: int) -> A
     parser.add_argument("--world", choices=worlds, default=default, help=f"settings of the scenes (default {default})")
     parser.add_argument("--size", type=int, default=size, help=f"side of the images in pixels (default {size})")
     parser.add_argument("--seed", type=int, default=0, help="seed of parameters and batches (default 0)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the wide layers")
     return parser
 
 
@@ -268,7 +289,9 @@ def run(
         world = find_world(args)
         images, scenes = render(world, config.classes, TRAIN_SEED, args.scenes, args.size, worlds[args.world])
         state_file = args.output.with_name(f"{args.output.name}.training")
-        params, losses = train(images, scenes, config, Training(args.steps, seed=args.seed), state_file)
+        params, losses = train(
+            images, scenes, config, Training(args.steps, seed=args.seed, dtype=args.dtype), state_file
+        )
         facts = {"command": f"{parser.prog} {shlex.join(argv)}", "loss": round(losses[-1], 4) if losses else None}
         Segmenter(config, params).save(args.output, facts)
         state_file.unlink(missing_ok=True)

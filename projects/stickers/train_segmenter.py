@@ -1,7 +1,7 @@
 """Trains the detector of things and their colours (`projects/common/train_segmenter.py`) on rendered scenes.
 
     python -m projects.stickers.train_segmenter --assets package/assets --output runs/stickers_segmenter \
-        --scenes 10000 --steps 6000
+        --scenes 10000 --steps 6000 --dtype bfloat16
 
 The evaluation reads it with `--detector segmenter:runs/stickers_segmenter`.
 """
@@ -17,8 +17,8 @@ from projects.stickers.things import NAMES
 from projects.stickers.worlds import WORLDS
 
 CLASSES: Classes = (("thing", NAMES), ("colour", tuple(COLOURS)))
-# One level more than for the shapes: things of 77 of 128 pixels.
-CONFIG = SegmenterConfig(CLASSES, (24, 32, 48, 96, 128))
+# One level more than for the shapes: things of 77 of 128 pixels. The maps have 64 pixels a side, as the shapes'.
+CONFIG = SegmenterConfig(CLASSES, (24, 32, 48, 96, 128), outlines=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,15 +1,25 @@
 """The segmentation network: instances are recovered from perfect maps, training lowers the loss, files are safe."""
 
+import flax.linen as nn
 import flax.serialization
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from instdiff_jax.errors import InputError
 from projects.common import train_segmenter
 from projects.common.coco_folder import Picture, Row
-from projects.common.segmenter import PixelMaps, Segmenter, SegmenterConfig, find_instances, init_params
-from projects.common.train_segmenter import Scenes, Training, augment, describe, make_targets, render, train
+from projects.common.segmenter import (
+    GroupNorm,
+    PixelMaps,
+    Segmenter,
+    SegmenterConfig,
+    enlarge,
+    find_instances,
+    init_params,
+)
+from projects.common.train_segmenter import Scenes, Training, augment, describe, make_targets, render, thin_out, train
 from projects.shapes.render import WORLD
 from projects.shapes.train_segmenter import CLASSES, main
 from projects.shapes.worlds import SceneSettings
@@ -140,3 +150,60 @@ def test_bad_folders_are_one_line(tmp_path):
         with pytest.raises(SystemExit) as stop:
             main(["--output", str(tmp_path / "out"), *flags])
         assert stop.value.code == 2, message
+
+
+@pytest.mark.parametrize("channels", [8, 48])
+def test_the_norm_is_flax_norm(channels):
+    """Its values and gradients, in float32 and bfloat16, with the same parameters."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(3 + 2 * rng.standard_normal((2, 6, 4, channels)), jnp.float32)
+    params = {name: jnp.asarray(rng.standard_normal(channels), jnp.float32) for name in ("scale", "bias")}
+    weights = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+    for dtype, close in ((jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)):
+        made = []
+        for norm in (GroupNorm(dtype), nn.GroupNorm(8, dtype=dtype)):
+
+            def loss(params, x, norm=norm):
+                return (norm.apply({"params": params}, x).astype(jnp.float32) * weights).sum()
+
+            made.append((norm.apply({"params": params}, x), jax.grad(loss, (0, 1))(params, x)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=close, atol=20 * close), *made)
+        assert made[0][0].dtype == dtype
+
+
+def test_maps_at_half_resolution_give_the_instances_back():
+    """Interpolated, they have masks of the image's size; the outlines are right within a pixel."""
+    rng = np.random.default_rng(0)
+    settings = SceneSettings(max_hidden=0.0, min_side=0.3, max_instances=3, nested=0.0)
+    for index in range(6):
+        picture = WORLD.render(5, index, 64, settings)
+        scenes = Scenes(*(part[None] for part in describe(picture, CLASSES)))
+        # One of four pixels of the owner: inside as often as the square is covered.
+        owners = [thin_out(scenes.owner, 2, rng) for _ in range(30)]
+        made = [make_targets(scenes._replace(owner=owner), len(CLASSES[0][1]), 2) for owner in owners]
+        first, labels = made[0], np.mean([np.eye(len(CLASSES[0][1]) + 1)[np.asarray(one.category)] for one in made], 0)
+        values = tuple(jax.nn.one_hot(first.attributes[:, k], len(names)) for k, (_, names) in enumerate(CLASSES[1:]))
+        maps = enlarge(PixelMaps(labels, values, first.centre, first.offset), (64, 64))
+        found = find_instances(jax.tree.map(lambda part: part[0], maps), CLASSES)
+        for row in picture.rows:
+            same = [item for item in found if item.category == row.category]
+            overlap = max(((item.mask & row.mask).sum() / (item.mask | row.mask).sum() for item in same), default=0)
+            assert overlap > 0.9, (index, row.category, overlap)
+        covered = (scenes.owner[0] > 0).reshape(32, 2, 32, 2).mean((1, 3))
+        np.testing.assert_allclose(np.mean([owner[0] > 0 for owner in owners], 0), covered, atol=0.45)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_training_in_bfloat16_at_half_resolution(tmp_path):
+    """The folder says how its maps are made; in bfloat16 the loss falls as in float32, and features stay float32."""
+    config = SegmenterConfig(CLASSES, (16, 16, 32, 32), outlines=False)
+    images, scenes = render(WORLD, CLASSES, 9, 16, 64, SceneSettings())
+    made = {dtype: train(images, scenes, config, Training(8, 8, dtype=dtype)) for dtype in ("float32", "bfloat16")}
+    losses = {dtype: losses for dtype, (_, losses) in made.items()}
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
+    assert losses["bfloat16"] != losses["float32"] and losses["bfloat16"][-1] < 0.95 * losses["bfloat16"][0]
+    params, _ = made["bfloat16"]
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    Segmenter(config, params).save(tmp_path / "net", {})
+    loaded = Segmenter.from_folder(tmp_path / "net")
+    assert loaded.config == config and loaded.features(images[:2]).dtype == np.float32
