@@ -26,15 +26,15 @@ from instdiff_jax.config import Settings
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.files import write_file
 from projects.common.coco_folder import Picture, World
-from projects.common.segmenter import (
+from projects.common.segmentation_network import (
     Classes,
     PixelMaps,
     SegmentationNetwork,
-    Segmenter,
     SegmenterConfig,
     init_params,
     scale_of,
 )
+from projects.common.segmenter import Segmenter
 
 TRAIN_SEED = 9
 # Standard deviation in pixels of a centre's Gaussian in the heat map, in images of 64 pixels or less.

@@ -5,7 +5,7 @@ python -m projects.shapes.train_segmenter --output checkpoints/shapes_segmenter 
 
 from collections.abc import Sequence
 
-from projects.common.segmenter import Classes, SegmenterConfig
+from projects.common.segmentation_network import Classes, SegmenterConfig
 from projects.common.train_segmenter import run, training_parser
 from projects.shapes.drawing import COLOURS, SHAPES, TEXTURES
 from projects.shapes.render import WORLD

@@ -9,7 +9,7 @@ The evaluation reads it with `--detector segmenter:runs/stickers_segmenter`.
 from collections.abc import Sequence
 from pathlib import Path
 
-from projects.common.segmenter import Classes, SegmenterConfig
+from projects.common.segmentation_network import Classes, SegmenterConfig
 from projects.common.train_segmenter import run, training_parser
 from projects.stickers.pictures import COLOURS
 from projects.stickers.render import find_world

@@ -11,7 +11,8 @@ from instdiff_jax.checkpoint.rename import from_state_dict
 from instdiff_jax.checkpoint.tables import PARTS, rename_table
 from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.tree import flatten, unflatten
-from projects.common.segmenter import Segmenter, SegmenterConfig, init_shapes
+from projects.common.segmentation_network import SegmenterConfig, init_shapes
+from projects.common.segmenter import Segmenter
 from projects.shapes.train_segmenter import CLASSES
 
 SIDE = 32  # pixels; latents are half of it

@@ -10,15 +10,8 @@ import pytest
 from instdiff_jax.errors import InputError
 from projects.common import train_segmenter
 from projects.common.coco_folder import Picture, Row
-from projects.common.segmenter import (
-    GroupNorm,
-    PixelMaps,
-    Segmenter,
-    SegmenterConfig,
-    enlarge,
-    find_instances,
-    init_params,
-)
+from projects.common.segmentation_network import GroupNorm, PixelMaps, SegmenterConfig, enlarge, init_params
+from projects.common.segmenter import Segmenter, find_instances
 from projects.common.train_segmenter import Scenes, Training, augment, describe, make_targets, render, thin_out, train
 from projects.shapes.render import WORLD
 from projects.shapes.train_segmenter import CLASSES, main

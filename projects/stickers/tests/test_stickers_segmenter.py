@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from projects.common.segmenter import SegmentationNetwork, init_params
+from projects.common.segmentation_network import SegmentationNetwork, init_params
 from projects.stickers.things import NAMES
 from projects.stickers.train_segmenter import CONFIG, main
 
