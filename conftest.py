@@ -36,6 +36,16 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=slow)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_memory():
+    """Commands called in the tests' process leave its allocator as it is: what they kept would be kept by all tests."""
+    from instdiff_jax.parallel import runtime
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "_mallopt", lambda parameter, value: False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For tests whose programs run for milliseconds and compile for seconds."""

@@ -29,11 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         parse_args(argv)
+    from instdiff_jax.parallel.runtime import keep_step_memory
     from instdiff_jax.training.inputs import check_data
     from instdiff_jax.training.loop import train
     from instdiff_jax.training.metrics import make_workdir
     from instdiff_jax.training.settings import RunSettings
 
+    keep_step_memory()
     with exit_on_input_error():
         run, rest = read_settings(argv, RunSettings)
         args = parse_args(rest)

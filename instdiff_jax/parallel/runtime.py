@@ -1,10 +1,12 @@
-"""Compilation: the cache of compiled programs, and the memory that compilation needs."""
+"""What a process is set up with: the cache of compiled programs, and the memory that compiling and training need."""
 
 import ctypes
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any
 
 import jax
@@ -15,7 +17,8 @@ from instdiff_jax.paths import cache_folder
 _EMITTERS_FLAG = "xla_cpu_use_fusion_emitters"
 # An unknown flag makes XLA end the process. jaxlib 0.10.2 knows this one, 0.11.2 does not.
 _FIRST_WITHOUT = (0, 11)
-_M_ARENA_MAX = -8  # from glibc's malloc.h
+# Parameters of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
@@ -50,8 +53,8 @@ def spare_compiler_memory() -> None:
     (docs/performance.md). By default glibc gives every thread its own heap, each partly unused; this allows one heap
     per two cores. A user's own XLA_FLAGS and MALLOC_ARENA_MAX are kept.
     """
-    if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
-        _set_heaps(max(1, (os.cpu_count() or 1) // 2))
+    if not _is_set("arena_max"):
+        _mallopt(_M_ARENA_MAX, max(1, (os.cpu_count() or 1) // 2))
     flags = os.environ.get("XLA_FLAGS", "")
     if _EMITTERS_FLAG not in flags and jaxlib.version.__version_info__ < _FIRST_WITHOUT:
         os.environ["XLA_FLAGS"] = f"{flags} --{_EMITTERS_FLAG}=false".strip()
@@ -75,10 +78,39 @@ def return_compiler_memory() -> None:
     jax.monitoring.register_event_duration_secs_listener(trim_after)
 
 
-def _set_heaps(most: int) -> bool:
-    """Sets glibc's M_ARENA_MAX; returns False with another C library."""
+def keep_step_memory() -> None:
+    """Makes glibc keep the memory of a training step for the next one, on CPUs. Call before jax looks for devices.
+
+    By default glibc returns large blocks to the system when they are freed, and the next step pays for every page of
+    them again. Only the first heap can keep them, so all threads share it. It changes the process, so only the command
+    line calls it. What the user has set (GLIBC_TUNABLES, MALLOC_ARENA_MAX and so on) is kept.
+    """
+    if not _is_on_cpu():
+        return
+    wanted = {"arena_max": (_M_ARENA_MAX, 1), "mmap_max": (_M_MMAP_MAX, 0), "trim_threshold": (_M_TRIM_THRESHOLD, -1)}
+    for name, (parameter, value) in wanted.items():
+        if not _is_set(name):
+            _mallopt(parameter, value)
+
+
+def _is_on_cpu() -> bool:
+    """Whether jax will find no accelerator, as far as can be said before it looks."""
+    if jax.config.jax_platforms:
+        return jax.config.jax_platforms.split(",")[0] == "cpu"
+    plugins = entry_points(group="jax_plugins") or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    return not plugins
+
+
+def _is_set(name: str) -> bool:
+    """Whether the user has set a parameter of glibc's malloc, by the name it has in GLIBC_TUNABLES."""
+    variable = f"MALLOC_{name.upper()}" + "_" * (name != "arena_max")
+    return variable in os.environ or f"glibc.malloc.{name}=" in os.environ.get("GLIBC_TUNABLES", "")
+
+
+def _mallopt(parameter: int, value: int) -> bool:
+    """Sets a parameter of glibc's malloc; returns False with another C library."""
     try:
-        return bool(ctypes.CDLL(None).mallopt(ctypes.c_int(_M_ARENA_MAX), ctypes.c_int(most)))
+        return bool(ctypes.CDLL(None).mallopt(ctypes.c_int(parameter), ctypes.c_int(value)))
     except (OSError, TypeError, AttributeError):
         return False
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from instdiff_jax.config import Settings
 from instdiff_jax.errors import ArgumentParser, InputError, exit_on_input_error
 from instdiff_jax.files import write_file
+from instdiff_jax.parallel.runtime import keep_step_memory
 from projects.common.coco_folder import Picture, World
 from projects.common.segmentation_network import (
     Classes,
@@ -283,6 +284,7 @@ def run(
         find_world: parsed flags → the world that renders scenes.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    keep_step_memory()
     with exit_on_input_error():
         args = parser.parse_args(argv)
         check_args(args, config.multiple)

@@ -1,4 +1,4 @@
-"""The memory that compiling leaves behind."""
+"""The memory that compiling leaves behind, and that training keeps."""
 
 import os
 import platform
@@ -10,6 +10,13 @@ import jax.numpy as jnp
 import pytest
 
 from instdiff_jax.parallel import runtime as compilation
+
+
+def printed(code: str, *arguments: str) -> str:
+    """What a process of its own prints, on a CPU and with glibc's own settings of its memory."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command, environment = [sys.executable, "-c", code, *arguments], environment | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
@@ -79,9 +86,80 @@ def test_heaps_of_the_user_stay(monkeypatch, variables, asked):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     counts = []
-    monkeypatch.setattr(compilation, "_set_heaps", counts.append)
+    monkeypatch.setattr(compilation, "_mallopt", lambda *given: counts.append(given))
     compilation.spare_compiler_memory()
-    assert counts == [max(1, os.cpu_count() // 2)] * asked
+    assert counts == [(compilation._M_ARENA_MAX, max(1, os.cpu_count() // 2))] * asked
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [
+        ({}, {-8: 1, -4: 0, -1: -1}),
+        ({"MALLOC_ARENA_MAX": "4", "MALLOC_MMAP_MAX_": "9"}, {-1: -1}),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0"}, {-8: 1, -1: -1}),
+    ],
+)
+def test_training_on_a_cpu_keeps_its_memory(monkeypatch, variables, asked):
+    """Where jax finds no accelerator, and as far as the user has not set it."""
+    for name in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    made = []
+    monkeypatch.setattr(compilation, "_mallopt", lambda *given: made.append(given))
+    monkeypatch.setattr(compilation, "_is_on_cpu", lambda: False)
+    compilation.keep_step_memory()
+    assert not made
+    monkeypatch.setattr(compilation, "_is_on_cpu", lambda: True)
+    compilation.keep_step_memory()
+    assert dict(made) == asked
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugins", "modules", "expected"),
+    [
+        ("cpu", ["cuda"], ["libtpu"], True),
+        ("cpu,tpu", [], [], True),
+        ("cuda,cpu", [], [], False),
+        (None, [], [], True),
+        (None, ["cuda"], [], False),
+        (None, [], ["libtpu"], False),
+        (None, [], ["jax_plugins"], False),
+    ],
+)
+def test_what_is_a_cpu(monkeypatch, platforms, plugins, modules, expected):
+    monkeypatch.setattr(compilation, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(compilation.importlib.util, "find_spec", lambda name: name in modules or None)
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms)
+    try:
+        assert compilation._is_on_cpu() is expected
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in other ways")
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_thread_gets_its_large_blocks_back(keep):
+    """In a process of its own: a thread takes and frees 64 MB ten times. If it is kept, only the first costs faults."""
+    code = f"""
+import ctypes, resource, threading
+from instdiff_jax.parallel import runtime as compilation
+if {keep}: compilation.keep_step_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(64 << 20)
+    ctypes.memset(block, 1, 64 << 20)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+counts = []
+thread = threading.Thread(target=lambda: counts.extend(faults() for _ in range(10)))
+thread.start(), thread.join()
+print(sum(counts[1:]) / counts[0])
+"""
+    assert (float(printed(code)) < 0.1) is keep
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other heaps")
@@ -91,7 +169,7 @@ def test_glibc_takes_the_number_of_heaps():
 import ctypes, threading, sys
 from instdiff_jax.parallel import runtime as compilation
 asked = int(sys.argv[1])
-assert not asked or compilation._set_heaps(asked)
+assert not asked or compilation._mallopt(compilation._M_ARENA_MAX, asked)
 libc, go = ctypes.CDLL(None), threading.Barrier(4)
 libc.malloc.restype = ctypes.c_void_p
 def work():
@@ -102,12 +180,7 @@ libc.fopen.restype = ctypes.c_void_p
 out = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
 libc.malloc_info(0, out); libc.fflush(out)
 """
-    heaps = [
-        subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True).stdout.count(
-            "<heap"
-        )
-        for n in (0, 1)
-    ]
+    heaps = [printed(code, str(n)).count("<heap") for n in (0, 1)]
     assert heaps[0] > heaps[1] == 1, heaps
 
 
