@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from projects.common.segmentation_network import SegmentationNetwork, init_params
+from projects.common.segmentation_network import SegmentationNetwork, enlarge, init_params
 from projects.stickers.things import NAMES
 from projects.stickers.train_segmenter import CONFIG, main
 
@@ -15,8 +15,11 @@ def test_the_network_maps_every_thing_and_colour():
     params = jax.eval_shape(functools.partial(init_params, CONFIG), jax.eval_shape(lambda: jax.random.key(0)))
     image = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
     maps, features = jax.eval_shape(SegmentationNetwork(CONFIG).apply, {"params": params}, image)
-    assert maps.category.shape == (2, 128, 128, len(NAMES) + 1) and maps.centre.shape[-1] == len(NAMES)
+    # One pixel of the maps stands for 2x2 of the image; detections have masks of the image's size.
+    assert maps.category.shape == (2, 64, 64, len(NAMES) + 1) and maps.centre.shape[-1] == len(NAMES)
     assert [part.shape[-1] for part in maps.attributes] == [8] and maps.offset.shape[-1] == 2
+    whole = jax.eval_shape(functools.partial(enlarge, size=(128, 128)), maps)
+    assert whole.category.shape == (2, 128, 128, len(NAMES) + 1) and whole.offset.shape == (2, 128, 128, 2)
     assert features.shape == (2, 128)
 
 
