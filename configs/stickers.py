@@ -25,8 +25,9 @@ to get the pictures in package/assets):
 
 The stages are those of configs/shapes.py. The autoencoder learns on 64x64 pixels, with things as large as they are on
 128x128: a step costs a quarter. After its 8,000 steps it returns held-out pictures of 128x128 at 28.7 dB (mean of 96).
-After all 20,000 steps of the adapters most things are named at a glance, with soft edges; it wants more. With --config.train.dtype=bfloat16, on one core
-of a Xeon with AMX, a step takes 0.4 s (autoencoder), 0.4 s (text, 64 captions), 0.5 s (base) and 0.8 s (adapters).
+After all 20,000 steps of the adapters most things are named at a glance, with soft edges; it wants more. With
+--config.train.dtype=bfloat16, on one core of a Xeon with AMX, a step takes 0.4 s (autoencoder), 0.4 s (text, 64
+captions), 0.5 s (base) and 0.8 s (adapters).
 """
 
 from typing import Any
