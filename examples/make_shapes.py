@@ -2,7 +2,7 @@
 
     python examples/make_shapes.py
 
-Most boxes are written by hand. The other layouts come from rendered scenes (`projects.shapes.scenes`) that the model
+Most boxes are written by hand. The other layouts come from rendered scenes (`projects.common.layouts`) that the model
 has not seen.
 """
 
@@ -11,25 +11,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 FOLDER = Path(__file__).parent / "shapes"
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from projects.common.layouts import Annotations, Named, annotate, boxes, write_layouts  # noqa: E402
-from projects.shapes.scenes import render_scene  # noqa: E402
+from projects.common import layouts  # noqa: E402
+from projects.common.layouts import Described, Named, boxes, write_layouts  # noqa: E402
+from projects.shapes.render import WORLD  # noqa: E402
 from projects.shapes.worlds import WORLDS  # noqa: E402
 
 SIDE = 64
-# Seed of the scenes; training, validation and evaluation use others.
-SEED = 77
 GREY = "on a grey background"
 
 
-def scene(index: int, formats: str, **settings: Any) -> tuple[str, Annotations]:
-    """Caption and annotations of a rendered scene; `settings` change those of the world that the model has seen."""
-    rendered = render_scene(SEED, index, SIDE, dataclasses.replace(WORLDS["calm"], **settings))
-    return rendered.captions[0], annotate(rendered.instances, formats, np.random.default_rng([SEED, index]))
+def scene(index: int, formats: str, **settings: Any) -> Described:
+    """A rendered scene; `settings` change those of the world that the model has seen."""
+    return layouts.scene(WORLD, index, SIDE, dataclasses.replace(WORLDS["calm"], **settings), formats)
 
 
 def box_layouts() -> Named:
@@ -98,7 +94,7 @@ def series_layouts() -> Named:
 
 
 def main() -> None:
-    write_layouts(FOLDER, SIDE, {**box_layouts(), **scene_layouts(), **series_layouts()})
+    write_layouts(FOLDER, SIDE, box_layouts() | scene_layouts() | series_layouts())
 
 
 if __name__ == "__main__":

@@ -1,27 +1,23 @@
 """Example layouts: boxes written by hand, and the instances of rendered scenes in the formats wished for."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
 
+from instdiff_jax.config import Settings
 from instdiff_jax.geometry.masks import encode_mask
 from instdiff_jax.geometry.points import sample_scribble
+from projects.common.coco_folder import Row, World
 
 Annotations = list[dict[str, Any]]
-# Name to caption and annotations.
-Named = Mapping[str, tuple[str, Annotations]]
-
-
-class Rendered(Protocol):
-    """One instance of a rendered scene: its caption, box (x, y, width, height) and mask."""
-
-    caption: str
-    box: tuple[int, int, int, int]
-    mask: Bool[np.ndarray, "H W"]
+# Caption and annotations.
+Described = tuple[str, Annotations]
+Named = dict[str, Described]
+# Seed of the scenes; training, validation and evaluation use others.
+SEED = 77
 
 
 def boxes(*instances: tuple[str, int, int, int, int]) -> Annotations:
@@ -29,14 +25,21 @@ def boxes(*instances: tuple[str, int, int, int, int]) -> Annotations:
     return [{"caption": caption, "bbox": list(box)} for caption, *box in instances]
 
 
-def annotate(instances: Sequence[Rendered], formats: str, rng: np.random.Generator) -> Annotations:
-    """Annotations of rendered instances.
+def scene(world: World, index: int, side: int, settings: Settings, formats: str) -> Described:
+    """Caption and annotations of a rendered scene.
 
     Args:
-        instances: from back to front.
+        world: renders it.
+        index: of the scene.
+        side: of the canvas in pixels.
+        settings: what the scene looks like.
         formats: one letter per instance, repeated: b box, m mask, s scribble, p point.
-        rng: draws the scribbles.
     """
+    picture = world.render(SEED, index, side, settings)
+    return picture.captions[0], _annotations(picture.rows, formats, np.random.default_rng([SEED, index]))
+
+
+def _annotations(instances: Sequence[Row], formats: str, rng: np.random.Generator) -> Annotations:
     annos: Annotations = []
     for i, instance in enumerate(instances):
         anno: dict[str, Any] = {"caption": instance.caption}

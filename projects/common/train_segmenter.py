@@ -1,4 +1,4 @@
-"""Trains the segmentation network of `segmenter.py` on rendered scenes of any world.
+"""Trains the network of `segmentation_network.py`, the detector's, on rendered scenes of any world.
 
 The scenes have seed 9, which no training data of the diffusion models has. Images are slightly blurred, tinted and
 noised, as generated images come from an autoencoder. Every 200 steps the state is saved beside the output; the same
@@ -85,10 +85,10 @@ def describe(picture: Picture, classes: Classes) -> Scenes:
 
 
 def thin_out(owner: UInt8[np.ndarray, "b H W"], stride: int, rng: np.random.Generator) -> UInt8[np.ndarray, "b h w"]:
-    """One pixel of each stride × stride, for each image another one of them.
+    """One pixel of each stride × stride square; which one of them is drawn for each image.
 
-    Its expectation is how much of the small square an instance covers, so maps that are interpolated have their
-    outlines in the right place.
+    An instance has it as often as it covers the square, so maps that are interpolated have their outlines in the right
+    place.
     """
     corners = rng.integers(stride, size=(len(owner), 2))
     return np.stack([one[y::stride, x::stride] for one, (y, x) in zip(owner, corners, strict=True)])

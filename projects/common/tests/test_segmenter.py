@@ -152,7 +152,8 @@ def test_the_norm_is_flax_norm(channels):
     x = jnp.asarray(3 + 2 * rng.standard_normal((2, 6, 4, channels)), jnp.float32)
     params = {name: jnp.asarray(rng.standard_normal(channels), jnp.float32) for name in ("scale", "bias")}
     weights = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
-    for dtype, close in ((jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)):
+    # Of the values; in bfloat16 they may be rounded to either neighbour. Gradients are sums in float32.
+    for dtype, close in ((jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)):
         made = []
         for norm in (GroupNorm(dtype), nn.GroupNorm(8, dtype=dtype)):
 
@@ -160,20 +161,24 @@ def test_the_norm_is_flax_norm(channels):
                 return (norm.apply({"params": params}, x).astype(jnp.float32) * weights).sum()
 
             made.append((norm.apply({"params": params}, x), jax.grad(loss, (0, 1))(params, x)))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=close, atol=20 * close), *made)
-        assert made[0][0].dtype == dtype
+        (values, gradients), (expected, expected_gradients) = made
+        np.testing.assert_allclose(values.astype(jnp.float32), expected.astype(jnp.float32), rtol=close, atol=2e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), gradients, expected_gradients)
+        assert values.dtype == dtype
 
 
 def test_maps_at_half_resolution_give_the_instances_back():
-    """Interpolated, they have masks of the image's size; the outlines are right within a pixel."""
+    """Interpolated, they have masks of the image's size, with an IoU above 0.9."""
     rng = np.random.default_rng(0)
     settings = SceneSettings(max_hidden=0.0, min_side=0.3, max_instances=3, nested=0.0)
     for index in range(6):
         picture = WORLD.render(5, index, 64, settings)
         scenes = Scenes(*(part[None] for part in describe(picture, CLASSES)))
         # One of four pixels of the owner: inside as often as the square is covered.
-        owners = [thin_out(scenes.owner, 2, rng) for _ in range(30)]
-        made = [make_targets(scenes._replace(owner=owner), len(CLASSES[0][1]), 2) for owner in owners]
+        owners = [thin_out(scenes.owner, 2, rng) for _ in range(400)]
+        # What a network learns from many draws: the mean over all four pixels of a square.
+        corners = [scenes.owner[:, y::2, x::2] for y in (0, 1) for x in (0, 1)]
+        made = [make_targets(scenes._replace(owner=owner), len(CLASSES[0][1]), 2) for owner in corners]
         first, labels = made[0], np.mean([np.eye(len(CLASSES[0][1]) + 1)[np.asarray(one.category)] for one in made], 0)
         values = tuple(jax.nn.one_hot(first.attributes[:, k], len(names)) for k, (_, names) in enumerate(CLASSES[1:]))
         maps = enlarge(PixelMaps(labels, values, first.centre, first.offset), (64, 64))
@@ -183,7 +188,7 @@ def test_maps_at_half_resolution_give_the_instances_back():
             overlap = max(((item.mask & row.mask).sum() / (item.mask | row.mask).sum() for item in same), default=0)
             assert overlap > 0.9, (index, row.category, overlap)
         covered = (scenes.owner[0] > 0).reshape(32, 2, 32, 2).mean((1, 3))
-        np.testing.assert_allclose(np.mean([owner[0] > 0 for owner in owners], 0), covered, atol=0.45)
+        np.testing.assert_allclose(np.mean([owner[0] > 0 for owner in owners], 0), covered, atol=0.12)
 
 
 @pytest.mark.usefixtures("quick_compilation")
