@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.processes import cores
 from benchmarks.tables import machine_line
-from instdiff_jax.models.kernels import chunked, cpu, flash_amx, flash_cpu
+from instdiff_jax.models.kernels import chunked, cpu, flash_bf16, flash_cpu
 
 # b, n, m, h, d: self-attention in a fuser, in a transformer block, on text; then the deeper levels.
 SHAPES = (
@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all sides")
     args = parser.parse_args()
     repeats, dtype = args.repeats, jnp.dtype(args.dtype)
-    kernel = flash_cpu if dtype == jnp.float32 else flash_amx
+    kernel = flash_cpu if dtype == jnp.float32 else flash_bf16
     torch.set_num_threads(cores())
     print(f"{machine_line()}; {dtype}")
-    if not (cpu.is_available() if kernel is flash_cpu else cpu.has_amx()):
+    if not (cpu.is_available() if kernel is flash_cpu else cpu.has_bf16()):
         parser.exit(2, f"error: {kernel.__name__} does not run here: no C++ compiler, or no such processor\n")
     print("| queries, keys, heads x width | ours, ms | chunked, ms | PyTorch, ms | ours / PyTorch | difference |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -79,14 +79,14 @@ def _own_flops(equation: core.JaxprEqn) -> int:
 def _cpu_kernel_flops(name: str, equation: core.JaxprEqn) -> int:
     """FLOPs of one of the CPU's own kernels."""
     shapes = [variable.aval.shape for variable in equation.invars]
-    if name in ("instdiff_product", "instdiff_amx_product"):
+    if name in ("instdiff_product", "instdiff_bf16_product"):
         # Every output takes the kernel's weights of one channel.
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[1][:-1])
-    if name == "instdiff_amx_gradient":
+    if name == "instdiff_bf16_gradient":
         # And every weight all outputs of its channel.
         weights = equation.outvars[0].aval.shape
         return 2 * math.prod(shapes[1]) * math.prod(weights[:-1])
-    if name in ("instdiff_flash_attention", "instdiff_amx_attention", "instdiff_amx_attention_gradient"):
+    if name in ("instdiff_flash_attention", "instdiff_bf16_attention", "instdiff_bf16_attention_gradient"):
         (b, n, h, d), m = shapes[0], shapes[1][1]
         return (10 if name.endswith("gradient") else 4) * b * n * h * d * m
     return 0

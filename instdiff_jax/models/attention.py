@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from instdiff_jax.models.kernels import chunked, cudnn, flash_amx, flash_cpu
+from instdiff_jax.models.kernels import chunked, cudnn, flash_bf16, flash_cpu
 from instdiff_jax.models.layers import Dense, platform
 from instdiff_jax.models.regions import Regions
 
@@ -37,8 +37,8 @@ def choose_kernel(
 
         if flash_tpu.supports(queries, keys, dtype):
             return flash_tpu.attention
-    if platform == "cpu" and flash_amx.supports(queries, keys, dtype):
-        return flash_amx.attention
+    if platform == "cpu" and flash_bf16.supports(queries, keys, dtype):
+        return flash_bf16.attention
     if platform == "cpu" and flash_cpu.supports(queries, keys, dtype):
         return flash_cpu.attention
     return chunked.attention

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from instdiff_jax.config import GROUPS
-from instdiff_jax.models.kernels import product_amx, product_cpu
+from instdiff_jax.models.kernels import product_bf16, product_cpu
 
 # What recomputation of blocks keeps: it costs much time and little memory.
 KEPT = "kept"
@@ -88,9 +88,9 @@ class Dense(nn.Dense):
     @nn.compact
     def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n {self.features}"]:
         shape = (x.shape[-1], self.features)
-        if not _takes_amx(x, shape, self.dtype):
+        if not _takes_bf16(x, shape, self.dtype):
             return _flax_dense(self, x)
-        return product_amx.product(x, *_parameters(self, shape))
+        return product_bf16.product(x, *_parameters(self, shape))
 
 
 class Conv(nn.Conv):
@@ -106,13 +106,13 @@ class Conv(nn.Conv):
         same = self.kernel_size == (3, 3) and self.strides in (step, None) and self.padding in padding
         same &= x.ndim == 4 and not (x.shape[1] % step or x.shape[2] % step)
         same &= self.feature_group_count == self.kernel_dilation == self.input_dilation == 1
-        if not (same and _takes_amx(x, shape, self.dtype)):
+        if not (same and _takes_bf16(x, shape, self.dtype)):
             return _flax_conv(self, x)
-        return product_amx.convolution(x, *_parameters(self, shape), step)
+        return product_bf16.convolution(x, *_parameters(self, shape), step)
 
 
-def _takes_amx(x: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    return platform() == "cpu" and product_amx.supports(x.size // x.shape[-1], shape, dtype)
+def _takes_bf16(x: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
+    return platform() == "cpu" and product_bf16.supports(x.size // x.shape[-1], shape, dtype)
 
 
 def _parameters(layer: Dense | Conv, shape: tuple[int, ...]) -> tuple[Array, Array]:

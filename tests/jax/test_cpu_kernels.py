@@ -11,13 +11,13 @@ from instdiff_jax.models.kernels import chunked, cpu
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 WITH_COMPILER = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: XLA's operations run instead")
-WITH_AMX = pytest.mark.skipif(not cpu.has_amx(), reason="no AMX on this processor: XLA's operations run instead")
+WITH_BF16 = pytest.mark.skipif(not cpu.has_bf16(), reason="no bfloat16 on this processor: XLA runs instead")
 
 CHOOSE = """
 import jax.numpy as jnp
 from instdiff_jax.models.attention import choose_kernel
-from instdiff_jax.models.kernels import product_amx, product_cpu
-assert not product_amx.supports(512, (512, 512), jnp.dtype("bfloat16"))
+from instdiff_jax.models.kernels import product_bf16, product_cpu
+assert not product_bf16.supports(512, (512, 512), jnp.dtype("bfloat16"))
 assert not product_cpu.supports(512, jnp.zeros((512, 512)), jnp.dtype("float32"))
 print(choose_kernel("cpu", (2, 256, 8, 40), (2, 256, 8, 40), jnp.dtype("float32"), False).__module__)
 """

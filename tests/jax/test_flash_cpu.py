@@ -95,7 +95,7 @@ def test_rows_of_a_map_and_many_calls_at_once():
 def test_chosen_for_float32_on_one_device(monkeypatch):
     shapes = (2, 256, 8, 40), (2, 333, 8, 40)
     assert choose_kernel("cpu", *shapes, jnp.dtype("float32"), True) is flash_cpu.attention
-    monkeypatch.setattr(cpu, "has_amx", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
     assert choose_kernel("cpu", *shapes, jnp.dtype("bfloat16"), True) is chunked.attention
     assert choose_kernel("cpu", (1, 8, 1, 8), (1, 8, 1, 8), jnp.dtype("float32"), False) is chunked.attention
     monkeypatch.setattr(jax, "device_count", lambda: 8)

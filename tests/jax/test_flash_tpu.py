@@ -88,7 +88,7 @@ def test_skips_chunks_that_no_query_sees():
 
 
 def test_chosen_on_tpus_alone(monkeypatch):
-    monkeypatch.setattr(cpu, "has_amx", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
     shapes = (8, 4096, 8, 40), (8, 4280, 8, 40)
     assert choose_kernel("tpu", *shapes, jnp.bfloat16, True) is flash_tpu.attention
     assert choose_kernel("cpu", *shapes, jnp.bfloat16, True) is chunked.attention

@@ -21,14 +21,15 @@ from jaxtyping import Array
 
 from instdiff_jax.paths import cache_folder
 
-# The kernels by their names in XLA, in two libraries: `*_cpu.cc`, and `*_amx.cc` for bfloat16 on Intel's AMX.
+# The kernels by their names in XLA, in two libraries: `*_cpu.cc`, and `*_bf16.cc` for bfloat16, with AMX or
+# AVX-512's dot products.
 TARGETS = {
     "cpu": {"instdiff_flash_attention": "InstdiffAttention", "instdiff_product": "InstdiffProduct"},
-    "amx": {
-        "instdiff_amx_product": "InstdiffAmxProduct",
-        "instdiff_amx_gradient": "InstdiffAmxGradient",
-        "instdiff_amx_attention": "InstdiffAmxAttention",
-        "instdiff_amx_attention_gradient": "InstdiffAmxAttentionGradient",
+    "bf16": {
+        "instdiff_bf16_product": "InstdiffBf16Product",
+        "instdiff_bf16_gradient": "InstdiffBf16Gradient",
+        "instdiff_bf16_attention": "InstdiffBf16Attention",
+        "instdiff_bf16_attention_gradient": "InstdiffBf16AttentionGradient",
     },
 }
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
@@ -51,8 +52,8 @@ def call(name: str, out: Any, *given: Array, **settings: int) -> Any:
     Raises:
         RuntimeError: where the kernels are not available.
     """
-    # AMX has to be asked for before it is used.
-    if not (has_amx() if name in TARGETS["amx"] else is_available()):
+    # AMX's tiles have to be asked for before they are used.
+    if not (has_bf16() if name in TARGETS["bf16"] else is_available()):
         raise RuntimeError("the CPU's own kernels are not available here; `supports` says so")
     return jax.ffi.ffi_call(name, out, vmap_method="sequential")(*given, **settings)
 
@@ -63,12 +64,16 @@ def is_available() -> bool:
 
 
 @functools.cache
-def has_amx() -> bool:
-    """Whether the processor and its system have AMX, and this process has the kernels for it."""
-    if " amx_bf16" not in processor():
+def has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16, and this process has the kernels for it.
+
+    Intel's AMX (Xeons since 2023) or AVX-512's dot products (AMD's processors since Zen 4, some older Xeons).
+    INSTDIFF_AMX=0 takes the second where there are both.
+    """
+    if " avx512_bf16" not in processor():
         return False
-    library = _library("amx")
-    return library is not None and library.InstdiffHasAmx() == 1
+    library = _library("bf16")
+    return library is not None and library.InstdiffHasBf16(int(os.environ.get("INSTDIFF_AMX") != "0")) > 0
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Attention of bfloat16 on CPUs with Intel's AMX, in C++ (`flash_amx.cc`; cpu.py builds it), with its gradients.
+"""Attention of bfloat16 on CPUs that multiply it, in C++ (`flash_bf16.cc`; cpu.py builds it), with its gradients.
 
 The softmax is float32. `benchmarks/attention.py` compares it with the other kernels.
 
@@ -19,7 +19,7 @@ def supports(queries: tuple[int, ...], keys: tuple[int, ...], dtype: jnp.dtype) 
     """Whether the kernel runs queries [b, n, h, d] on keys [b, m, h, d] here, and is worth it. It takes bfloat16."""
     (b, n, h, d), m = queries, keys[1]
     worth_it = d <= 256 and b * n * h * d * m >= MIN_PRODUCTS
-    return dtype == jnp.bfloat16 and worth_it and cpu.is_used() and cpu.has_amx()
+    return dtype == jnp.bfloat16 and worth_it and cpu.is_used() and cpu.has_bf16()
 
 
 def attention(
@@ -44,7 +44,7 @@ def _call(q, k, v, query_bits, key_bits) -> tuple[Float[Array, "b n h d"], Float
     """The result, and how each query's softmax was scaled: its highest logit and 1 / the sum."""
     b, n, h, _ = q.shape
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n, 2), jnp.float32)]
-    return cpu.call("instdiff_amx_attention", shapes, q, k, v, query_bits, key_bits)
+    return cpu.call("instdiff_bf16_attention", shapes, q, k, v, query_bits, key_bits)
 
 
 def _flash_forward(*given):
@@ -54,7 +54,7 @@ def _flash_forward(*given):
 
 def _flash_backward(given, gradient):
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given[:3]]
-    return *cpu.call("instdiff_amx_attention_gradient", shapes, *given, gradient), None, None
+    return *cpu.call("instdiff_bf16_attention_gradient", shapes, *given, gradient), None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -1,17 +1,17 @@
-// Products and convolutions of bfloat16 on Intel's AMX, as XLA custom calls: out = x w + bias, w a matrix or a k×k kernel,
-// and the gradients of w and bias. Sums are float32.
+// Products and convolutions of bfloat16 as XLA custom calls: out = x w + bias, w a matrix or a k×k kernel, and the
+// gradients of w and bias. Sums are float32.
 //
-// A block of sums stays in four of AMX's eight tiles while kDepth terms are added. Sums of kDepth terms are then added up
-// in order, whatever the number of threads. product_amx.py calls it.
-#include "amx.h"
+// A block of sums stays in registers (four of AMX's eight tiles) while kDepth terms are added. Sums of kDepth terms are then added up
+// in order, whatever the number of threads. product_bf16.py calls it.
+#include "bf16.h"
 
-#if AMX
+#if HAS_BF16
 #include <sys/syscall.h>
 #include <unistd.h>
 
-namespace amx_product {
+namespace bf16_product {
 
-using namespace amx;
+using namespace bf16;
 
 constexpr int64_t kDepth = 640;                       // terms that are added in one go
 constexpr int64_t kStride = kDepth + kTerms;          // of a row of terms
@@ -269,51 +269,55 @@ void run_gradient(ffi::ThreadPool& pool, const Shape& s, const Bf16* x, const Bf
   });
 }
 
-}  // namespace amx_product
+}  // namespace bf16_product
 #endif
 
 typedef ffi::Buffer<ffi::BF16> Bf16Buffer;
 typedef ffi::Buffer<ffi::F32> FloatBuffer;
 
-static ffi::Error AmxProduct(ffi::ThreadPool pool, Bf16Buffer x, Bf16Buffer weights, FloatBuffer bias, int64_t step,
+static ffi::Error Bf16Product(ffi::ThreadPool pool, Bf16Buffer x, Bf16Buffer weights, FloatBuffer bias, int64_t step,
                              ffi::Result<Bf16Buffer> out) {
-#if AMX
+#if HAS_BF16
   auto sizes = weights.dimensions();  // [in, out] or [k, k, in, out]
   size_t n = sizes.size();
   int64_t k = n == 4 ? sizes[0] : 1;
-  amx_product::Shape s = amx_product::shape_of(x.dimensions(), x.element_count(), sizes[n - 2], k, sizes[n - 1], step);
-  amx_product::run_product(pool, s, amx::data(x), amx::data(weights), bias.typed_data(), amx::data(*out));
+  bf16_product::Shape s = bf16_product::shape_of(x.dimensions(), x.element_count(), sizes[n - 2], k, sizes[n - 1], step);
+  bf16_product::run_product(pool, s, bf16::data(x), bf16::data(weights), bias.typed_data(), bf16::data(*out));
   return ffi::Error::Success();
 #else
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor has no AMX");
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor has no products of bfloat16");
 #endif
 }
 
-static ffi::Error AmxGradient(ffi::ThreadPool pool, Bf16Buffer x, Bf16Buffer gradient, int64_t step,
+static ffi::Error Bf16Gradient(ffi::ThreadPool pool, Bf16Buffer x, Bf16Buffer gradient, int64_t step,
                               ffi::Result<FloatBuffer> of_weights, ffi::Result<FloatBuffer> of_bias) {
-#if AMX
+#if HAS_BF16
   auto sizes = of_weights->dimensions();  // as the weights'
   size_t n = sizes.size();
   int64_t k = n == 4 ? sizes[0] : 1;
-  amx_product::Shape s = amx_product::shape_of(x.dimensions(), x.element_count(), sizes[n - 2], k, sizes[n - 1], step);
-  amx_product::run_gradient(pool, s, amx::data(x), amx::data(gradient), of_weights->typed_data(), of_bias->typed_data());
+  bf16_product::Shape s = bf16_product::shape_of(x.dimensions(), x.element_count(), sizes[n - 2], k, sizes[n - 1], step);
+  bf16_product::run_gradient(pool, s, bf16::data(x), bf16::data(gradient), of_weights->typed_data(), of_bias->typed_data());
   return ffi::Error::Success();
 #else
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor has no AMX");
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor has no products of bfloat16");
 #endif
 }
 
-// Whether this processor has AMX and the system lets this process use it: asks for it, once for all threads.
-extern "C" int InstdiffHasAmx() {
-#if AMX
+// Whether the kernels were built for this processor: 2 with AMX's tiles, 1 with AVX-512's dot products, else 0. Asks the
+// system for the tiles, once for all threads, unless they are not wanted.
+extern "C" int InstdiffHasBf16(int tiles_wanted) {
+#if HAS_BF16
+#ifdef __AMX_BF16__
   constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  bf16::has_tiles = tiles_wanted && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#endif
+  return bf16::has_tiles ? 2 : 1;
 #else
   return 0;
 #endif
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffAmxProduct, AmxProduct,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffBf16Product, Bf16Product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Bf16Buffer>()
@@ -322,7 +326,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffAmxProduct, AmxProduct,
                                   .Attr<int64_t>("step")
                                   .Ret<Bf16Buffer>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffAmxGradient, AmxGradient,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffBf16Gradient, Bf16Gradient,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Bf16Buffer>()

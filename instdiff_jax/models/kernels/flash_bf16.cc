@@ -1,19 +1,19 @@
-// Attention of bfloat16 on Intel's AMX, as XLA custom calls: softmax(q k^T / sqrt(d)) v with region bits, and its
+// Attention of bfloat16 as XLA custom calls: softmax(q k^T / sqrt(d)) v with region bits, and its
 // gradients.
 //
 // The logits of some queries and all keys stay in the second cache; the softmax is float32. The gradient computes them
-// again (arXiv 2205.14135, algorithm 4). flash_amx.py calls it.
+// again (arXiv 2205.14135, algorithm 4). flash_bf16.py calls it.
 #include <cmath>
 
-#include "amx.h"
+#include "bf16.h"
 
-typedef ffi::Buffer<ffi::BF16> AmxBuffer;
+typedef ffi::Buffer<ffi::BF16> Bf16Buffer;
 typedef ffi::Buffer<ffi::U32> BitsBuffer;
 
-#if AMX
-namespace amx_flash {
+#if HAS_BF16
+namespace bf16_flash {
 
-using namespace amx;
+using namespace bf16;
 
 struct Shape {
   int64_t b, n, m, h, d;  // batch, queries, keys, heads, head width
@@ -262,12 +262,12 @@ void load_head(const Shape& s, const Given& from, int64_t b, int64_t h, bool for
   }
 }
 
-Shape shape_of(AmxBuffer& q, AmxBuffer& k) {
+Shape shape_of(Bf16Buffer& q, Bf16Buffer& k) {
   auto dims = q.dimensions();
   return {dims[0], dims[1], k.dimensions()[1], dims[2], dims[3]};
 }
 
-Given given(AmxBuffer& q, AmxBuffer& k, AmxBuffer& v, BitsBuffer& query_bits, BitsBuffer& key_bits) {
+Given given(Bf16Buffer& q, Bf16Buffer& k, Bf16Buffer& v, BitsBuffer& query_bits, BitsBuffer& key_bits) {
   bool bits = key_bits.element_count() > 0;
   return {data(q), data(k), data(v), bits ? query_bits.typed_data() : nullptr, bits ? key_bits.typed_data() : nullptr};
 }
@@ -294,55 +294,55 @@ void run_gradient(ffi::ThreadPool& pool, const Shape& s, const Given& from, cons
   });
 }
 
-}  // namespace amx_flash
+}  // namespace bf16_flash
 #endif
 
-static ffi::Error AmxAttention(ffi::ThreadPool pool, AmxBuffer q, AmxBuffer k, AmxBuffer v, BitsBuffer query_bits,
-                               BitsBuffer key_bits, ffi::Result<AmxBuffer> out, ffi::ResultBuffer<ffi::F32> scaled) {
-#if AMX
-  auto to = reinterpret_cast<amx_flash::Scaled*>(scaled->typed_data());
-  amx_flash::run(pool, amx_flash::shape_of(q, k), amx_flash::given(q, k, v, query_bits, key_bits), amx::data(*out), to);
+static ffi::Error Bf16Attention(ffi::ThreadPool pool, Bf16Buffer q, Bf16Buffer k, Bf16Buffer v, BitsBuffer query_bits,
+                               BitsBuffer key_bits, ffi::Result<Bf16Buffer> out, ffi::ResultBuffer<ffi::F32> scaled) {
+#if HAS_BF16
+  auto to = reinterpret_cast<bf16_flash::Scaled*>(scaled->typed_data());
+  bf16_flash::run(pool, bf16_flash::shape_of(q, k), bf16_flash::given(q, k, v, query_bits, key_bits), bf16::data(*out), to);
   return ffi::Error::Success();
 #else
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor has no AMX");
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor has no products of bfloat16");
 #endif
 }
 
-static ffi::Error AmxAttentionGradient(ffi::ThreadPool pool, AmxBuffer q, AmxBuffer k, AmxBuffer v, BitsBuffer query_bits,
-                                       BitsBuffer key_bits, ffi::Buffer<ffi::F32> scaled, AmxBuffer gradient,
-                                       ffi::Result<AmxBuffer> of_q, ffi::Result<AmxBuffer> of_k,
-                                       ffi::Result<AmxBuffer> of_v) {
-#if AMX
-  auto from = reinterpret_cast<const amx_flash::Scaled*>(scaled.typed_data());
-  amx_flash::run_gradient(pool, amx_flash::shape_of(q, k), amx_flash::given(q, k, v, query_bits, key_bits),
-                          {amx::data(gradient), from}, amx::data(*of_q), amx::data(*of_k), amx::data(*of_v));
+static ffi::Error Bf16AttentionGradient(ffi::ThreadPool pool, Bf16Buffer q, Bf16Buffer k, Bf16Buffer v, BitsBuffer query_bits,
+                                       BitsBuffer key_bits, ffi::Buffer<ffi::F32> scaled, Bf16Buffer gradient,
+                                       ffi::Result<Bf16Buffer> of_q, ffi::Result<Bf16Buffer> of_k,
+                                       ffi::Result<Bf16Buffer> of_v) {
+#if HAS_BF16
+  auto from = reinterpret_cast<const bf16_flash::Scaled*>(scaled.typed_data());
+  bf16_flash::run_gradient(pool, bf16_flash::shape_of(q, k), bf16_flash::given(q, k, v, query_bits, key_bits),
+                          {bf16::data(gradient), from}, bf16::data(*of_q), bf16::data(*of_k), bf16::data(*of_v));
   return ffi::Error::Success();
 #else
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor has no AMX");
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor has no products of bfloat16");
 #endif
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffAmxAttention, AmxAttention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffBf16Attention, Bf16Attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<AmxBuffer>()
-                                  .Arg<AmxBuffer>()
-                                  .Arg<AmxBuffer>()
+                                  .Arg<Bf16Buffer>()
+                                  .Arg<Bf16Buffer>()
+                                  .Arg<Bf16Buffer>()
                                   .Arg<BitsBuffer>()
                                   .Arg<BitsBuffer>()
-                                  .Ret<AmxBuffer>()
+                                  .Ret<Bf16Buffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffAmxAttentionGradient, AmxAttentionGradient,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InstdiffBf16AttentionGradient, Bf16AttentionGradient,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<AmxBuffer>()
-                                  .Arg<AmxBuffer>()
-                                  .Arg<AmxBuffer>()
+                                  .Arg<Bf16Buffer>()
+                                  .Arg<Bf16Buffer>()
+                                  .Arg<Bf16Buffer>()
                                   .Arg<BitsBuffer>()
                                   .Arg<BitsBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<AmxBuffer>()
-                                  .Ret<AmxBuffer>()
-                                  .Ret<AmxBuffer>()
-                                  .Ret<AmxBuffer>());
+                                  .Arg<Bf16Buffer>()
+                                  .Ret<Bf16Buffer>()
+                                  .Ret<Bf16Buffer>()
+                                  .Ret<Bf16Buffer>());

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions of bfloat16 on CPUs with Intel's AMX, in C++ (`product_amx.cc`; cpu.py builds it).
+"""Matrix products and convolutions of bfloat16 on CPUs that multiply it, in C++ (`product_bf16.cc`; cpu.py builds it).
 
 Each adds its bias, and its gradients are of the same kind. Sums are float32. `benchmarks/projections.py` compares them.
 """
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from instdiff_jax.models.kernels import cpu
 
-# Channels that product_amx.cc has zeros for.
+# Channels that product_bf16.cc has zeros for.
 _MOST = 1 << 15
 
 
@@ -23,7 +23,7 @@ def supports(rows: int, shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
     """
     *_, width, out = shape
     worth_it = min(width, out) >= 16 and rows * math.prod(shape) >= 1 << 18
-    return dtype == jnp.bfloat16 and worth_it and max(width, out) <= _MOST and cpu.is_used() and cpu.has_amx()
+    return dtype == jnp.bfloat16 and worth_it and max(width, out) <= _MOST and cpu.is_used() and cpu.has_bf16()
 
 
 @jax.custom_vjp
@@ -49,7 +49,7 @@ def convolution(
 def _call(x: Array, weights: Array, bias: Array | None, shape: tuple[int, ...], step: int = 1) -> Array:
     bias = jnp.zeros(shape[-1:]) if bias is None else bias.astype(jnp.float32)
     given = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16), bias
-    return cpu.call("instdiff_amx_product", jax.ShapeDtypeStruct(shape, jnp.bfloat16), *given, step=step)
+    return cpu.call("instdiff_bf16_product", jax.ShapeDtypeStruct(shape, jnp.bfloat16), *given, step=step)
 
 
 def _product_gradients(given: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
@@ -71,7 +71,7 @@ def _gradients(given: tuple[Array, ...], g: Array, step: int) -> tuple[Array, Ar
     x, weights, bias = given
     shapes = [jax.ShapeDtypeStruct(one.shape, jnp.float32) for one in (weights, bias)]
     pair = x.astype(jnp.bfloat16), g.astype(jnp.bfloat16)
-    of_weights, of_bias = cpu.call("instdiff_amx_gradient", shapes, *pair, step=step)
+    of_weights, of_bias = cpu.call("instdiff_bf16_gradient", shapes, *pair, step=step)
     return of_weights.astype(weights.dtype), of_bias.astype(bias.dtype)
 
 

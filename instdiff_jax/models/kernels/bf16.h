@@ -1,18 +1,19 @@
-// Tiles of Intel's AMX, which the kernels of bfloat16 share.
+// Blocks of products of bfloat16, which its kernels share: by Intel's AMX, or by AVX-512's dot products of pairs.
 //
-// AMX multiplies tiles of 16 rows by 32 terms in bfloat16 and adds to 16 × 16 sums in float32. The right side's tiles
-// hold pairs of terms side by side.
+// Both add products in bfloat16 to sums in float32. AMX multiplies tiles of 16 rows by 32 terms and has 16 × 16 sums; an
+// instruction of AVX-512 multiplies one pair of a row's terms with 16 columns. For both, the right side's tiles hold pairs
+// of terms side by side.
 #pragma once
 #include "cpu.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define AMX 1
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__linux__)
+#define HAS_BF16 1
 #include <immintrin.h>
 
 #include <cstring>
 #include <vector>
 
-namespace amx {
+namespace bf16 {
 
 typedef uint16_t Bf16;
 
@@ -41,9 +42,14 @@ struct Aligned {
   }
 };
 
+// Whether this process may use AMX's tiles: the system has to be asked.
+inline bool has_tiles = false;
+
 // The tiles' sizes, which every thread has of its own.
 struct Tiles {
+#ifdef __AMX_BF16__
   Tiles() {
+    if (!has_tiles) return;
     struct __attribute__((packed, aligned(64))) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {};
@@ -52,13 +58,44 @@ struct Tiles {
     for (int i = 0; i < 8; i++) sizes.bytes[i] = 64, sizes.rows[i] = kTile;
     _tile_loadconfig(&sizes);
   }
-  ~Tiles() { _tile_release(); }
+  ~Tiles() {
+    if (has_tiles) _tile_release();
+  }
+#endif
 };
+
+// `block` by dot products of pairs.
+inline void block_of_pairs(int64_t terms, const Bf16* left, int64_t stride, const Bf16* right, const float* from, float* to,
+                           int64_t apart) {
+  constexpr int kRows = 8;  // with two vectors of sums each: their sums, and what is multiplied, stay in registers
+  typedef int __attribute__((may_alias)) Pair;
+  for (int r = 0; r < kBlock; r += kRows, left += kRows * stride, to += kRows * apart) {
+    __m512 sums[kRows][2];
+    for (auto& row : sums) row[0] = row[1] = _mm512_setzero_ps();
+    for (int64_t t = 0; t < terms; t += 2) {
+      const Bf16* pairs = right + t / kTerms * 2 * kTileSize + t % kTerms * kTile;
+      __m512bh columns[2];
+      for (int j = 0; j < 2; j++) columns[j] = (__m512bh)_mm512_loadu_si512(pairs + j * kTileSize);
+      for (int i = 0; i < kRows; i++) {
+        __m512bh row = (__m512bh)_mm512_set1_epi32(*(const Pair*)(left + i * stride + t));
+        for (int j = 0; j < 2; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], row, columns[j]);
+      }
+    }
+    for (int i = 0; i < kRows; i++)
+      for (int j = 0; j < 2; j++) {
+        // Last: thousands of terms one after the other would lose a digit.
+        if (from) sums[i][j] = _mm512_add_ps(sums[i][j], _mm512_loadu_ps(from + (r + i) * apart + j * kTile));
+        _mm512_storeu_ps(to + i * apart + j * kTile, sums[i][j]);
+      }
+  }
+}
 
 // Adds left [kBlock, terms], rows `stride` apart, times right (tiles of 16 pairs × 16 columns, two beside each other)
 // to `from`, or to zero, and writes `to`; both [kBlock, kBlock], rows `apart` apart.
 inline void block(int64_t terms, const Bf16* left, int64_t stride, const Bf16* right, const float* from, float* to,
                   int64_t apart) {
+#ifdef __AMX_BF16__
+  if (!has_tiles) return block_of_pairs(terms, left, stride, right, from, to, apart);
   int64_t bytes = stride * sizeof(Bf16), line = apart * sizeof(float);
   if (from) {
     _tile_loadd(0, from, line);
@@ -85,6 +122,9 @@ inline void block(int64_t terms, const Bf16* left, int64_t stride, const Bf16* r
   _tile_stored(1, to + kTile, line);
   _tile_stored(2, to + kTile * apart, line);
   _tile_stored(3, to + kTile * apart + kTile, line);
+#else
+  block_of_pairs(terms, left, stride, right, from, to, apart);
+#endif
 }
 
 // 16 columns of two rows, pair by pair.
@@ -134,5 +174,5 @@ inline void store(__m512 x, __mmask16 mask, Bf16* to) {
   _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-}  // namespace amx
+}  // namespace bf16
 #endif
