@@ -29,11 +29,17 @@ TRAINABLE: dict[str, Rules] = {
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings(Settings):
-    """AdamW as in the paper's training. `warmup_steps` counts updates; the first update has rate 0.
+    """AdamW as in the paper's training, or Muon. `warmup_steps` counts updates; the first update has rate 0.
+
+    "muon" moves the kernels of dense layers and convolutions by their momentum, made orthogonal; the rest by AdamW. It
+    takes AdamW's learning rates. It is for small models that learn from scratch.
+
 
     `clip_norm` is the maximum global gradient norm; 0 disables clipping. "cosine" falls to 0 at the run's last step.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
+    momentum: float = 0.95
     learning_rate: float = 5e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 5000
@@ -145,7 +151,7 @@ class TrainSettings(Settings):
         for name in ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm"):
             if not 0 <= getattr(optimizer, name) < math.inf:
                 raise InputError(f"{where}.optimizer.{name}: expected 0 or a positive number")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(optimizer, name) < 1:
                 raise InputError(f"{where}.optimizer.{name}: expected a number from 0 to below 1")
         if not 0 <= optimizer.ema_decay < 1:

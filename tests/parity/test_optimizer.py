@@ -6,13 +6,21 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from common import relative_error
 from instdiff_jax.errors import InputError
-from instdiff_jax.training.optimizer import apply_gradients, global_norm, init_optimizer, learning_rate
+from instdiff_jax.training.optimizer import (
+    apply_gradients,
+    global_norm,
+    init_optimizer,
+    is_matrix,
+    learning_rate,
+    orthogonal,
+)
 from instdiff_jax.training.settings import TRAINABLE, OptimizerSettings, TrainSettings
 
 STEPS = 12
@@ -73,6 +81,41 @@ def test_updates_are_pytorchs(changes):
     for name, tensor in tensors.items():
         assert relative_error(params[name], tensor.detach().numpy()) < 1e-6
         assert relative_error(state.ema[name], averages[name]) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (64, 64), (3, 3, 8, 24), (1, 1, 40, 8), (96, 12)])
+def test_orthogonal_is_optaxs_muon(shape):
+    update = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
+    matrix = {"w": update.reshape(-1, shape[-1])}
+    muon = optax.contrib.muon(1.0, beta=0.0, nesterov=False, weight_decay=0.0, consistent_rms=0.2)
+    (theirs,) = jax.tree.leaves(muon.update(matrix, muon.init(matrix), matrix)[0])
+    ours = np.asarray(orthogonal(update)).reshape(theirs.shape)
+    assert relative_error(ours, -np.asarray(theirs)) < 1e-4
+    singular = np.linalg.svd(ours / (0.2 * math.sqrt(max(ours.shape))))[1]
+    assert 0.5 < singular.min() and singular.max() < 1.25
+
+
+def test_muon_moves_matrices_and_adamw_the_rest():
+    settings = OptimizerSettings(name="muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.1, momentum=0.9)
+    params, state, rates = run(settings)
+    plain, of_adamw, _ = run(dataclasses.replace(settings, name="adamw"))
+    np.testing.assert_array_equal(params["bias"], plain["bias"])
+    kernel, momentum = gradients(100)["kernel"].astype(np.float64), np.zeros((5, 7))
+    for step, rate in enumerate(rates):
+        gradient = gradients(step)["kernel"]
+        momentum = 0.9 * momentum + 0.1 * gradient
+        ahead = jnp.asarray(0.9 * momentum + 0.1 * gradient, jnp.float32)
+        kernel -= rate * (np.asarray(orthogonal(ahead)) + 0.1 * kernel)
+    assert relative_error(params["kernel"], kernel) < 1e-5
+    assert not state.nu["kernel"].any() and of_adamw.nu["kernel"].any()
+
+
+def test_muon_leaves_depthwise_kernels_to_adamw():
+    shapes = {"dense": (8, 4), "conv": (3, 3, 8, 4), "depthwise": (7, 7, 1, 4), "from_one": (1, 4)}
+    leaves = {name: {"kernel": np.zeros(shape)} for name, shape in shapes.items()}
+    leaves["table"] = {"embedding": np.zeros((8, 4))}
+    found = jax.tree_util.tree_map_with_path(is_matrix, leaves)
+    assert {name for name, leaf in found.items() if any(leaf.values())} == {"dense", "conv"}
 
 
 def test_a_skipped_update_changes_nothing_and_does_not_count():
