@@ -56,6 +56,18 @@ def test_meshes_of_eight_devices_compute_what_one_does():
 
 
 @pytest.mark.slow
+def test_muon_on_a_mesh_moves_what_it_does_on_one_device():
+    """A matrix that is split over devices is made orthogonal as a whole."""
+    cases = results(start_cases("1x1:muon", "2x4:muon", "1x1", devices=8))
+    one, mesh = cases["1x1:muon"], cases["2x4:muon"]
+    print(f"loss error {relative_error(mesh['losses'], one['losses']):.1e}")
+    assert relative_error(mesh["losses"], one["losses"]) < 1e-5
+    assert relative_error(one["losses"], cases["1x1"]["losses"]) > 1e-3
+    for column in ("trainable_bytes", "optimizer_bytes"):
+        assert mesh[column] < 0.27 * one[column]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_compute_what_one_does(processes):
     with socket.socket() as free:

@@ -1,6 +1,6 @@
 """Runs the train step of the tiny model on meshes, in a process of its own; prints one JSON object.
 
-    python parallel_cases.py [SLICESx]DATAxFSDP[:sharded|:interleaved] …
+    python parallel_cases.py [SLICESx]DATAxFSDP[:sharded|:interleaved|:muon] …
 
 "interleaved" takes a device of each process in turn. Devices come from XLA_FLAGS, other processes from
 JAX_COORDINATOR_ADDRESS; both are read before jax starts. A mesh of one device is on this process alone.
@@ -32,7 +32,8 @@ def run_case(name: str) -> dict:
     frozen_how = how if how == "sharded" else ""
     slices, data, fsdp = map(int, ("1x" * (sizes.count("x") < 2) + sizes).split("x"))
     model, settings = tiny_model(), tiny_settings(batch_size=ROWS)
-    settings = dataclasses.replace(settings, steps=STEPS)
+    optimizer = dataclasses.replace(settings.optimizer, name="muon" if how == "muon" else "adamw")
+    settings = dataclasses.replace(settings, steps=STEPS, optimizer=optimizer)
     devices = jax.devices()[: slices * data * fsdp]
     if how == "interleaved":
         each = jax.local_device_count()
