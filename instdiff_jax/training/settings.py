@@ -70,6 +70,10 @@ class TrainSettings(Settings):
         loss_weight: the diffusion loss: the error of the noise, as released, or of the velocity, which gives more
             weight to high noise, so that a small model learns layouts much sooner.
         kl_weight: weight of the KL term in the autoencoder's loss.
+        equivariance: weight of its loss on latents of half the size, which should decode to the picture at half the
+            size (Kouzelis et al. 2025, arXiv 2502.09509): latents that keep to it are smoother.
+        gates: value at which fusers begin that the starting checkpoint lacks. 0 as released; they then change nothing,
+            which a base that learns with them does not need.
         max_skips: the run stops after this many updates in a row, skipped because loss or gradient is not finite.
         *_every: in steps; 0 switches it off, except `log_every` and `save_every`. `keep_every` keeps the checkpoints
             of steps divisible by it permanently.
@@ -94,6 +98,8 @@ class TrainSettings(Settings):
     loss_weight: Literal["epsilon", "velocity"] = "epsilon"
     loss_weight_limit: float = 0.0
     kl_weight: float = 1e-6
+    equivariance: float = 0.0
+    gates: float = 0.0
     max_skips: int = 20
     log_every: int = 50
     save_every: int = 1000
@@ -145,8 +151,11 @@ class TrainSettings(Settings):
             check_pattern(rule[0], f"{where}.trainable")
         if self.masked_attention != "none" and not self.grounding:
             raise InputError(f"{where}.masked_attention: expected none where {where}.grounding is False")
-        if self.loss_weight_limit < 0:
-            raise InputError(f"{where}.loss_weight_limit: expected 0 or a positive number")
+        for name in ("loss_weight_limit", "equivariance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{where}.{name}: expected 0 or a positive number")
+        if not math.isfinite(self.gates):
+            raise InputError(f"{where}.gates: expected a finite number")
         optimizer = self.optimizer
         for name in ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm"):
             if not 0 <= getattr(optimizer, name) < math.inf:

@@ -38,6 +38,8 @@ def start_params(
     halves = []
     for half, new in zip((plan.trainable, plan.frozen), fresh, strict=True):
         leaves = flatten(new)
+        gates = {path: leaf for path, leaf in leaves.items() if path[-1] in ("gate_attn", "gate_ff")}
+        leaves |= {path: jax.numpy.full_like(leaf, settings.gates) for path, leaf in gates.items()}
         for path, shape in flatten(half).items():
             if path in held:
                 leaf = held.pop(path)

@@ -123,7 +123,10 @@ def diffusion_loss(networks: Networks, model: ModelConfig, settings: TrainSettin
 
 
 def autoencoder_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:
-    """Mean squared error of the reconstruction, plus `kl_weight` times the mean KL divergence from a unit normal."""
+    """Mean squared error of the reconstruction, plus `kl_weight` times the mean KL divergence from a unit normal.
+
+    Plus `equivariance` times the error of what half-size latents decode to, from the half-size picture.
+    """
     network, scale = networks.autoencoder, model.autoencoder.scale_factor
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> Float[Array, ""]:
@@ -131,12 +134,25 @@ def autoencoder_loss(networks: Networks, model: ModelConfig, settings: TrainSett
         mean, log_variance = network.apply(variables, image, method="encode")
         noise = _normal(keys, _POSTERIOR, mean.shape[1:])
         latents = sample_posterior(mean, log_variance, noise, scale)
-        decoded = network.apply(variables, latents, method="decode").astype(jnp.float32)
+        error = _squared_error(network.apply(variables, latents, method="decode"), image)
+        if settings.equivariance:
+            halved = network.apply(variables, _halve(latents), method="decode")
+            error += settings.equivariance * _squared_error(halved, _halve(image))
         mean, log_variance = mean.astype(jnp.float32), jnp.clip(log_variance.astype(jnp.float32), -30.0, 20.0)
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
-        return jnp.mean(jnp.square(decoded - image)) + settings.kl_weight * kl
+        return error + settings.kl_weight * kl
 
     return loss
+
+
+def _squared_error(x: Array, y: Array) -> Float[Array, ""]:
+    return jnp.mean(jnp.square(x.astype(jnp.float32) - y))
+
+
+def _halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
+    """Means of 2×2 pixels."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
 def text_loss(networks: Networks, model: ModelConfig, settings: TrainSettings) -> Loss:

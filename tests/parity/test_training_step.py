@@ -19,8 +19,10 @@ from instdiff_jax.diffusion.schedule import alphas_cumprod, velocity_weights
 from instdiff_jax.errors import InputError
 from instdiff_jax.models.regions import EVERYWHERE, region_bits
 from instdiff_jax.training.settings import TrainSettings
+from instdiff_jax.training.start import start_params
 from instdiff_jax.training.state import Networks, init_state, make_networks, split_params
 from instdiff_jax.training.step import (
+    autoencoder_loss,
     batch_keys,
     compile_step,
     diffusion_loss,
@@ -232,6 +234,42 @@ def test_the_autoencoder_learns_to_reconstruct():
     batch = {"image": tiny_batch(0, pictures=True)["image"]}
     _, metrics = run_steps(settings, [batch] * 12)
     assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+
+
+def test_half_size_latents_should_decode_to_the_half_size_picture():
+    """The loss grows by the weight times the error of what the halved latents decode to."""
+    rules = ((r"autoencoder/.*", "train"), (r".*", "freeze"))
+    settings = tiny_settings(task="autoencoder", trainable=rules, kl_weight=0.0)
+    model, batch = tiny_model(), {"image": tiny_batch(0, 2, pictures=True)["image"]}
+    networks, keys = make_networks(model, settings), jax.random.split(jax.random.key(0), 2)
+    params = numpy_params(make_run(model, settings).plan.params)
+    # Latents without noise are the means.
+    params["autoencoder"]["quant_conv"]["kernel"][:, model.autoencoder.z_channels :] = 0
+    params["autoencoder"]["quant_conv"]["bias"][model.autoencoder.z_channels :] = -30
+
+    def loss(weight):
+        weighted = dataclasses.replace(settings, equivariance=weight)
+        return float(jax.jit(autoencoder_loss(networks, model, weighted))(params, batch, keys))
+
+    run = lambda x, method: networks.autoencoder.apply({"params": params["autoencoder"]}, x, method=method)  # noqa: E731
+    halve = lambda x: (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4  # noqa: E731
+    pixels = batch["image"].astype(np.float32) / 127.5 - 1
+    mean, _ = run(pixels, "encode")
+    decoded = run(halve(mean) * model.autoencoder.scale_factor, "decode")
+    error = np.mean(np.square(np.asarray(decoded) - halve(pixels)))
+    assert error > 1e-3
+    assert loss(0.5) - loss(0.0) == pytest.approx(0.5 * error, rel=1e-3)
+
+
+def test_gates_begin_where_the_settings_say():
+    settings = tiny_settings(gates=0.5)
+    leaves = flatten(start_params(make_run(tiny_model(), settings).plan, tiny_model(), settings)[0])
+    gates = [float(leaf) for path, leaf in leaves.items() if path[-1].startswith("gate_")]
+    assert gates and set(gates) == {0.5}
+    with pytest.raises(InputError, match="config.train.gates: expected a finite number"):
+        tiny_settings(gates=float("nan")).validate()
+    with pytest.raises(InputError, match="config.train.equivariance: expected 0 or a positive number"):
+        tiny_settings(equivariance=-1.0).validate()
 
 
 def test_the_text_encoder_learns_to_hold_the_words():
