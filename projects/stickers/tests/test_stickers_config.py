@@ -1,4 +1,4 @@
-"""The config of the model of things: four stages, one model, each stage trains what it says."""
+"""The config of the model of things: three stages, one model, each stage trains what it says."""
 
 import pytest
 
@@ -20,8 +20,7 @@ def stage(name):
     [
         ("autoencoder", "", {"autoencoder"}),
         ("text", "runs/stickers_1", {"text_encoder"}),
-        ("base", "runs/stickers_2", {"unet"}),
-        ("adapters", "runs/stickers_3", {"unet", "unifusion"}),
+        ("adapters", "runs/stickers_2", {"unet", "unifusion"}),
     ],
 )
 def test_each_stage_trains_its_networks_from_the_one_before(name, start, networks):
@@ -36,7 +35,5 @@ def test_each_stage_trains_its_networks_from_the_one_before(name, start, network
 
 
 def test_an_unknown_stage_is_one_line():
-    with pytest.raises(
-        InputError, match="configs/stickers.py:fusers: expected one of autoencoder, text, base, adapters"
-    ):
+    with pytest.raises(InputError, match="configs/stickers.py:fusers: expected one of autoencoder, text, adapters"):
         stage("fusers")
