@@ -1,6 +1,6 @@
 """The paper's tables at small scale, on scenes of things; writes docs/results_stickers.md, its plots and its JSON.
 
-    python -m projects.stickers.study --assets package/assets --checkpoint runs/stickers_3 \
+    python -m projects.stickers.study --assets package/assets --checkpoint runs/stickers_4 \
         --segmenter runs/stickers_segmenter
 
 projects/common/study has the study itself, and projects/stickers/README.md says how to get the pictures.
