@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from instdiff_jax.training.muon import is_matrix, orthogonal
 from instdiff_jax.training.settings import OptimizerSettings
 
 
@@ -51,39 +53,6 @@ def global_norm(tree: Any) -> Float[Array, ""]:
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
 
 
-def is_matrix(path: tuple, leaf: Array) -> bool:
-    """Whether Muon updates a parameter: kernels of dense layers and of convolutions over all channels.
-
-    A depthwise convolution has one input channel, so its kernel maps nothing to a space of several dimensions.
-    """
-    return path[-1].key == "kernel" and leaf.ndim >= 2 and leaf.shape[-2] > 1
-
-
-# Coefficients of the quintic iteration (Jordan et al. 2024, "Muon"), for singular values in (0, 1].
-_QUINTIC = 3.4445, -4.7750, 2.0315
-
-
-def orthogonal(update: Float[Array, "*k i o"], iterations: int = 5) -> Float[Array, "*k i o"]:
-    """Nearly U·Vᵀ of the update U·S·Vᵀ, as a matrix of all inputs and the outputs, with AdamW's size of a step.
-
-    Jordan et al. 2024, "Muon"; the factor 0.2·sqrt(longer side) is that of Liu et al. 2025, "Muon is scalable", eq. 4:
-    the mean square is about that of AdamW's updates, so both take one learning rate.
-    """
-    matrix = update.reshape(-1, update.shape[-1])
-    tall = matrix.shape[0] > matrix.shape[1]
-    # The iteration on the smaller side's Gram matrix: the same polynomial, for a third of the products.
-    gram = matrix.T @ matrix if tall else matrix @ matrix.T
-    norm = jnp.trace(gram) + 1e-12
-    gram, identity, factor = gram / norm, jnp.eye(len(gram)), None
-    a, b, c = _QUINTIC
-    for _ in range(iterations):
-        step = a * identity + b * gram + c * gram @ gram
-        factor = step if factor is None else step @ factor
-        gram = step @ gram @ step
-    x = (matrix @ factor if tall else factor @ matrix) * jax.lax.rsqrt(norm)
-    return (0.2 * math.sqrt(max(matrix.shape))) * x.reshape(update.shape)
-
-
 def apply_gradients(
     params: Any,
     grads: Any,
@@ -92,6 +61,7 @@ def apply_gradients(
     rate: Float[Array, ""],
     norm: Float[Array, ""],
     take: Bool[Array, ""],
+    mesh: Mesh | None = None,
 ) -> tuple[Any, OptimizerState]:
     """Updates parameters, moments and average.
 
@@ -102,17 +72,19 @@ def apply_gradients(
         rate: learning rate of this update.
         norm: global norm of `grads`.
         take: False returns everything unchanged.
+        mesh: the devices that share Muon's work.
     """
     count = (state.updates + 1).astype(jnp.float32)
     # 1 − βᵗ by expm1: in the first steps the plain difference loses half of float32's digits.
     bias1, bias2 = (-jnp.expm1(count * math.log(beta)) if beta else 1.0 for beta in (settings.beta1, settings.beta2))
     scale = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6)) if settings.clip_norm else 1.0
 
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
+    muon = _muon(params, grads, state.mu, settings.momentum, mesh) if settings.name == "muon" else {}
+
     def update(path, p, g, mu, nu, ema):
-        g = g.astype(jnp.float32) * scale
-        if settings.name == "muon" and is_matrix(path, p):
-            new_nu, new_mu = nu, settings.momentum * mu + (1 - settings.momentum) * g
-            step = orthogonal(settings.momentum * new_mu + (1 - settings.momentum) * g)
+        if path in muon:
+            new_mu, step, new_nu = *muon[path], nu
         else:
             new_mu = settings.beta1 * mu + (1 - settings.beta1) * g
             new_nu = settings.beta2 * nu + (1 - settings.beta2) * jnp.square(g)
@@ -128,3 +100,11 @@ def apply_gradients(
     outer, inner = jax.tree.structure(params), jax.tree.structure((0, 0, 0, 0))
     params, mu, nu, ema = jax.tree.transpose(outer, inner, updated)
     return params, OptimizerState(state.updates + take.astype(jnp.int32), mu, nu, ema)
+
+
+def _muon(params: Any, grads: Any, mu: Any, beta: float, mesh: Mesh | None) -> dict[tuple, tuple[Array, Array]]:
+    """The momentum and the step of every matrix, by its path."""
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(grads), jax.tree.leaves(mu), strict=True)
+    found = {path: (beta * m + (1 - beta) * g, g) for (path, p), g, m in leaves if is_matrix(path, p)}
+    steps = orthogonal([beta * m + (1 - beta) * g for m, g in found.values()], mesh)
+    return {path: (m, step) for (path, (m, _)), step in zip(found.items(), steps, strict=True)}

@@ -234,7 +234,9 @@ def make_train_step(
         norm = global_norm(grads)
         take = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = learning_rate(state.optimizer.updates, settings.optimizer, settings.steps)
-        params, optimizer = apply_gradients(state.params, grads, state.optimizer, settings.optimizer, rate, norm, take)
+        params, optimizer = apply_gradients(
+            state.params, grads, state.optimizer, settings.optimizer, rate, norm, take, plan.mesh
+        )
         skip = 1 - take.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,

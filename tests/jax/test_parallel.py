@@ -58,11 +58,15 @@ def test_meshes_of_eight_devices_compute_what_one_does():
 @pytest.mark.slow
 def test_muon_on_a_mesh_moves_what_it_does_on_one_device():
     """A matrix that is split over devices is made orthogonal as a whole."""
-    cases = results(start_cases("1x1:muon", "2x4:muon", "1x1", devices=8))
+    cases = results(start_cases("1x1:muon", "2x4:muon", "1x1", "2x4", devices=8))
     one, mesh = cases["1x1:muon"], cases["2x4:muon"]
     print(f"loss error {relative_error(mesh['losses'], one['losses']):.1e}")
     assert relative_error(mesh["losses"], one["losses"]) < 1e-5
     assert relative_error(one["losses"], cases["1x1"]["losses"]) > 1e-3
+    # The devices share the work: 15 matrices of the most common shape on 8 devices are two for each.
+    extra = [cases[f"{name}:muon"]["flops"] - cases[name]["flops"] for name in ("1x1", "2x4")]
+    print(f"of Muon's {extra[0]:.3g} operations {extra[1]:.3g} on each device")
+    assert extra[1] < 0.25 * extra[0]
     for column in ("trainable_bytes", "optimizer_bytes"):
         assert mesh[column] < 0.27 * one[column]
 

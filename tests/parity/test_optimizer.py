@@ -13,14 +13,8 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 
 from common import relative_error
 from instdiff_jax.errors import InputError
-from instdiff_jax.training.optimizer import (
-    apply_gradients,
-    global_norm,
-    init_optimizer,
-    is_matrix,
-    learning_rate,
-    orthogonal,
-)
+from instdiff_jax.training.muon import is_matrix, orthogonal
+from instdiff_jax.training.optimizer import apply_gradients, global_norm, init_optimizer, learning_rate
 from instdiff_jax.training.settings import TRAINABLE, OptimizerSettings, TrainSettings
 
 STEPS = 12
@@ -89,10 +83,36 @@ def test_orthogonal_is_optaxs_muon(shape):
     matrix = {"w": update.reshape(-1, shape[-1])}
     muon = optax.contrib.muon(1.0, beta=0.0, nesterov=False, weight_decay=0.0, consistent_rms=0.2)
     (theirs,) = jax.tree.leaves(muon.update(matrix, muon.init(matrix), matrix)[0])
-    ours = np.asarray(orthogonal(update)).reshape(theirs.shape)
+    ours = np.asarray(orthogonal([update])[0]).reshape(theirs.shape)
     assert relative_error(ours, -np.asarray(theirs)) < 1e-4
     singular = np.linalg.svd(ours / (0.2 * math.sqrt(max(ours.shape))))[1]
     assert 0.5 < singular.min() and singular.max() < 1.25
+
+
+def test_matrices_of_one_shape_are_one_batch():
+    """Turned ones too; each is what it is alone."""
+    rng = np.random.default_rng(1)
+    shapes = [(12, 5), (5, 12), (3, 4, 5), (7, 7), (12, 5)]
+    updates = [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes]
+    found = jax.jit(orthogonal)(updates)
+    for one, update in zip(found, updates, strict=True):
+        assert one.shape == update.shape
+        assert relative_error(one, orthogonal([update])[0]) < 1e-5
+    # 19 products for each of two shapes: nothing is computed matrix by matrix, or twice.
+    jaxpr = str(jax.make_jaxpr(orthogonal)(updates))
+    assert jaxpr.count("dot_general[") == 2 * 19
+
+
+def test_small_singular_values_survive_the_products_of_a_tpu():
+    """A product whose precision is left to the device rounds to bfloat16 there."""
+    with jax.default_matmul_precision("default"):  # not as in the other tests
+        equations = jax.make_jaxpr(orthogonal)([jnp.ones((6, 4))]).eqns
+    while not (products := [one for one in equations if one.primitive.name == "dot_general"]):
+        equations = [
+            inner for one in equations for value in one.params.values() for inner in getattr(value, "eqns", [])
+        ]
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert all(one.params["precision"] == highest for one in products)
 
 
 def test_muon_moves_matrices_and_adamw_the_rest():
@@ -105,7 +125,7 @@ def test_muon_moves_matrices_and_adamw_the_rest():
         gradient = gradients(step)["kernel"]
         momentum = 0.9 * momentum + 0.1 * gradient
         ahead = jnp.asarray(0.9 * momentum + 0.1 * gradient, jnp.float32)
-        kernel -= rate * (np.asarray(orthogonal(ahead)) + 0.1 * kernel)
+        kernel -= rate * (np.asarray(orthogonal([ahead])[0]) + 0.1 * kernel)
     assert relative_error(params["kernel"], kernel) < 1e-5
     assert not state.nu["kernel"].any() and of_adamw.nu["kernel"].any()
 
