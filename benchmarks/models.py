@@ -67,7 +67,7 @@ def find_model(name: str, canvas: int | None = None) -> Model:
         raise InputError(f"--model {name}: expected one of {', '.join(SIZES)}, or a checkpoint folder; no {folder}")
     config, _, _ = read_config(folder)
     # The last part of the path: it is in the names of the tables' files.
-    return Model(name if name == "box" else folder.name, config, canvas or config.unifusion.map_size, folder)
+    return Model(name if name == "box" else folder.name, config, canvas or config.canvas_side, folder)
 
 
 # Larger arrays repeat this many numbers: drawing every weight of the full model takes a minute. No axis is a multiple.

@@ -105,6 +105,8 @@ def get_model() -> dict[str, Any]:
             context_dim=128,
             # As for the shapes: the padding alone does not tell a small UNet where a latent lies.
             positions=True,
+            # 128 pixels; the instance maps have 64.
+            sample_size=16,
         ),
         unifusion=dict(mid_dim=192, trunk_depths=(1, 1, 2, 1), trunk_dims=(16, 32, 64, 64), map_size=64),
         # One latent pixel stands for 8x8 pixels; scale_factor is 1 / standard deviation of the latents.

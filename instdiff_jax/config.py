@@ -106,10 +106,11 @@ class UNetConfig(Sizes):
     """Sizes of the UNet. `attention_resolutions` are downsampling factors; 1 is the latent grid itself.
 
     Stable Diffusion's UNet knows a latent's position only from its convolutions' zero padding. With `positions`, every
-    latent gets the Fourier features of its position, as UniFusion encodes a point.
+    latent gets the Fourier features of its position, as UniFusion encodes a point. `sample_size` is the side of the
+    latents that it was trained on, diffusers' word; without one, that of pictures as large as the instance maps.
     """
 
-    NEWER: ClassVar[tuple[str, ...]] = ("positions",)
+    NEWER: ClassVar[tuple[str, ...]] = ("positions", "sample_size")
 
     in_channels: int = 4
     out_channels: int = 4
@@ -120,6 +121,7 @@ class UNetConfig(Sizes):
     num_heads: int = 8
     context_dim: int = 768
     positions: bool = False
+    sample_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +252,11 @@ class ModelConfig(Sizes):
     def latent_stride(self) -> int:
         """Pixels per latent pixel: the autoencoder's downsampling."""
         return 2 ** (len(self.autoencoder.ch_mult) - 1)
+
+    @property
+    def canvas_side(self) -> int:
+        """Side in pixels of the pictures that the model was made for."""
+        return self.latent_stride * self.unet.sample_size if self.unet.sample_size else self.unifusion.map_size
 
     @property
     def canvas_stride(self) -> int:

@@ -15,9 +15,9 @@ _ENDS = 1 << 16  # bytes
 
 
 def model_sizes(config: ModelConfig) -> dict[str, Any]:
-    """Every setting that decides the networks, as JSON has it; the tokenizer's folder does not."""
+    """Every setting that decides the networks, as JSON has it; the tokenizer's folder and the canvas do not."""
     sizes = json.loads(json.dumps(config.to_dict()))
-    del sizes["text_encoder"]["tokenizer"]
+    del sizes["text_encoder"]["tokenizer"], sizes["unet"]["sample_size"]
     return sizes
 
 

@@ -108,15 +108,20 @@ def make_app(args: argparse.Namespace, loopback: bool) -> Any:
     limits = Limits(args.max_side, args.max_steps, args.max_images, args.max_waiting, args.timeout)
     access = Access(loopback, args.token, tuple(args.allow_host), tuple(args.allow_origin))
     return app.make_app(
-        pipeline, limits, access, checkpoint_fingerprint(args.checkpoint, not args.no_verify), read_examples()
+        pipeline,
+        limits,
+        access,
+        checkpoint_fingerprint(args.checkpoint, not args.no_verify),
+        read_examples(pipeline.config.canvas_side),
     )
 
 
-def read_examples() -> Mapping[str, "Layout"]:
-    """The project's own layouts, by name."""
+def read_examples(side: int) -> Mapping[str, "Layout"]:
+    """The project's own layouts whose shorter side is this many pixels, by name."""
     from instdiff_jax.layout import Layout
 
-    return {file.stem: Layout.from_json(file) for file in json_files(default_layouts())}
+    layouts = map(Layout.from_json, json_files(default_layouts().parent, inner=True))
+    return {layout.name: layout for layout in layouts if min(layout.width, layout.height) == side}
 
 
 def open_when_up(server: Any, url: str) -> None:

@@ -139,7 +139,7 @@ def fill(
     with replace_folder(folder) as temporary:
         _set_cache(temporary, at_least=0)
         pipeline = open_pipeline()
-        side = pipeline.config.unifusion.map_size
+        side = pipeline.config.canvas_side
         for layout, images, changed in _jobs(sorted(set(rows)), canvas or (side, side)):
             _run(pipeline, layout, images, {**settings, **changed})
         names = sorted(path.name for path in temporary.iterdir())

@@ -321,7 +321,8 @@ class Pipeline:
         """An image to mean latents."""
         self._process.check()
         pixels = jnp.asarray(image, jnp.float32)[None] / 127.5 - 1
-        return programs.encode(self.networks.autoencoder, self.params["autoencoder"], pixels)
+        with jax.default_matmul_precision(self.matmul_precision):
+            return programs.encode(self.networks.autoencoder, self.params["autoencoder"], pixels)
 
     def decode(self, latents: Float[Array, "b h w z"]) -> UInt8[np.ndarray, "b H W 3"]:
         """Latents to pixels: clamped to [−1, 1] (InputError for NaN), × 0.5 + 0.5, × 255, truncated (as released)."""

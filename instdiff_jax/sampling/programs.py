@@ -44,7 +44,10 @@ class SamplingNetworks(NamedTuple):
 
 
 def make_networks(config: ModelConfig, dtype: Any) -> SamplingNetworks:
-    """The networks of a model, computing in `dtype`; the autoencoder always in float32 (as the official code)."""
+    """The networks of a model, computing in `dtype`; the autoencoder always in float32 (as the official code).
+
+    Its products are the device's default but in a float32 pipeline: see `Pipeline.matmul_precision`.
+    """
     return SamplingNetworks(
         unet=UNet(config.unet, dtype=dtype),
         unifusion=UniFusion(config.unifusion, config.unet.context_dim, dtype=dtype),

@@ -91,7 +91,8 @@ class Refiner:
             InputError: for another size, or a setting out of range.
         """
         latents = self.refine(image, caption, seed, settings, noise)
-        ((pixels, finite),) = programs.decode(self._autoencoder, self.params["autoencoder"], latents, 1, None)
+        with jax.default_matmul_precision(self.matmul_precision):
+            ((pixels, finite),) = programs.decode(self._autoencoder, self.params["autoencoder"], latents, 1, None)
         if not np.asarray(finite).all():
             raise InputError("refiner: the image is not finite: a weight is not, or float16 overflowed")
         return np.asarray(pixels)[0]
@@ -113,7 +114,7 @@ class Refiner:
             "euler", settings.steps, self.config.schedule, (0.0, 0.0, 1.0), settings.strength, "leading"
         )
         plan = make_plan(table, SamplerSettings(guidance_scale=settings.guidance_scale))
-        with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
+        with jax.default_matmul_precision(self.matmul_precision):
             pixels = jnp.asarray(image, jnp.float32)[None] / 127.5 - 1
             known = programs.encode(self._autoencoder, self.params["autoencoder"], pixels)
             noise = initial_noise(seed, known.shape[1:]) if noise is None else noise
@@ -127,6 +128,11 @@ class Refiner:
                 ),
                 plan,
             )
+
+    @property
+    def matmul_precision(self) -> str:
+        """As `Pipeline.matmul_precision`."""
+        return "highest" if self.dtype == "float32" else "default"
 
     def _conditions(self, texts: Sequence[str], sides: tuple[int, int]) -> RefinerConditions:
         ids = self._tokenizer.encode_prompts(texts)

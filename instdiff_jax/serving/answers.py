@@ -65,7 +65,7 @@ def describe_model(pipeline: Pipeline, limits: Limits, about: dict[str, Any]) ->
     return {
         "version": version(),
         **about,
-        "canvas": pipeline.config.unifusion.map_size,  # the side that the model was made for
+        "canvas": pipeline.config.canvas_side,
         "canvas_multiple": pipeline.config.canvas_stride,
         "sampling": pipeline.sampling.to_dict(),
         "live": LIVE,

@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from instdiff_jax.errors import InputError
 from instdiff_jax.layout import Layout
+from instdiff_jax.sampling.compiled import make_layout
 from instdiff_jax.sampling.metadata import version
 from instdiff_jax.sampling.pipeline import Pipeline
 from instdiff_jax.serving.answers import PROBLEMS, describe_model, first_problem, job_answer, read_layout
@@ -93,8 +94,15 @@ def make_app(
 
 
 def _first_works(pipeline: Pipeline, limits: Limits, examples: Mapping[str, Layout]) -> list[Work]:
-    """A layout without masks and one with: between them they need all programs of usual requests."""
-    chosen = {any(one.rle for one in layout.instances): layout for layout in reversed(list(examples.values()))}
+    """A layout without masks and one with: between them they need all programs of usual requests.
+
+    Examples, where they are of the model's canvas.
+    """
+    config, stride = pipeline.config, pipeline.config.canvas_stride
+    side = max(min(config.canvas_side, limits.side // stride * stride), stride)
+    made = [make_layout(2, (side, side), mask) for mask in (True, False)]
+    given = [layout for layout in reversed(list(examples.values())) if (layout.width, layout.height) == (side, side)]
+    chosen = {any(one.rle for one in layout.instances): layout for layout in [*made, *given]}
     return [check_work(ImagesRequest(layout=layout.to_dict()), pipeline, limits) for layout in chosen.values()]
 
 

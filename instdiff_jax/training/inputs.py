@@ -133,7 +133,9 @@ def _pooled(encoder: nn.Module, params: Params, ids: Int[Array, "n length"]) -> 
 
 
 def _embed(encode: Callable, params: Params, tokenizer: Tokenizer, phrases: list[str]) -> Float[np.ndarray, "n width"]:
-    return np.asarray(encode(params, tokenizer.encode_phrases(phrases)))
+    # Every machine's table is the same: by default TPUs and recent GPUs would shorten the operands.
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(encode(params, tokenizer.encode_phrases(phrases)))
 
 
 def open_latents(run: RunSettings, plan: ShardingPlan, params: Params, dataset: InstanceDataset) -> LatentCache | None:

@@ -144,7 +144,9 @@ class Segmenter:
                 raise InputError(f"image: expected sides that are multiples of {least} pixels, got {part.shape[1:3]}")
             # The last chunk is padded, so that one program serves any number of images.
             padded = np.concatenate([part, np.repeat(part[-1:], _CHUNK - len(part), axis=0)])
-            yield jax.device_get(program(self._network, self.params, padded)), len(part)
+            with jax.default_matmul_precision("highest"):  # what it finds should not depend on the device
+                found = jax.device_get(program(self._network, self.params, padded))
+            yield found, len(part)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:

@@ -19,6 +19,7 @@ from tiny_checkpoint import SIDE, make_layout
 
 from instdiff_jax.config import SamplingConfig
 from instdiff_jax.sampling.metadata import read_origin
+from instdiff_jax.serving import app
 from instdiff_jax.serving.gate import Access
 from instdiff_jax.serving.limits import Limits
 
@@ -265,9 +266,25 @@ def test_a_token_is_needed_where_there_is_one(pipeline):
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
 
+def test_the_first_pictures_are_on_the_models_canvas(pipeline):
+    """Examples of another model do not compile what is asked for."""
+    own, other = make_layout(1), make_layout(1, side=64)
+    for examples, instances in (({"other": other}, [2, 2]), ({"other": other, "own": own}, [2, 1])):
+        works = app._first_works(pipeline, LIMITS, examples)
+        layouts = [work.layout for work in works]
+        assert [(one.width, one.height) for one in layouts] == [(SIDE, SIDE)] * 2
+        assert [len(one.instances) for one in layouts] == instances
+        assert [one.instances[0].rle is not None for one in layouts] == [True, False]
+
+
 def test_model_examples_metrics_and_the_api_page(client):
     model = client.get("/v1/model").json()
-    assert model["sampling"]["steps"] == 4 and model["limits"]["side"] == 64 and "fast" in model["presets"]
+    assert (
+        model["canvas"] == SIDE
+        and model["sampling"]["steps"] == 4
+        and model["limits"]["side"] == 64
+        and "fast" in model["presets"]
+    )
     assert client.get("/v1/examples").json()["first"]["layout"] == make_layout(1).to_dict()
     assert "instdiff_images_total" in client.get("/metrics").text
     paths = client.get("/openapi.json").json()["paths"]

@@ -29,6 +29,7 @@ def tiny_config() -> ModelConfig:
         attention_resolutions=(1,),
         num_heads=2,
         context_dim=64,
+        sample_size=SIDE // 2,
     )
     model["unifusion"].update(mid_dim=32, trunk_depths=(1, 1, 1, 1), trunk_dims=(8, 16, 32, 64), map_size=64)
     model["autoencoder"].update(ch=32, ch_mult=(1, 2), num_res_blocks=1)

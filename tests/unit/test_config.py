@@ -84,6 +84,16 @@ def test_what_the_paper_configs_say():
     assert (pod.train.accumulate, gpu.train.accumulate, gpu.data.cache_latents) == (1, 64, True)
 
 
+def test_the_canvas_is_the_maps_but_where_the_latents_side_is_given():
+    assert ModelConfig().canvas_side == 512
+    values = ModelConfig().to_dict()
+    values["unet"]["sample_size"] = 96
+    assert ModelConfig.from_dict(values).canvas_side == 96 * 8
+    with pytest.raises(InputError, match="unet.sample_size: expected at least 1, got 0"):
+        values["unet"]["sample_size"] = 0
+        ModelConfig.from_dict(values)
+
+
 def test_short_forms_in_flags():
     run = read_file("coco", "--config.sampling.alpha=0.8", "--config.train.trainable=all")
     assert run.sampling.alpha == pytest.approx((0.8, 0.0, 0.2))
