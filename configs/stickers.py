@@ -27,6 +27,9 @@ The autoencoder learns on 64x64 pixels, with things as large as they are on 128x
 It returns held-out pictures of 128x128 at 26.5 dB (mean of 96), after its decoder has trained on alone, by Muon, at
 28.3 dB. The last stage trains the base and the adapters together, by Muon: the mean loss of steps 800 to 1,000 is
 0.23, with AdamW 0.31. A step takes 1.3 times as long (one core each, beside each other).
+It predicts v: where the picture is decided, ε is nearly the input, and x0 the small difference. From one model, the
+mean squared error of x0 (variance 1.02, 96 pictures) is 0.447 at timestep 999, 0.355 at 900 and 0.071 at 400 after 407
+steps with v; after 1,000 with ε, weighted as v's with weights of at most 20, it is 0.571, 0.378 and 0.060.
 With --config.train.dtype=bfloat16, on one core of a Xeon with AMX, a step takes 0.4 s (autoencoder), 0.4 s (text, 64
 captions) and, with AdamW, 0.8 s (adapters).
 """
@@ -73,8 +76,6 @@ STAGES = {
         trainable="all",
         gates=1.0,
         masked_attention="strict",
-        loss_weight="velocity",
-        loss_weight_limit=20.0,
         steps=20000,
         batch_size=16,
         optimizer=dict(name="muon", learning_rate=8e-4, warmup_steps=100, ema_decay=0.998),
@@ -120,6 +121,7 @@ def get_model() -> dict[str, Any]:
             max_length=80,
             tokenizer="datasets/stickers_tokenizer",
         ),
+        schedule=dict(prediction="v"),
     )
 
 
@@ -145,9 +147,8 @@ def get_data(stage: str) -> dict[str, Any]:
     )
     if stage in ("autoencoder", "decoder"):
         return dict(dir="datasets/stickers_ae", prefetch=4, examples=examples | dict(image_size=64))
-    # The text encoder learns from captions; the adapters often have none, as released.
-    if stage == "text":
-        examples["keep_caption"] = 1.0
+    # The text encoder learns from captions. The base does too: as released, half of them would be missing.
+    examples["keep_caption"] = 1.0 if stage == "text" else 0.9
     data = dict(dir="datasets/stickers", prefetch=4, examples=examples)
     return data | dict(cache_latents=True) if stage == "adapters" else data
 

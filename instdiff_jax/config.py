@@ -107,7 +107,7 @@ class UNetConfig(Sizes):
 
     Stable Diffusion's UNet knows a latent's position only from its convolutions' zero padding. With `positions`, every
     latent gets the Fourier features of its position, as UniFusion encodes a point. `sample_size` is the side of the
-    latents that it was trained on, diffusers' word; without one, that of pictures as large as the instance maps.
+    latents that it was trained on, diffusers' word; 0 is that of pictures as large as the instance maps.
     """
 
     NEWER: ClassVar[tuple[str, ...]] = ("positions", "sample_size")
@@ -121,7 +121,7 @@ class UNetConfig(Sizes):
     num_heads: int = 8
     context_dim: int = 768
     positions: bool = False
-    sample_size: int | None = None
+    sample_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +208,8 @@ class ModelConfig(Sizes):
                 sizes = value if isinstance(value, tuple) else (value,)
                 if isinstance(value, tuple) and not value and name != "attention_resolutions":
                     raise InputError(f"{where}.{group}.{name}: expected at least one number")
-                # Numbers of blocks may be 0.
-                least = 0 if name in _MOST_BLOCKS else 1
+                # Numbers of blocks may be 0, and a side that is not given.
+                least = 0 if name in _MOST_BLOCKS or name == "sample_size" else 1
                 if any(type(size) is int and size < least for size in sizes):
                     raise InputError(f"{where}.{group}.{name}: expected at least {least}, got {short(value)}")
                 most = _MOST_BLOCKS.get(name, _MOST)

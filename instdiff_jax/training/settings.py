@@ -59,6 +59,8 @@ class TrainSettings(Settings):
         task: "diffusion" trains the noise prediction, "autoencoder" the autoencoder's reconstruction, "text" a text
             encoder whose pooled state contains the words.
         start: checkpoint folder to start from; empty initialises everything.
+        switch_prediction: `start` may be a model that predicts ε where this one predicts v, or the other way round; it
+            has to learn anew what it predicts, from the features that it has.
         trainable: a name of TRAINABLE, or ordered pairs (regex, "train" or "freeze").
         grounding: False trains on captions alone; the model then has no UniFusion and no fusers.
         masked_attention: separates instances in the fusers of the highest resolution (paper, "Instance-Masked
@@ -88,6 +90,7 @@ class TrainSettings(Settings):
     batch_size: int = 512
     task: Literal["diffusion", "autoencoder", "text"] = "diffusion"
     start: str = "checkpoints/sd15_base"
+    switch_prediction: bool = False
     trainable: Rules = TRAINABLE["paper"]
     grounding: bool = True
     masked_attention: Literal["none", "correct", "strict", "official"] = "none"

@@ -55,6 +55,8 @@ def _restore(plan: ShardingPlan, model: ModelConfig, settings: TrainSettings) ->
     if not found.unet.positions:
         # Positions may be added to a model without them: the layer starts at zero.
         theirs["unet", "positions"] = model.unet.positions
+    if settings.switch_prediction:
+        theirs["schedule", "prediction"] = ours["schedule", "prediction"]
     if ours != theirs:
         path = next(path for path in ours if ours[path] != theirs.get(path))
         raise InputError(

@@ -103,20 +103,34 @@ def test_convnext_weights_for_a_base(tmp_path):
         pytorch.load_pytorch([base], TINY, base)
 
 
-def test_training_gives_positions_to_a_model_without_and_does_not_take_them(tmp_path):
+def test_training_switches_what_is_predicted_only_if_asked(tmp_path):
     params = numpy_params(parameter_shapes(TINY))
     folder.save_folder(tmp_path / "base", params, TINY, SamplingConfig(), TOKENIZER)
-    told = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, positions=True))
+    other = dataclasses.replace(TINY, schedule=dataclasses.replace(TINY.schedule, prediction="v"))
+    plan, start = make_run(other, tiny_settings()).plan, str(tmp_path / "base")
+    with pytest.raises(InputError, match="config.model.schedule.prediction: expected epsilon as in .*base, got v"):
+        start_params(plan, other, tiny_settings(start=start))
+    trainable, frozen = start_params(plan, other, tiny_settings(start=start, switch_prediction=True))
+    np.testing.assert_array_equal(
+        (flatten(trainable) | flatten(frozen))["unet", "conv_in", "kernel"], params["unet"]["conv_in"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize("name, layer", [("positions", "position_in")])
+def test_training_gives_positions_to_a_model_without_and_does_not_take_them(tmp_path, name, layer):
+    params = numpy_params(parameter_shapes(TINY))
+    folder.save_folder(tmp_path / "base", params, TINY, SamplingConfig(), TOKENIZER)
+    told = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, **{name: True}))
     plan = make_run(told, tiny_settings()).plan
     trainable, frozen = start_params(plan, told, tiny_settings(start=str(tmp_path / "base")))
     found = flatten(trainable) | flatten(frozen)
     assert found.keys() == flatten(parameter_shapes(told)).keys()
-    assert not found["unet", "position_in", "kernel"].any()
+    assert not found["unet", layer, "kernel"].any()
     np.testing.assert_array_equal(found["unet", "conv_in", "kernel"], params["unet"]["conv_in"]["kernel"])
 
-    params["unet"]["position_in"] = {"kernel": np.ones(found["unet", "position_in", "kernel"].shape, np.float32)}
+    params["unet"][layer] = {"kernel": np.ones(found["unet", layer, "kernel"].shape, np.float32)}
     folder.save_folder(tmp_path / "told", params, told, SamplingConfig(), TOKENIZER)
-    with pytest.raises(InputError, match=r"config.model.unet.positions: expected True as in .*told, got False"):
+    with pytest.raises(InputError, match=rf"config.model.unet.{name}: expected True as in .*told, got False"):
         start_params(make_run(TINY, tiny_settings()).plan, TINY, tiny_settings(start=str(tmp_path / "told")))
 
 

@@ -89,8 +89,8 @@ def test_the_canvas_is_the_maps_but_where_the_latents_side_is_given():
     values = ModelConfig().to_dict()
     values["unet"]["sample_size"] = 96
     assert ModelConfig.from_dict(values).canvas_side == 96 * 8
-    with pytest.raises(InputError, match="unet.sample_size: expected at least 1, got 0"):
-        values["unet"]["sample_size"] = 0
+    values["unet"]["sample_size"] = -1
+    with pytest.raises(InputError, match="unet.sample_size: expected at least 0, got -1"):
         ModelConfig.from_dict(values)
 
 

@@ -1,16 +1,18 @@
 """The config of the model of things: four stages, one model, each stage trains what it says."""
 
+import dataclasses
+
 import pytest
 
 from common import ROOT
 from configs import stickers
-from instdiff_jax.checkpoint.fingerprints import model_sizes
 from instdiff_jax.checkpoint.folder import read_config
 from instdiff_jax.cli.config_flags import read_settings
 from instdiff_jax.errors import InputError
 from instdiff_jax.parallel.mesh import make_mesh
 from instdiff_jax.training.inputs import check_data
 from instdiff_jax.training.settings import RunSettings
+from instdiff_jax.training.start import start_params
 from instdiff_jax.training.state import make_sharding_plan
 
 
@@ -48,9 +50,15 @@ def test_the_decoders_stage_leaves_the_latents():
 
 
 def test_training_goes_on_from_the_checkpoint():
-    """`--config.train.start=checkpoints/stickers` asks for a model of the config's sizes."""
-    model, _, absent = read_config(ROOT / "checkpoints" / "stickers")
-    assert model_sizes(model) == model_sizes(stage("adapters").model) and not absent
+    """As checkpoints/README.md says."""
+    start = str(ROOT / "checkpoints" / "stickers")
+    run = stage("adapters")
+    settings = dataclasses.replace(run.train, start=start, switch_prediction=True)
+    plan = make_sharding_plan(run.model, settings, run.parallel, make_mesh(run.parallel))
+    trainable, frozen = start_params(plan, run.model, settings)
+    _, _, absent = read_config(start)
+    assert not absent and set(frozen) == {"autoencoder", "text_encoder"}
+    assert trainable["unet"]["position_in"]["kernel"].any()
 
 
 def test_an_unknown_stage_is_one_line():
