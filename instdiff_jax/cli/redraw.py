@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from instdiff_jax.config import PRESETS, SamplingConfig
+from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
+from instdiff_jax.sampling.presets import PRESETS
 
 if TYPE_CHECKING:
     from instdiff_jax.layout import Layout

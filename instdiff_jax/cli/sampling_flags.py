@@ -6,8 +6,9 @@ import typing
 from typing import Any, Literal
 
 from instdiff_jax.cli.parser import local_path
-from instdiff_jax.config import PRESETS, SamplingConfig, with_preset
+from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError
+from instdiff_jax.sampling.presets import PRESETS, with_preset
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 DTYPE_HELP = "default: float32 on a CPU, else bfloat16; int8 and fp8: the UNet's projections in 8 bits, else bfloat16"

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from instdiff_jax.checkpoint.embeddings import Embedding
 from instdiff_jax.checkpoint.lora import Lora
 from instdiff_jax.checkpoint.taesd import read_taesd
-from instdiff_jax.config import ModelConfig, Sampler, SamplingConfig, Sigmas, with_preset
+from instdiff_jax.config import ModelConfig, Sampler, SamplingConfig, Sigmas
 from instdiff_jax.diffusion.loop import noise_key
 from instdiff_jax.diffusion.multi_instance import Placement, ProgressEvent, SamplerInputs, sample_rows
 from instdiff_jax.diffusion.rows import ImageRows
@@ -37,6 +37,7 @@ from instdiff_jax.sampling.encode import encode_layouts
 from instdiff_jax.sampling.first_latents import start_latents
 from instdiff_jax.sampling.loading import DTYPES, Process, choose_dtype, load_model
 from instdiff_jax.sampling.memory import MemoryLimits
+from instdiff_jax.sampling.presets import with_preset
 from instdiff_jax.sampling.request import ImageRequest, Request, SamplingOptions, make_request
 from instdiff_jax.sampling.results import PendingBatch, Result, one_ahead
 from instdiff_jax.sampling.tiles import check_tile
@@ -59,12 +60,10 @@ class Pipeline:
     1 (64, 64) (64, 64, 3) (16, 16, 8)
 
     Attributes:
-        config: the model's sizes.
-        sampling: the checkpoint's sampling settings; a call may override them.
+        config, sampling: the model's sizes; the checkpoint's sampling settings, which a call may override.
         dtype: what the networks compute in.
         networks, params: the four networks, and their parameters on the devices.
-        limits: how many rows and images one program takes.
-        sharding: how rows are split over a mesh; None on one device.
+        limits, sharding: how many rows and images one program takes; how rows are split over a mesh (None: one device).
     """
 
     def __init__(
@@ -165,7 +164,7 @@ class Pipeline:
             steps, sampler, sigmas, guidance_scale, guidance_interval, alpha, mis, mis_guidance, merge, negative_prompt,
                 prompt_weights, long_prompts, masked_attention, reuse: sampling settings, see `SamplingConfig`; None
                 keeps the checkpoint's.
-            preset: a named set of settings from `config.PRESETS`. Precedence: keyword > preset > checkpoint.
+            preset: a named set of settings from `presets.PRESETS`. Precedence: keyword > preset > checkpoint.
             format: which locations of an instance count, see `grounding.make_grounding`.
             drop: formats to leave out, for ablations.
             width, height: of the images in pixels, instead of the layout's canvas.

@@ -7,12 +7,13 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from instdiff_jax.config import PRESETS, SamplingConfig
+from instdiff_jax.config import SamplingConfig
 from instdiff_jax.errors import InputError, short
 from instdiff_jax.grounding import FORMAT_CHOICES
 from instdiff_jax.layout import MAX_INSTANCES, Layout
 from instdiff_jax.sampling.metadata import is_png, read_origin, version
 from instdiff_jax.sampling.pipeline import Pipeline
+from instdiff_jax.sampling.presets import PRESETS
 from instdiff_jax.serving.jobs import Job
 from instdiff_jax.serving.limits import Limits
 

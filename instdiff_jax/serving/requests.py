@@ -8,13 +8,14 @@ import numpy as np
 from jaxtyping import Bool
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from instdiff_jax.config import PRESETS, Sampler, SamplingConfig, Sigmas
+from instdiff_jax.config import Sampler, SamplingConfig, Sigmas
 from instdiff_jax.errors import InputError
 from instdiff_jax.geometry.masks import box_from_mask
 from instdiff_jax.grounding import Format
 from instdiff_jax.layout import MAX_INSTANCES, Instance, Layout
 from instdiff_jax.sampling.metadata import read_origin
 from instdiff_jax.sampling.pipeline import Pipeline
+from instdiff_jax.sampling.presets import PRESETS
 from instdiff_jax.sampling.request import Request, SamplingOptions, make_request
 from instdiff_jax.serving.limits import Limits, decode_base64, read_mask, read_pixels
 

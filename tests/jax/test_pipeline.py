@@ -10,9 +10,10 @@ from tiny_checkpoint import SIDE, make_layout
 from common import relative_error
 from instdiff_jax import Layout, Pipeline
 from instdiff_jax.analysis.flops import count_flops
-from instdiff_jax.config import PRESETS, ModelConfig
+from instdiff_jax.config import ModelConfig
 from instdiff_jax.diffusion import multi_instance
 from instdiff_jax.sampling import memory
+from instdiff_jax.sampling.presets import PRESETS
 
 LATENT = (SIDE // 2, SIDE // 2, 4)
 

@@ -7,9 +7,10 @@ import pytest
 
 from instdiff_jax.cli import evaluate, sample
 from instdiff_jax.cli.sampling_flags import read_overrides, read_picture_flags
-from instdiff_jax.config import PRESETS, ModelConfig, SamplingConfig, with_preset
+from instdiff_jax.config import ModelConfig, SamplingConfig
 from instdiff_jax.diffusion.rows import ImageRows
 from instdiff_jax.errors import InputError
+from instdiff_jax.sampling.presets import PRESETS, with_preset
 from instdiff_jax.sampling.request import SamplingOptions, make_request
 
 VALUES = dict(

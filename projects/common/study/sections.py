@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from instdiff_jax.config import PRESETS, SamplingConfig
+from instdiff_jax.config import SamplingConfig
+from instdiff_jax.sampling.presets import PRESETS
 from projects.common.study.rows import Row, Section, Subject, Task
 
 # Groups of metrics.
