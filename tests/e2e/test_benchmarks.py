@@ -77,7 +77,7 @@ def test_sides_take_turns():
 def test_models_by_name(checkpoint):
     assert models.find_model("full").config.unet.model_channels == 320
     assert models.find_model("small", 256).canvas == 256
-    assert models.find_model(checkpoint).canvas == 64
+    assert models.find_model(checkpoint).canvas == 32  # its pictures, not its maps of 64
     with pytest.raises(InputError, match="--model nothing"):
         models.find_model("nothing")
 
