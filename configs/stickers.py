@@ -25,11 +25,11 @@ how to get the pictures in package/assets):
 
 The autoencoder learns on 64x64 pixels, with things as large as they are on 128x128: a step costs a quarter.
 It returns held-out pictures of 128x128 at 26.5 dB (mean of 96), after its decoder has trained on alone, by Muon, at
-28.3 dB. The last stage trains the base and the adapters together, by Muon: the mean loss of steps 800 to 1,000 is
-0.23, with AdamW 0.31. A step takes 1.3 times as long (one core each, beside each other).
-It predicts v: where the picture is decided, ε is nearly the input, and x0 the small difference. From one model, the
-mean squared error of x0 (variance 1.02, 96 pictures) is 0.447 at timestep 999, 0.355 at 900 and 0.071 at 400 after 407
-steps with v; after 1,000 with ε, weighted as v's with weights of at most 20, it is 0.571, 0.378 and 0.060.
+28.3 dB. The last stage trains the base and the adapters together, by Muon: with ε, the mean loss of steps 800 to 1,000
+was 0.23, with AdamW 0.31. A step takes 1.3 times as long (one core each, beside each other).
+It predicts v: where the picture is decided, ε is nearly the input, and x0 the small difference. One run each from one
+model: the mean squared error of x0 (variance 1.02, 96 pictures) is 0.447 at timestep 999, 0.355 at 900 and 0.071 at 400
+after 407 steps with v; after 1,000 with ε, weighted as v's with weights of at most 20, 0.571, 0.378 and 0.060.
 With --config.train.dtype=bfloat16, on one core of a Xeon with AMX, a step takes 0.4 s (autoencoder), 0.4 s (text, 64
 captions) and, with AdamW, 0.8 s (adapters).
 """

@@ -89,7 +89,9 @@ def _read_checkpoint(path: Path, config: ModelConfig, verify: bool) -> tuple[str
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: neither a diffusers folder (model_index.json, unet/) nor a checkpoint folder")
     sizes, _, absent = folder.read_config(path)
-    if (found := dataclasses.replace(sizes.unet, positions=config.unet.positions)) != config.unet:
+    # Positions may be added to a base, and its canvas decides no parameter.
+    given = {name: getattr(config.unet, name) for name in config.unet.NEWER}
+    if (found := dataclasses.replace(sizes.unet, **given)) != config.unet:
         raise InputError(f"{path}: config.model.unet: expected {short(config.unet)}, got {short(found)}")
     params = folder.restore_params(path, dtype=None, as_numpy=True, verify=verify)
     state = {part: dict(to_state_dict(part, params, sizes, absent)) for part in PARTS}

@@ -116,21 +116,20 @@ def test_training_switches_what_is_predicted_only_if_asked(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name, layer", [("positions", "position_in")])
-def test_training_gives_positions_to_a_model_without_and_does_not_take_them(tmp_path, name, layer):
+def test_training_gives_positions_to_a_model_without_and_does_not_take_them(tmp_path):
     params = numpy_params(parameter_shapes(TINY))
     folder.save_folder(tmp_path / "base", params, TINY, SamplingConfig(), TOKENIZER)
-    told = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, **{name: True}))
+    told = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, positions=True))
     plan = make_run(told, tiny_settings()).plan
     trainable, frozen = start_params(plan, told, tiny_settings(start=str(tmp_path / "base")))
     found = flatten(trainable) | flatten(frozen)
     assert found.keys() == flatten(parameter_shapes(told)).keys()
-    assert not found["unet", layer, "kernel"].any()
+    assert not found["unet", "position_in", "kernel"].any()
     np.testing.assert_array_equal(found["unet", "conv_in", "kernel"], params["unet"]["conv_in"]["kernel"])
 
-    params["unet"][layer] = {"kernel": np.ones(found["unet", layer, "kernel"].shape, np.float32)}
+    params["unet"]["position_in"] = {"kernel": np.ones(found["unet", "position_in", "kernel"].shape, np.float32)}
     folder.save_folder(tmp_path / "told", params, told, SamplingConfig(), TOKENIZER)
-    with pytest.raises(InputError, match=rf"config.model.unet.{name}: expected True as in .*told, got False"):
+    with pytest.raises(InputError, match=r"config.model.unet.positions: expected True as in .*told, got False"):
         start_params(make_run(TINY, tiny_settings()).plan, TINY, tiny_settings(start=str(tmp_path / "told")))
 
 
@@ -191,6 +190,14 @@ def test_a_base_alone_does_not_go_back(tmp_path, capsys):
     folder.save_folder(tmp_path / "base", params, TINY, convert.SamplingConfig(), TOKENIZER, absent)
     error = run_and_fail(capsys, "--input", tmp_path / "base", "--to_pytorch", tmp_path / "x.safetensors")
     assert "lacks fusers, scaleu, unifusion, trunk" in error
+
+
+def test_the_canvas_of_a_base_decides_no_tensor(tmp_path):
+    params = numpy_params(parameter_shapes(TINY))
+    large = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, sample_size=96))
+    folder.save_folder(tmp_path / "base", params, large, SamplingConfig(), TOKENIZER)
+    found, _ = pytorch.load_pytorch([tmp_path / "base"], TINY)
+    np.testing.assert_array_equal(found["unet"]["conv_in"]["kernel"], params["unet"]["conv_in"]["kernel"])
 
 
 def test_two_spellings_of_one_tensor_are_named(tmp_path):
