@@ -40,7 +40,10 @@ def remove_segments(ended: int | None = None) -> None:
             continue
         with contextlib.suppress(OSError):  # another process may be cleaning up too
             if path.stat().st_uid == os.getuid() and _is_left(int(match["pid"]), path, ended):
-                SharedMemory(path.name).unlink()  # and tells Python's resource tracker, which would warn
+                if path.stat().st_size:
+                    SharedMemory(path.name).unlink()  # and tells Python's resource tracker, which would warn
+                else:  # its worker was killed before it gave it a size: nothing to map, and no tracker knows of it
+                    path.unlink()
 
 
 def _is_left(pid: int, path: Path, ended: int | None) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 import zlib
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from instdiff_jax.data.dataset import InstanceDataset  # noqa: F401  used by the
 from instdiff_jax.data.examples import DataConfig  # noqa: F401
 from instdiff_jax.data.loader import DevicePrefetch, LoaderSettings, Sources, make_loader  # noqa: F401
 from instdiff_jax.data.phrases import phrase_table
-from instdiff_jax.data.segments import remove_segments
+from instdiff_jax.data.segments import FOLDER, remove_segments
 from instdiff_jax.errors import InputError
 
 
@@ -82,6 +83,19 @@ def test_workers_and_their_shared_memory_end_with_a_killed_parent(data_dir, tmp_
     while time.monotonic() < end and (any(map(is_running, workers)) or segments & set(os.listdir("/dev/shm"))):
         time.sleep(0.1)
     assert not any(map(is_running, workers)) and not segments & set(os.listdir("/dev/shm"))
+
+
+def test_a_segment_that_never_got_its_size_is_removed():
+    """Its worker was killed between creating and sizing it: there is nothing in it to map."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = FOLDER / f"instdiff-{os.stat('/proc/self/ns/pid').st_ino}-{gone.pid}-{uuid.uuid4().hex[:12]}"
+    left.touch()
+    try:
+        remove_segments()
+        assert not left.exists()
+    finally:
+        left.unlink(missing_ok=True)
 
 
 def is_running(pid):
