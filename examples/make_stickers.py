@@ -85,11 +85,11 @@ def series_layouts() -> Named:
     """A series in which each layout changes one thing of the one before."""
     dog, large = ("a dog", 12, 70, 42, 39), ("a dog", 6, 54, 60, 56)
     balloon, moved = ("a red balloon", 78, 10, 34, 47), ("a red balloon", 8, 5, 34, 47)
-    cake, replaced = ("a cake", 76, 70, 42, 42), ("a teapot", 76, 74, 42, 38)
+    cake, replaced = ("a cake", 76, 70, 42, 42), ("a blue teapot", 76, 74, 42, 38)
     apple = ("a green apple", 45, 14, 30, 29)
     place = "on the grass, under a blue sky"
     with_cake = f"a dog, a red balloon, a cake and a green apple {place}"
-    with_teapot = f"a dog, a red balloon, a teapot and a green apple {place}"
+    with_teapot = f"a dog, a red balloon, a blue teapot and a green apple {place}"
     return {
         "series_1_two": (f"a dog and a red balloon {place}", boxes(dog, balloon)),
         "series_2_add": (with_cake, boxes(dog, balloon, cake, apple)),
